@@ -1,0 +1,42 @@
+"""What every test room shares: a quiet, offline process and the data that lies beside the checkout."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _prepare_environment() -> None:
+    # Before torch or huggingface_hub are imported, for they read these once. Tiny models run fastest on one thread, and
+    # one thread makes sums repeatable; nothing may reach for the network or write to the user's caches.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    cache = tempfile.mkdtemp(prefix="attnconv-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["HF_HOME"] = cache
+
+
+_prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top of the checkout, which is also the package's own folder."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of evaluation data and small models beside the checkout; tests that need it skip without it."""
+    folder = Path(os.environ.get("ATTNCONV_SHARED") or REPOSITORY.parent / "shared")
+    if not (folder / "data").is_dir():
+        pytest.skip(f"needs the shared data folder, and {folder} is none; ATTNCONV_SHARED names another")
+    return folder
