@@ -1,0 +1,26 @@
+"""The maths: attention methods behind one contract."""
+
+from .base import AttentionModule, AttentionOptions
+from .geometry import Geometry
+from .linear.hedgehog import HedgehogAttention
+from .linear.lolcats import LolcatsAttention
+from .registry import MethodInfo, available, create, get_method, register
+from .softmax import SoftmaxAttention
+from .sparse.sliding_window import SlidingWindowAttention
+from .state import AttentionState
+
+__all__ = [
+    "AttentionModule",
+    "AttentionOptions",
+    "AttentionState",
+    "Geometry",
+    "HedgehogAttention",
+    "LolcatsAttention",
+    "MethodInfo",
+    "SlidingWindowAttention",
+    "SoftmaxAttention",
+    "available",
+    "create",
+    "get_method",
+    "register",
+]

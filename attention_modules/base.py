@@ -1,0 +1,198 @@
+"""The contract every attention method obeys."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .geometry import Geometry
+from .padding import restore_tokens, right_align_order, take_tokens
+from .state import AttentionState
+
+Memory = dict[str, Tensor]
+
+
+class AttentionOptions(BaseModel):
+    """Options of a method; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AttentionModule(nn.Module, ABC):
+    """One layer's attention, between the model's own projections.
+
+    A method implements `attend_naive` (the law: every weight written out, O(L^2)) and `attend_torch` (sub-quadratic),
+    and, if it forgets exact tokens, `tail_tokens` and `absorb`. Padding, dtypes and states are handled here.
+
+    Args:
+        geometry: head counts and sizes.
+        options: the method's own options.
+        implementation: `"auto"`, `"naive"` or `"torch"`; auto takes the fastest that the device has.
+    """
+
+    name: ClassVar[str] = ""
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
+    # Whether the state stays as it is while the context grows.
+    is_recurrent: ClassVar[bool] = True
+
+    def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
+        super().__init__()
+        if implementation not in self.implementations:
+            raise ValueError(
+                f"implementation={implementation!r} is not available for {self.name!r}; "
+                f"choose one of {', '.join(self.implementations)}"
+            )
+        self.geometry = geometry
+        self.options = options
+        self.implementation = implementation
+
+    def reset_parameters(self) -> None:
+        """Set every learnable parameter to its start; methods without parameters have nothing to do."""
+        return
+
+    @property
+    def tail_tokens(self) -> int | None:
+        """Newest tokens the state keeps exactly between calls; None = all of them."""
+        return None
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fp32 accumulators of one sequence, without the batch axis."""
+        return {}
+
+    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+        """Fold tokens that left the tail into the accumulators.
+
+        Args:
+            memory: accumulators so far, empty at the start.
+            keys: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
+            values: `[batch, num_kv_heads, seq, value_dim]`.
+            valid: `[batch, seq]` bool or None when all are real.
+        """
+        return memory
+
+    @abstractmethod
+    def attend_naive(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """The oracle, with every attention weight written out.
+
+        Queries stand at the right end of the keys: query `t` sits at key position `S - T + t`.
+
+        Args:
+            query: `[batch, num_heads, T, head_dim]`, fp32 or fp64.
+            keys: `[batch, num_kv_heads, S, head_dim]`.
+            values: `[batch, num_kv_heads, S, value_dim]`.
+            valid: `[batch, S]` bool, padding before real tokens in every row, or None.
+            scaling: factor on query-key products.
+            memory: accumulators of all tokens before `keys`.
+
+        Returns:
+            `[batch, num_heads, T, value_dim]`.
+        """
+
+    @abstractmethod
+    def attend_torch(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """The same function as `attend_naive`, sub-quadratic in time and memory where the method is."""
+
+    def new_state(self) -> AttentionState:
+        """An empty state, which makes calls incremental."""
+        return AttentionState()
+
+    def state_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
+        """Bytes of keys, values and accumulators after `length` tokens with keys and values in `dtype`."""
+        geometry = self.geometry
+        tail = length if self.tail_tokens is None else min(length, self.tail_tokens)
+        exact = tail * geometry.num_kv_heads * (geometry.head_dim + geometry.value_dim) * dtype.itemsize
+        folded = sum(4 * int(torch.Size(shape).numel()) for shape in self.memory_shapes().values())
+        return batch * (exact + folded)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        state: AttentionState | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `[batch, num_heads, T, head_dim]`.
+            key: `[batch, num_kv_heads, S, head_dim]`; with a state, the new tokens only (`S = T`).
+            value: `[batch, num_kv_heads, S, value_dim]`.
+            scaling: factor on query-key products.
+            padding_mask: `[batch, S]` bool, True = real token; None when all are.
+            state: memory of earlier calls, updated in place.
+            hidden_states: `[batch, T, hidden]`, for methods that route on the layer's input.
+
+        Returns:
+            `[batch, num_heads, T, value_dim]` in the dtype of `value`; rows of padding are zero.
+
+        Raises:
+            ValueError: shapes do not fit the geometry.
+        """
+        self._check_shapes(query, key, value, padding_mask, state)
+        length = query.shape[2]
+        query_valid = None if padding_mask is None else padding_mask[:, -length:]
+        order = None if query_valid is None else right_align_order(query_valid)
+        if order is not None:
+            query = take_tokens(query, order)
+        if state is not None:
+            keys, values, valid = state.append(key, value, padding_mask)
+            memory = state.memory
+        elif padding_mask is not None:
+            key_order = right_align_order(padding_mask)
+            keys, values = take_tokens(key, key_order), take_tokens(value, key_order)
+            valid, memory = padding_mask.gather(1, key_order), {}
+        else:
+            keys, values, valid, memory = key, value, None, {}
+        # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
+        with torch.autocast(query.device.type, enabled=False):
+            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+            attend = self.attend_naive if self.implementation == "naive" else self.attend_torch
+            out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory)
+            if state is not None:
+                self._forget(state, dtype)
+        if order is not None and query_valid is not None:
+            out = restore_tokens(out, order).masked_fill(~query_valid[:, None, :, None], 0.0)
+        return out.to(value.dtype)
+
+    def _forget(self, state: AttentionState, dtype: torch.dtype) -> None:
+        if self.tail_tokens is None:
+            return
+        evicted = state.evict(self.tail_tokens)
+        if evicted is not None:
+            keys, values, valid = evicted
+            state.memory = self.absorb(state.memory, keys.to(dtype), values.to(dtype), valid)
+
+    def _check_shapes(
+        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, state: AttentionState | None
+    ) -> None:
+        geometry = self.geometry
+        batch, _, length, _ = query.shape
+        seq = key.shape[2]
+        expected = {
+            "query": (query, (batch, geometry.num_heads, length, geometry.head_dim)),
+            "key": (key, (batch, geometry.num_kv_heads, seq, geometry.head_dim)),
+            "value": (value, (batch, geometry.num_kv_heads, seq, geometry.value_dim)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this layer needs {shape}")
+        if padding_mask is not None and tuple(padding_mask.shape) != (batch, seq):
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}, but this call needs {(batch, seq)}")
+        if seq < length or (seq != length and (state is not None or not geometry.causal)):
+            raise ValueError(f"{seq} keys do not fit {length} queries")
+        if state is not None and not geometry.causal:
+            raise ValueError("a bidirectional layer has no state")
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.options!r}, implementation={self.implementation!r}"

@@ -1,0 +1,1 @@
+"""Linear attention: constant-size states instead of a growing cache."""

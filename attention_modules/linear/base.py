@@ -1,0 +1,89 @@
+"""What linear methods share: feature maps on queries and keys, and running sums as their memory."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..base import AttentionModule, AttentionOptions, Memory
+from ..geometry import Geometry
+from .chunked import add_memory, linear_sums
+from .feature_maps import FeatureMap, FeatureMapName, Initialization
+
+
+class LinearOptions(AttentionOptions):
+    """Options of a method with feature maps.
+
+    Attributes:
+        feature_map: which φ; the two hedgehog forms are different functions.
+        feature_dim: columns of the projection inside φ; None = head_dim.
+        state_per: `query_head` learns a key map and keeps a state per query head (the published form), `kv_head` one
+            per key/value head, which divides the state by the number of heads that share one.
+        initialization: start of the projections.
+    """
+
+    feature_map: FeatureMapName = "hedgehog"
+    feature_dim: int | None = Field(None, ge=1)
+    state_per: Literal["query_head", "kv_head"] = "query_head"
+    initialization: Initialization = "identity"
+
+
+class LinearAttentionModule(AttentionModule):
+    """Base of the methods that keep `Σ φ(k) vᵀ` and `Σ φ(k)`."""
+
+    def __init__(self, geometry: Geometry, options: LinearOptions, implementation: str = "auto") -> None:
+        super().__init__(geometry, options, implementation)
+        feature_dim = options.feature_dim or geometry.head_dim
+        self.key_heads = geometry.num_heads if options.state_per == "query_head" else geometry.num_kv_heads
+
+        def feature_map(heads: int) -> FeatureMap:
+            return FeatureMap(options.feature_map, heads, geometry.head_dim, feature_dim, options.initialization)
+
+        self.query_map = feature_map(geometry.num_heads)
+        self.key_map = feature_map(self.key_heads)
+
+    def reset_parameters(self) -> None:
+        """Start the feature maps again."""
+        self.query_map.reset_parameters()
+        self.key_map.reset_parameters()
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Running sums of one sequence."""
+        features = self.key_map.output_dim
+        return {
+            "key_values": (self.key_heads, features, self.geometry.value_dim),
+            "normalizer": (self.key_heads, features),
+        }
+
+    def key_features(self, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """φ(k) `[batch, key_heads, S, feature_dim]`, zero where padding stands."""
+        repeats = self.key_heads // self.geometry.num_kv_heads
+        features: Tensor = self.key_map(keys.repeat_interleave(repeats, 1) if repeats > 1 else keys)
+        return features if valid is None else features.masked_fill(~valid[:, None, :, None], 0.0)
+
+    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+        """Add tokens to the running sums."""
+        return add_memory(memory, linear_sums(self.key_features(keys, valid), values))
+
+    def naive_products(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """φ(q) `[batch, num_heads, T, feature_dim]` and all products φ(q)·φ(k) `[batch, num_heads, T, S]`."""
+        features: Tensor = self.query_map(query)
+        key_features = self.key_features(keys, valid)
+        key_features = key_features.repeat_interleave(self.geometry.num_heads // self.key_heads, 1)
+        return features, features @ key_features.transpose(-1, -2)
+
+    def repeat_values(self, values: Tensor) -> Tensor:
+        """`[batch, num_kv_heads, S, value_dim]` → `[batch, num_heads, S, value_dim]`, for the naive form only."""
+        return values.repeat_interleave(self.geometry.num_groups, 1)
+
+
+def divide(numerator: Tensor, denominator: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Numerator over denominator, zero where a row has nothing to see."""
+    empty = denominator == 0
+    return (numerator / (denominator + epsilon).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """`[num_queries, num_keys]` bool, queries standing at the right end of the keys."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)

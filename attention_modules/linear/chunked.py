@@ -1,0 +1,113 @@
+"""Causal linear attention in chunks, and its running sums."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base import Memory
+from ..window import from_blocks, to_blocks
+
+CHUNK = 64
+
+
+def linear_sums(features: Tensor, values: Tensor) -> Memory:
+    """Sums over a stretch of tokens.
+
+    Args:
+        features: `[batch, feature_heads, seq, feature_dim]`, φ(k), zero where padding stands.
+        values: `[batch, num_kv_heads, seq, value_dim]`; `feature_heads` is a multiple of `num_kv_heads`.
+
+    Returns:
+        `key_values` `[batch, feature_heads, feature_dim, value_dim]` = Σ φ(k) vᵀ and
+        `normalizer` `[batch, feature_heads, feature_dim]` = Σ φ(k).
+    """
+    batch, heads, length, feature_dim = features.shape
+    num_kv_heads, value_dim = values.shape[1], values.shape[-1]
+    rows = features.view(batch, num_kv_heads, -1, length, feature_dim).transpose(3, 4).flatten(2, 3)
+    sums = (rows @ values).reshape(batch, heads, feature_dim, value_dim)
+    return {"key_values": sums, "normalizer": features.sum(2)}
+
+
+def add_memory(first: Memory, second: Memory) -> Memory:
+    """Add two sets of running sums; an empty one counts as zero."""
+    if not first:
+        return second
+    return {name: total + second[name] for name, total in first.items()} if second else first
+
+
+def memory_terms(query_features: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """What a query reads from running sums: numerator `[..., T, value_dim]`, denominator `[..., T, 1]`.
+
+    Args:
+        query_features: `[batch, num_heads, T, feature_dim]`.
+        memory: sums whose head count divides `num_heads`.
+    """
+    batch, num_heads, length, _ = query_features.shape
+    sums, normalizer = memory["key_values"], memory["normalizer"]
+    rows = query_features.reshape(batch, sums.shape[1], -1, query_features.shape[-1])
+    numerator = (rows @ sums).reshape(batch, num_heads, length, -1)
+    return numerator, (rows @ normalizer[..., None]).reshape(batch, num_heads, length, 1)
+
+
+def causal_linear(
+    query_features: Tensor, key_features: Tensor, values: Tensor, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    """Linear attention terms over all keys up to and including the query's own position.
+
+    Inside a chunk the weights are written out; between chunks running sums carry on, so time and memory are linear.
+
+    Args:
+        query_features: `[batch, num_heads, T, feature_dim]`.
+        key_features: `[batch, feature_heads, T, feature_dim]`, with `feature_heads` either `num_kv_heads` or
+            `num_heads`; zero where padding stands.
+        values: `[batch, num_kv_heads, T, value_dim]`.
+        memory: sums over everything before, may be empty.
+
+    Returns:
+        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T, 1]`.
+    """
+    num_heads, length = query_features.shape[1:3]
+    num_kv_heads = values.shape[1]
+    chunk = min(CHUNK, length)
+    num_chunks = -(-length // chunk)
+    groups = num_heads // num_kv_heads
+    queries = to_blocks(query_features, num_kv_heads, num_chunks, chunk)
+    keys = to_blocks(key_features, num_kv_heads, num_chunks, chunk)
+    value_blocks = to_blocks(values, num_kv_heads, num_chunks, chunk).squeeze(3)
+    if keys.shape[3] == 1:
+        queries = queries.flatten(3, 4).unsqueeze(3)
+
+    weights = (queries @ keys.transpose(-1, -2)).flatten(3, 4)
+    order = torch.ones(chunk, chunk, dtype=weights.dtype, device=weights.device).tril()
+    weights = weights * order.repeat(groups, 1)
+    numerator, denominator = weights @ value_blocks, weights.sum(-1, keepdim=True)
+
+    sums = (keys.transpose(-1, -2).flatten(3, 4) @ value_blocks).unflatten(3, keys.shape[3:4] + keys.shape[5:])
+    sums = _carry(sums, memory.get("key_values"))
+    normalizers = _carry(keys.sum(4), memory.get("normalizer"))
+    numerator = numerator + (queries @ sums).flatten(3, 4)
+    denominator = denominator + (queries @ normalizers[..., None]).flatten(3, 4)
+    return from_blocks(numerator, groups, length), from_blocks(denominator, groups, length)
+
+
+def _carry(per_chunk: Tensor, start: Tensor | None) -> Tensor:
+    """Sums of all chunks before each one, `[batch, num_kv_heads, num_chunks, key_groups, ...]`."""
+    before = F.pad(per_chunk[:, :, :-1].cumsum(2), (0, 0) * (per_chunk.ndim - 3) + (1, 0))
+    if start is None:
+        return before
+    shape = (*per_chunk.shape[:2], 1, *per_chunk.shape[3:])
+    return before + start.reshape(shape)
+
+
+def shifted(tensor: Tensor, window: int, length: int) -> Tensor:
+    """The keys that leave each query's window: entry `t` is the token `window` before query `t`, zeros before the start.
+
+    Args:
+        tensor: `[batch, heads, S, dim]`, queries standing at its right end.
+        window: tokens between a query and the entry, at least 1.
+        length: number of queries.
+    """
+    num_keys = tensor.shape[2]
+    start = num_keys - length - window
+    kept = tensor[:, :, max(start, 0) : max(num_keys - window, 0)]
+    return F.pad(kept, (0, 0, length - kept.shape[2], 0))

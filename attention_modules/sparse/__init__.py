@@ -1,0 +1,1 @@
+"""Sparse attention: exact softmax over a chosen part of the context."""

@@ -1,0 +1,113 @@
+"""Attention sinks plus a sliding window, exact softmax inside: training-free."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..base import AttentionModule, AttentionOptions, Memory
+from ..registry import register
+from ..window import Sinks, softmax_terms, window_mask, windowed_softmax
+
+
+class SlidingWindowOptions(AttentionOptions):
+    """Options of `sliding_window`.
+
+    Attributes:
+        window: newest tokens attended, itself included; when not causal, as many on either side.
+        num_sinks: first tokens of the sequence that stay visible for ever.
+    """
+
+    window: int = Field(1024, ge=1)
+    num_sinks: int = Field(4, ge=0)
+
+
+@register(
+    name="sliding_window",
+    options=SlidingWindowOptions,
+    paper="https://arxiv.org/abs/2309.17453",
+    summary="the first tokens and a sliding window, exact inside",
+)
+class SlidingWindowAttention(AttentionModule):
+    """Softmax over the first `num_sinks` real tokens and the last `window` ones; positions stay as the model made them.
+
+    Paper: https://arxiv.org/abs/2309.17453
+    """
+
+    options: SlidingWindowOptions
+
+    @property
+    def tail_tokens(self) -> int:
+        """With the next token these fill the window."""
+        return self.options.window - 1
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Keys and values of the sinks."""
+        geometry, sinks = self.geometry, self.options.num_sinks
+        heads = geometry.num_kv_heads
+        return {"sink_keys": (heads, sinks, geometry.head_dim), "sink_values": (heads, sinks, geometry.value_dim)}
+
+    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+        """Keep the first real tokens, let the rest go."""
+        if not self.options.num_sinks:
+            return memory
+        sinks = self._sinks(memory, keys, values, valid)
+        return {"sink_keys": sinks.keys, "sink_values": sinks.values, "sink_valid": sinks.valid}
+
+    def attend_naive(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """All weights written out."""
+        num_queries, num_keys = query.shape[2], keys.shape[2]
+        causal, groups = self.geometry.causal, self.geometry.num_groups
+        real = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
+        remembered = memory["sink_valid"] if memory else real[:, :0]
+        rank = remembered.sum(-1, keepdim=True) + real.cumsum(-1) - 1
+        visible = window_mask(num_queries, num_keys, self.options.window, causal=causal, device=query.device)
+        sink_columns = (rank < self.options.num_sinks)[:, None, :]
+        if causal:
+            sink_columns = sink_columns & window_mask(num_queries, num_keys, num_keys, causal=True, device=query.device)
+        visible = (visible | sink_columns) & real[:, None, :]
+        if memory:
+            keys = torch.cat([memory["sink_keys"], keys], 2)
+            values = torch.cat([memory["sink_values"], values], 2)
+            visible = torch.cat([remembered[:, None, :].expand(-1, num_queries, -1), visible], -1)
+        logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+        numerator, denominator = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
+        return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
+
+    def attend_torch(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """Blocks of the window, with the sinks beside every block."""
+        numerator, denominator = windowed_softmax(
+            query,
+            keys,
+            values,
+            valid,
+            scaling=scaling,
+            window=self.options.window,
+            causal=self.geometry.causal,
+            sinks=self._sinks(memory, keys, values, valid) if self.options.num_sinks else None,
+        )
+        return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
+
+    def _sinks(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Sinks:
+        """The first `num_sinks` real tokens of memory and keys together."""
+        batch, _, num_keys, _ = keys.shape
+        real = torch.ones(batch, num_keys, dtype=torch.bool, device=keys.device) if valid is None else valid
+        index = torch.arange(num_keys, device=keys.device).expand(batch, -1)
+        if memory:
+            keys = torch.cat([memory["sink_keys"], keys], 2)
+            values = torch.cat([memory["sink_values"], values], 2)
+            real = torch.cat([memory["sink_valid"], real], 1)
+            # Older than every key: outside of all windows to come.
+            index = torch.cat([torch.full_like(memory["sink_valid"], -num_keys, dtype=index.dtype), index], 1)
+        wanted = min(self.options.num_sinks, real.shape[1])
+        first = torch.argsort((~real).to(torch.uint8), dim=-1, stable=True)[:, :wanted]
+        column = first[:, None, :, None]
+        return Sinks(
+            keys=keys.gather(2, column.expand(-1, keys.shape[1], -1, keys.shape[-1])),
+            values=values.gather(2, column.expand(-1, values.shape[1], -1, values.shape[-1])),
+            index=index.gather(1, first),
+            valid=real.gather(1, first),
+        )

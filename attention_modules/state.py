@@ -1,0 +1,131 @@
+"""What a method remembers between calls: a short tail of exact tokens and fixed-size accumulators in fp32."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .padding import right_align_order, take_tokens
+
+
+class AttentionState:
+    """The memory of one layer for a batch of sequences.
+
+    The tail holds the newest keys and values in the dtype they came in, right-aligned: a row's padding always stands
+    before its real tokens. Everything older lives in `memory`, named tensors `[batch, ...]` that the method owns.
+
+    Attributes:
+        seen: tokens that went in so far, padding included.
+        memory: the method's accumulators; empty until the first token leaves the tail.
+        record_past: keep the tokens of the latest call in the tail, so that `crop` can take them back exactly.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.record_past = False
+        self.memory: dict[str, Tensor] = {}
+        self._tail: dict[str, Tensor] = {}
+        self._newest = 0
+        self._padded = False
+
+    @property
+    def tail_length(self) -> int:
+        """Tokens held exactly, padding included."""
+        return self._tail["keys"].shape[2] if self._tail else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *self.memory.values()))
+
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add new tokens behind the tail and return the whole tail.
+
+        Args:
+            key: `[batch, num_kv_heads, new, head_dim]`.
+            value: `[batch, num_kv_heads, new, value_dim]`.
+            valid: `[batch, new]` bool, True = real token, or None when all are.
+
+        Returns:
+            keys, values `[batch, num_kv_heads, tail + new, ...]` and valid `[batch, tail + new]` or None.
+        """
+        batch, _, new, _ = key.shape
+        if self._tail and self._tail["keys"].shape[0] != batch:
+            raise ValueError(f"the state holds {self._tail['keys'].shape[0]} sequences, but {batch} came in")
+        positions = torch.arange(self.seen, self.seen + new, device=key.device).expand(batch, -1)
+        ours = torch.ones(batch, new, dtype=torch.bool, device=key.device) if valid is None else valid
+        fresh = {"keys": key, "values": value, "valid": ours, "positions": positions}
+        if self._tail:
+            fresh = {name: torch.cat([self._tail[name], new_part], _axis(name)) for name, new_part in fresh.items()}
+        self._padded = self._padded or valid is not None
+        self._tail = _aligned(fresh) if self._padded else fresh
+        self.seen, self._newest = self.seen + new, new
+        return self._tail["keys"], self._tail["values"], self._tail["valid"] if self._padded else None
+
+    def evict(self, keep: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Take everything but the last `keep` tokens out of the tail.
+
+        With `record_past` the tokens of the latest call stay too.
+
+        Returns:
+            keys, values and valid of the tokens that left, oldest first, or None if nothing left.
+        """
+        keep += self._newest if self.record_past else 0
+        leaving = self.tail_length - keep
+        if leaving <= 0:
+            return None
+        gone = {name: t.narrow(_axis(name), 0, leaving) for name, t in self._tail.items()}
+        # A copy, so that the evicted tokens' storage is really given back.
+        self._tail = {name: t.narrow(_axis(name), leaving, keep).clone() for name, t in self._tail.items()}
+        return gone["keys"], gone["values"], gone["valid"] if self._padded else None
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the newest `num_tokens` tokens.
+
+        Raises:
+            ValueError: some of them already went into the accumulators, which cannot be undone; set `record_past`
+                before the call that adds tokens which may be taken back.
+        """
+        if num_tokens <= 0:
+            return
+        if num_tokens > self.tail_length:
+            raise ValueError(
+                f"cannot take back {num_tokens} tokens: only the newest {self.tail_length} are still held exactly; "
+                "set record_past before the call that adds them"
+            )
+        self.seen -= num_tokens
+        if self._padded:
+            self._tail["valid"] = self._tail["valid"] & (self._tail["positions"] < self.seen)
+            self._tail = _aligned(self._tail)
+        kept = self.tail_length - num_tokens
+        start = num_tokens if self._padded else 0
+        self._tail = {name: t.narrow(_axis(name), start, kept) for name, t in self._tail.items()}
+        self._newest = max(self._newest - num_tokens, 0)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.seen, self._newest = 0, 0
+        self.memory, self._tail = {}, {}
+        self._padded = False
+
+    def reorder(self, index: Tensor) -> None:
+        """Make row `b` a copy of row `index[b]`, for beam search or batch selection."""
+        self.map(lambda t: t.index_select(0, index.to(t.device)))
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, neighbours together."""
+        self.map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply `function` to every tensor held, for moves between devices."""
+        self._tail = {name: function(t) for name, t in self._tail.items()}
+        self.memory = {name: function(t) for name, t in self.memory.items()}
+
+
+def _axis(name: str) -> int:
+    return 2 if name in ("keys", "values") else 1
+
+
+def _aligned(tail: dict[str, Tensor]) -> dict[str, Tensor]:
+    order = right_align_order(tail["valid"])
+    return {name: take_tokens(t, order) if _axis(name) == 2 else t.gather(1, order) for name, t in tail.items()}

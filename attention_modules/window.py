@@ -1,0 +1,144 @@
+"""Exact softmax terms inside a sliding window, in blocks: time and memory linear in the length.
+
+Both functions return numerator and denominator relative to the row's maximum, so that a caller can add other terms to
+the same fraction before dividing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Finite, so that a row with nothing to see gives zeros instead of NaN.
+MASKED = -1e30
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Tokens that stay visible behind the window.
+
+    Attributes:
+        keys: `[batch, num_kv_heads, num_sinks, head_dim]`.
+        values: `[batch, num_kv_heads, num_sinks, value_dim]`.
+        index: `[batch, num_sinks]` key position of each sink, -1 for one that is older than all keys.
+        valid: `[batch, num_sinks]` bool.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor
+    valid: Tensor
+
+
+def window_mask(num_queries: int, num_keys: int, window: int, *, causal: bool, device: torch.device) -> Tensor:
+    """`[num_queries, num_keys]` bool: which keys stand inside the window of each query (itself included)."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None]
+    inside = query - key < window
+    return inside & (key <= query) if causal else inside & (key - query < window)
+
+
+def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator `[..., T, value_dim]` and denominator `[..., T, 1]` of a masked softmax, relative to the row maximum."""
+    logits = logits.masked_fill(~visible, MASKED)
+    # Clamped above MASKED: where nothing is visible every weight underflows to zero.
+    peak = logits.amax(-1, keepdim=True).clamp_min(MASKED / 1e10)
+    weights = (logits - peak).exp()
+    return weights @ values, weights.sum(-1, keepdim=True)
+
+
+def windowed_softmax(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    *,
+    scaling: float,
+    window: int,
+    causal: bool,
+    sinks: Sinks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax terms over the window of every query, and over sinks outside of it.
+
+    Args:
+        query: `[batch, num_heads, T, head_dim]`; query `t` sits at key position `S - T + t`.
+        keys: `[batch, num_kv_heads, S, head_dim]`.
+        values: `[batch, num_kv_heads, S, value_dim]`.
+        valid: `[batch, S]` bool, padding first, or None.
+        scaling: factor on query-key products.
+        window: tokens seen back from the query, itself included; when not causal, as many ahead.
+        causal: whether keys after the query are hidden.
+        sinks: tokens seen wherever the window stands.
+
+    Returns:
+        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T, 1]`.
+    """
+    num_heads, length = query.shape[1:3]
+    num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
+    groups = num_heads // num_kv_heads
+    window = min(window, num_keys)
+    block = min(BLOCK, length)
+    num_blocks = -(-length // block)
+    ahead = 0 if causal else window
+    span = window + block + ahead
+    first = num_keys - length - window
+    pad = (-first, first + window + num_blocks * block + ahead - num_keys)
+
+    # Every query block beside the keys that any of its queries can see: overlapping views, no L x L tensor.
+    key_blocks = F.pad(keys, (0, 0, *pad)).unfold(2, span, block)
+    value_blocks = F.pad(values, (0, 0, *pad)).unfold(2, span, block).transpose(-1, -2)
+    exists = torch.ones(1, num_keys, dtype=torch.bool, device=query.device) if valid is None else valid
+    exists = F.pad(exists, pad, value=False).unfold(1, span, block)
+    row = torch.arange(block, device=query.device)[:, None]
+    column = torch.arange(span, device=query.device)[None] - window
+    band = (
+        (column > row - window) & (column < row + window) if not causal else (column > row - window) & (column <= row)
+    )
+    visible = (exists[:, :, None, :] & band)[:, None, :, None]
+
+    rows = to_blocks(query * scaling, num_kv_heads, num_blocks, block)
+    logits = rows.flatten(3, 4) @ key_blocks
+    weighted = value_blocks
+    if sinks is not None:
+        outside = _outside_window(sinks, num_keys - length, num_blocks * block, window, causal=causal)
+        seen = outside.view(-1, 1, num_blocks, 1, block, outside.shape[-1])
+        logits, visible, weighted = _with_sinks(rows, logits, visible, weighted, sinks, seen)
+    visible = visible.expand(-1, -1, -1, groups, -1, -1).flatten(3, 4)
+    numerator, denominator = softmax_terms(logits, visible, weighted)
+    return from_blocks(numerator, groups, length), from_blocks(denominator, groups, length)
+
+
+def _outside_window(sinks: Sinks, offset: int, length: int, window: int, *, causal: bool) -> Tensor:
+    """`[batch, length, num_sinks]` bool: sinks that a query sees although its window does not hold them."""
+    query = torch.arange(offset, offset + length, device=sinks.index.device)[None, :, None]
+    index = sinks.index[:, None, :]
+    outside = index <= query - window
+    if not causal:
+        outside = outside | (index >= query + window)
+    return outside & sinks.valid[:, None, :]
+
+
+def _with_sinks(
+    rows: Tensor, logits: Tensor, visible: Tensor, values: Tensor, sinks: Sinks, seen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the sinks' columns before those of the window."""
+    num_blocks = rows.shape[2]
+    scores = (rows.flatten(2, 4) @ sinks.keys.transpose(-1, -2)).view(*rows.shape[:-1], -1).flatten(3, 4)
+    sink_values = sinks.values[:, :, None].expand(-1, -1, num_blocks, -1, -1)
+    visible = visible.expand(seen.shape[0], -1, -1, -1, -1, -1)
+    return torch.cat([scores, logits], -1), torch.cat([seen, visible], -1), torch.cat([sink_values, values], -2)
+
+
+def to_blocks(tensor: Tensor, num_kv_heads: int, num_blocks: int, block: int) -> Tensor:
+    """`[batch, heads, T, dim]` → `[batch, num_kv_heads, num_blocks, groups, block, dim]`, zeros behind the end."""
+    batch, heads, length, dim = tensor.shape
+    tensor = F.pad(tensor, (0, 0, 0, num_blocks * block - length))
+    return tensor.view(batch, num_kv_heads, heads // num_kv_heads, num_blocks, block, dim).transpose(2, 3)
+
+
+def from_blocks(tensor: Tensor, groups: int, length: int) -> Tensor:
+    """`[batch, num_kv_heads, num_blocks, groups * block, dim]` → `[batch, heads, T, dim]`."""
+    tensor = tensor.unflatten(3, (groups, -1)).transpose(2, 3)
+    return tensor.flatten(3, 4).flatten(1, 2)[:, :, :length]

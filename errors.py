@@ -1,0 +1,33 @@
+"""The exceptions that attnconv raises for whatever a user can cause; each message is one clear sentence."""
+
+
+class AttnConvError(Exception):
+    """Base of every error that attnconv raises on purpose."""
+
+
+class RecipeError(AttnConvError, ValueError):
+    """A recipe, an override or a method's options are wrong."""
+
+
+class CheckpointError(AttnConvError, ValueError):
+    """A checkpoint cannot be read, or is refused."""
+
+
+class PlanError(AttnConvError, ValueError):
+    """A conversion cannot be carried out on this model as asked."""
+
+
+class DataError(AttnConvError, ValueError):
+    """Training or evaluation data cannot be used."""
+
+
+class TrainingError(AttnConvError, RuntimeError):
+    """A healing stage had to stop."""
+
+
+class OutputError(AttnConvError, OSError):
+    """The output folder cannot be written."""
+
+
+class HubError(AttnConvError, RuntimeError):
+    """Talking to the Hugging Face Hub failed."""
