@@ -1,0 +1,60 @@
+"""Where text comes from: the `data` and `evaluate` sections."""
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from .fields import Count, CountOrZero, Section, Text, exactly_one
+
+
+class DataSection(Section):
+    """Training text; exactly one of `path`, `hub` and `embedded`.
+
+    Attributes:
+        path: a local jsonl, parquet or txt file, which may end in .gz; relative to where the command runs.
+        hub: id of a data set on the Hugging Face Hub, read as a stream.
+        embedded: the sample that comes with the package.
+        name: configuration of the Hub data set.
+        split: split of the Hub data set or of the embedded sample; null = train.
+        field: field of each row that holds the text.
+        seed: decides the order of the documents.
+    """
+
+    path: Text | None = None
+    hub: Text | None = None
+    embedded: bool = False
+    name: Text | None = None
+    split: Text | None = None
+    field: Text = "text"
+    seed: CountOrZero = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        exactly_one("data", {"path": self.path is not None, "hub": self.hub is not None, "embedded": self.embedded})
+        if self.name is not None and self.hub is None:
+            raise ValueError("name is the configuration of a Hub data set and needs hub")
+        if self.split is not None and self.path is not None:
+            raise ValueError("split belongs to hub or embedded; a file has no splits")
+        return self
+
+
+class EvaluateSection(Section):
+    """Text on which perplexity is measured before and after each stage; exactly one of `path` and `embedded`.
+
+    Attributes:
+        path: a local txt or jsonl file, which may end in .gz.
+        embedded: the validation sample that comes with the package.
+        field: field of each row that holds the text.
+        tokens: first tokens of the text that are used.
+        context: tokens of each window.
+    """
+
+    path: Text | None = None
+    embedded: bool = False
+    field: Text = "text"
+    tokens: Count = 5120
+    context: Count = 1024
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        exactly_one("evaluate", {"path": self.path is not None, "embedded": self.embedded})
+        return self

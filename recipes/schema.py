@@ -1,0 +1,130 @@
+"""The recipe: what becomes of which layers, and how the model heals."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator, model_validator
+from typing_extensions import Self
+
+from .data import DataSection, EvaluateSection
+from .fields import Section, Text
+from .selectors import LayerSelector, parse_layers
+from .stages import Stage
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _checked_layers(value: object) -> object:
+    parse_layers(value)
+    return value
+
+
+Layers = Annotated[
+    str | int | dict[str, int],
+    PlainValidator(_checked_layers),
+    WithJsonSchema({"type": ["string", "integer", "object"]}),
+]
+
+
+class AttentionRule(Section):
+    """Which layers get which attention; the first rule that matches a layer wins.
+
+    Attributes:
+        layers: `all`, `"0-3,7"`, `{every: 4, offset: 3}`, `{first: 2}`, `{last: 2}` or a regex on module names.
+        method: a registered method; `softmax` keeps the layers as they are.
+        options: the method's own options.
+    """
+
+    layers: Layers
+    method: Text
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def selector(self) -> LayerSelector:
+        """The parsed `layers`."""
+        return parse_layers(self.layers)
+
+    def matches(self, index: int | None, num_layers: int, module_name: str) -> bool:
+        """Whether the rule is about a module.
+
+        Args:
+            index: the module's layer, from 0; None for a module outside of the stack of layers.
+            num_layers: layers of the model.
+            module_name: dotted name, such as `model.layers.0.self_attn`.
+
+        Raises:
+            RecipeError: the rule names a layer that the model does not have.
+        """
+        selector = self.selector
+        selector.check(num_layers)
+        return selector.matches(index, num_layers, module_name)
+
+
+class OutputSection(Section):
+    """How the converted model is saved.
+
+    Attributes:
+        dtype: dtype of the saved weights; null = that of the input.
+        shard_size: largest weight file, such as `5GB` (decimal units).
+        merge_lora: add the low-rank updates to the weights; false keeps them as an adapter beside the model.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    shard_size: Text = "5GB"
+    merge_lora: bool = True
+
+    @field_validator("shard_size")
+    @classmethod
+    def _readable_size(cls, value: str) -> str:
+        if not SIZE.fullmatch(value) or _size_in_bytes(value) < 1:
+            raise ValueError(f"{value!r} is no size; write a number and one of {', '.join(UNITS)}, such as 5GB")
+        return value
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
+        return _size_in_bytes(self.shard_size)
+
+
+def _size_in_bytes(text: str) -> int:
+    found = SIZE.fullmatch(text)
+    return int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+
+
+class Recipe(Section):
+    """A conversion from start to end.
+
+    Attributes:
+        name: short name: letters, digits, `.`, `_` and `-`.
+        description: one sentence.
+        paper: URL of the paper.
+        attention: rules, the first that matches a layer wins; layers without a match keep their softmax.
+        stages: healing stages in order; none = swap only.
+        data: training text of the stages that name none of their own.
+        evaluate: text on which perplexity is measured; null = no measurement.
+        output: how the result is saved.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    paper: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    attention: Annotated[list[AttentionRule], Field(min_length=1)]
+    data: DataSection | None = None
+    stages: list[Stage] = Field(default_factory=list)
+    evaluate: EvaluateSection | None = None
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _stages_have_data(self) -> Self:
+        hungry = [str(number) for number, stage in enumerate(self.stages) if stage.data is None]
+        if hungry and self.data is None:
+            stages = f"stage{'s' * (len(hungry) > 1)} {', '.join(hungry)}"
+            raise ValueError(f"{stages} would train on nothing: give data to the recipe or to each stage")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML with every default written out; loading it gives an equal recipe."""
+        text: str = yaml.safe_dump(self.compact(), sort_keys=False, allow_unicode=True, width=110)
+        return text

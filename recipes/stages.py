@@ -1,0 +1,162 @@
+"""The healing stages a recipe can ask for, told apart by their `kind`."""
+
+import logging
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from .data import DataSection
+from .fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class StageBase(Section):
+    """What every stage has.
+
+    Attributes:
+        tokens: length of the stage in training tokens; either this or `steps`.
+        steps: length of the stage in optimizer steps.
+        sequence_length: tokens of one training sequence.
+        batch_size: sequences a device takes at once.
+        gradient_accumulation: batches of one optimizer step.
+        learning_rate: peak learning rate.
+        schedule: what the learning rate does after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises from zero.
+        max_grad_norm: gradients are scaled down to this norm; null = never.
+        weight_decay: AdamW's decoupled weight decay.
+        precision: dtype of the forward pass; weights that are trained stay fp32.
+        data: text of this stage, if it is not that of the recipe.
+        log_every: optimizer steps between lines of metrics.
+        save_every: optimizer steps between checkpoints from which a run resumes; null = none.
+    """
+
+    tokens: Count | None = None
+    steps: Count | None = None
+    sequence_length: Annotated[Count, Field(ge=2)]
+    batch_size: Count = 1
+    gradient_accumulation: Count = 1
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0
+    max_grad_norm: Positive | None = 1.0
+    weight_decay: NotNegative = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    data: DataSection | None = None
+    log_every: Count = 10
+    save_every: Count | None = 100
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        exactly_one("a stage", {"tokens": self.tokens is not None, "steps": self.steps is not None})
+        return self
+
+    def compact(self) -> dict[str, Any]:
+        """As for every section, with the kind in front."""
+        plain = super().compact()
+        return {"kind": plain.pop("kind"), **plain}
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step on one device."""
+        return self.sequence_length * self.batch_size * self.gradient_accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps on one device; `tokens` is rounded down to whole steps, but to one step at least."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, (self.tokens or 0) // self.tokens_per_step)
+
+
+class TransferLoss(Section):
+    """The loss of attention transfer, a weighted sum.
+
+    Attributes:
+        output_mse: weight of the mean squared error of the heads' outputs.
+        weight_cross_entropy: weight of the cross-entropy of the attention weights, which costs memory in L x L.
+        normalize_per_layer: divide each layer's output error by the mean square of the teacher's outputs there.
+    """
+
+    output_mse: NotNegative = 1000.0
+    weight_cross_entropy: NotNegative = 0.0
+    normalize_per_layer: bool = False
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if self.output_mse == 0 and self.weight_cross_entropy == 0:
+            raise ValueError("output_mse and weight_cross_entropy are both 0, so there is nothing to learn from")
+        return self
+
+
+class AttentionTransferStage(StageBase):
+    """Train the new attention alone to give what softmax attention gives, layer by layer."""
+
+    kind: Literal["attention_transfer"] = "attention_transfer"
+    loss: TransferLoss = TransferLoss()
+
+
+class LoraPart(Section):
+    """Low-rank updates of the model's own weights.
+
+    Attributes:
+        rank: rank of each update.
+        alpha: updates are scaled by alpha / rank.
+        dropout: share of the inputs of each update that is dropped, in [0, 1).
+        targets: names of the linear layers to update.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[Text] = Field(default_factory=lambda: list(ATTENTION_PROJECTIONS), min_length=1)
+
+
+class CoreTraining(Section):
+    """Whether the new attention learns along.
+
+    Attributes:
+        train_cores: whether the parameters of the new attention are trained in this stage.
+        core_learning_rate: their peak learning rate; null = that of the stage.
+    """
+
+    train_cores: bool = False
+    core_learning_rate: Positive | None = None
+
+    @model_validator(mode="after")
+    def _rate_has_effect(self) -> Self:
+        if self.core_learning_rate is not None and not self.train_cores:
+            logger.warning("core_learning_rate has no effect where train_cores is false")
+        return self
+
+
+class LoraStage(CoreTraining, LoraPart, StageBase):
+    """Train low-rank updates on the next-token loss."""
+
+    kind: Literal["lora"] = "lora"
+
+
+class LogitsStage(CoreTraining, StageBase):
+    """Train on the divergence from the teacher's next-token distribution.
+
+    Attributes:
+        temperature: both distributions are taken at this temperature.
+        lora: low-rank updates to train too; null = the new attention alone.
+    """
+
+    kind: Literal["logits"] = "logits"
+    train_cores: bool = True
+    temperature: Positive = 1.0
+    lora: LoraPart | None = None
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Self:
+        if self.lora is None and not self.train_cores:
+            raise ValueError("lora is null and train_cores is false, so there is nothing to train")
+        return self
+
+
+Stage = Annotated[AttentionTransferStage | LoraStage | LogitsStage, Field(discriminator="kind")]
