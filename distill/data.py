@@ -1,0 +1,167 @@
+"""Where training text comes from: local files, the Hugging Face Hub, or the packaged sample; as ordered documents."""
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..recipes import DataSection
+from .embedded import embedded_model_path, embedded_tokens
+from .packing import PackedSequence, Position, pack
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".text": "text"}
+# The shuffle buffer holds this much at most, so that whole books do not fill the memory.
+BUFFER_DOCUMENTS = 10_000
+BUFFER_CHARACTERS = 32_000_000
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The training data of a stage: ordered documents, turned into token ids as they are needed.
+
+    The order is that of a buffer of 10,000 documents (or 32 million characters, if that is less) from which documents
+    are drawn at random; it depends on the seed and the epoch alone, and covers every document once in each epoch.
+
+    Attributes:
+        section: The recipe's data section.
+        tokenizer: The model's tokenizer.
+    """
+
+    section: DataSection
+    tokenizer: PreTrainedTokenizerBase
+
+    def sequences(self, length: int, start: Position | None = None) -> Iterator[PackedSequence]:
+        """Endless training sequences of `length` tokens from a place on; see `pack`."""
+        return pack(self.token_lists, length, start)
+
+    def token_lists(self, epoch: int = 0, skip: int = 0) -> Iterator[list[int]]:
+        """The token ids of each document of an epoch, boundary tokens included, without the first `skip` documents."""
+        order = random.Random(f"{self.section.seed}/{epoch}")
+        for index, document in enumerate(shuffled(read_documents(self.section, self.tokenizer), order)):
+            if index >= skip:
+                yield document if isinstance(document, list) else encode_document(self.tokenizer, document)
+
+
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of one document with what the tokenizer adds to a text, and an end-of-sequence token behind it."""
+    # verbose=False: documents are longer than the model's context on purpose, packing cuts them.
+    ids: list[int] = list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    return ids
+
+
+def shuffled(documents: Iterator[str | list[int]], order: random.Random) -> Iterator[str | list[int]]:
+    """Draw documents at random from a buffer that is refilled as it empties; every document comes out once."""
+    buffer: list[str | list[int]] = []
+    size = 0
+    for document in documents:
+        buffer.append(document)
+        size += len(document)
+        while len(buffer) >= BUFFER_DOCUMENTS or (size > BUFFER_CHARACTERS and len(buffer) > 1):
+            chosen = _draw(buffer, order)
+            size -= len(chosen)
+            yield chosen
+    while buffer:
+        yield _draw(buffer, order)
+
+
+def _draw(buffer: list[str | list[int]], order: random.Random) -> str | list[int]:
+    place = order.randrange(len(buffer))
+    buffer[place], buffer[-1] = buffer[-1], buffer[place]
+    return buffer.pop()
+
+
+def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | list[int]]:
+    """Yield the non-empty documents of a data section, in the order of the source.
+
+    A JSON line or a table row is a document, and so is a paragraph of a text file (paragraphs are separated by empty
+    lines). The packaged sample comes as token ids if the tokenizer has its vocabulary, else as text.
+
+    Raises:
+        DataError: The source cannot be read, holds no text, or a row has no text under the section's field.
+    """
+    if section.embedded:
+        yield from _embedded_documents(section, tokenizer)
+        return
+    source = f'The data set "{section.hub}"' if section.path is None else f"The data file {section.path}"
+    found = False
+    for row in _rows(section, source):
+        text = row.get(section.field)
+        if section.field not in row or not isinstance(text, str | None):
+            fields = ", ".join(row) or "none"
+            kind = "no field" if section.field not in row else f"no text ({type(text).__name__}) in the field"
+            raise DataError(f'{source} has {kind} "{section.field}"; its fields are: {fields}.')
+        if text and not text.isspace():
+            found = True
+            yield text
+    if not found:
+        raise DataError(f"{source} holds no text.")
+
+
+def _embedded_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | list[int]]:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(embedded_model_path())
+    rows = embedded_tokens(section.split or "train").tolist()
+    if own.get_vocab() == tokenizer.get_vocab():
+        yield from rows
+    else:
+        yield from own.batch_decode(rows, skip_special_tokens=True)
+
+
+def _rows(section: DataSection, source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file or Hub data set, read as they are asked for."""
+    from datasets import load_dataset
+
+    try:
+        if section.path is None:
+            dataset = load_dataset(section.hub, section.name, split=section.split or "train", streaming=True)
+        else:
+            builder, files = _builder(Path(section.path))
+            options = {"sample_by": "paragraph"} if builder == "text" else {}
+            dataset = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+        rows = iter(dataset)
+    except (DataError, StopIteration) as error:
+        # An archive of nothing ends before its first row.
+        if isinstance(error, StopIteration):
+            return
+        raise
+    # `datasets` and what it reads with raise errors of a dozen kinds, most of them for a wrong name or no network.
+    except Exception as error:
+        raise DataError(f"{source} cannot be opened: {_first_line(error)}") from error
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        # As above: a truncated archive, text that is no JSON or a lost connection each have their own kind of error.
+        except Exception as error:
+            raise DataError(f"{source} cannot be read: {_first_line(error)}") from error
+        yield row
+
+
+def _builder(path: Path) -> tuple[str, str]:
+    """Which reader of `datasets` takes the file, and the file's full path."""
+    if not path.is_file():
+        raise DataError(f"There is no data file at {path}.")
+    if path.stat().st_size == 0:
+        raise DataError(f"The data file {path} is empty.")
+    name = path.name.lower().removesuffix(".gz")
+    builder = BUILDERS.get(Path(name).suffix)
+    if builder is None:
+        raise DataError(f"The data file {path} is of no known kind; use {', '.join(BUILDERS)}, also with .gz behind it.")
+    return builder, str(path.resolve())
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{message or type(error).__name__}."
