@@ -1,0 +1,24 @@
+"""Where supported versions of transformers differ, the version is named here and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import cache_utils
+
+LayerTypes = Callable[[Any], tuple[list[str], list[dict[str, Any]]]]
+
+
+def wrap_layer_types(wrapper: Callable[[LayerTypes], LayerTypes]) -> None:
+    """Wrap the function from which transformers >= 5.18 builds cache layers for a config.
+
+    Older versions build them elsewhere; there our layers take their place when a converted module is first called.
+    """
+    original = getattr(cache_utils, "get_layer_types_and_kwargs", None)
+    if original is not None:
+        cache_utils.get_layer_types_and_kwargs = wrapper(original)
+
+
+def plain_cache_layers() -> tuple[type, ...]:
+    """Cache layers that hold keys and values and nothing else."""
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "DummyLayer")
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))

@@ -1,0 +1,20 @@
+"""The surgery: probe a model, plan, swap its attention, save and reload."""
+
+# First of all: loading it registers our hooks, which import modules of this folder.
+import transformers.modeling_utils  # noqa: F401, I001
+
+from .model import convert_model
+from .plan import Plan, PlanEntry, make_plan
+from .probe import ProbedModule, probe
+from .swap import apply_plan, converted_modules
+
+__all__ = [
+    "Plan",
+    "PlanEntry",
+    "ProbedModule",
+    "apply_plan",
+    "convert_model",
+    "converted_modules",
+    "make_plan",
+    "probe",
+]

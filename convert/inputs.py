@@ -1,0 +1,69 @@
+"""Small inputs that make any architecture run once."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Encoder and decoder lengths differ, so that cross-attention shows itself.
+_TOKENS, _DECODER_TOKENS, _FRAMES, _SAMPLES = 4, 3, 64, 4000
+
+
+def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, Tensor]]:
+    """Guesses at a forward's arguments, the most likely first.
+
+    Args:
+        model: any transformers model.
+        device: where the tensors are made.
+    """
+    config = model.config
+    parameters = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    ids = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
+    makers = {
+        "input_ids": lambda: ids,
+        "pixel_values": lambda: torch.zeros(1, *_image_shape(config), device=device),
+        "input_features": lambda: torch.zeros(1, _first(config, ("num_mel_bins",), 80), _frames(config), device=device),
+        "input_values": lambda: torch.zeros(1, _SAMPLES, device=device),
+    }
+    if main not in makers:
+        main = "input_ids"
+    inputs = {main: makers[main]()}
+    decoder = {"decoder_input_ids": torch.ones(1, _DECODER_TOKENS, dtype=torch.long, device=device)}
+    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
+        yield {**inputs, **decoder}
+    yield inputs
+    if "decoder_input_ids" in parameters:
+        yield {**inputs, **decoder}
+    # Two towers, such as text and image.
+    extra = {name: make() for name, make in makers.items() if name in parameters and name not in inputs}
+    if extra:
+        yield {**inputs, **extra}
+
+
+def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
+    """The first of `names` that the config or one of its sub-configs has."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for part in parts:
+        for name in names:
+            value = getattr(part, name, None)
+            if value is not None:
+                return value
+    return default
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = _first(config, ("image_size",), 224)
+    if isinstance(size, dict):
+        size = (size["height"], size["width"])
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    return _first(config, ("num_channels", "in_channels"), 3), height, width
+
+
+def _frames(config: Any) -> int:
+    """Whisper-like encoders insist on the length their positions were made for."""
+    positions = _first(config, ("max_source_positions",), None)
+    return _FRAMES if positions is None else 2 * int(positions)

@@ -1,0 +1,180 @@
+"""What makes `AutoModel...from_pretrained` rebuild a converted model, once attnconv is imported."""
+
+import sys
+from collections.abc import Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention_modules.base import AttentionModule
+from ..errors import PlanError
+from .cache import register_cache_layers
+from .interface import ATTENTION, attnconv_attention
+from .plan import Plan
+from .swap import apply_plan
+
+CLASS_PREFIX = "AttnConv"
+_REGISTERED = "_attnconv_registered"
+
+
+def register() -> None:
+    """Register with transformers; doing it twice changes nothing.
+
+    - the attention and mask function named `attnconv`,
+    - cache layers,
+    - `PreTrainedModel.post_init`: a model whose config carries our section is converted while it is built,
+    - `PreTrainedModel._initialize_weights`: parameters of cores that a checkpoint lacks get their own start,
+    - `PreTrainedModel.save_pretrained`: a converted model is saved so that it never loads as softmax by accident.
+    """
+    if getattr(PreTrainedModel, _REGISTERED, False):
+        return
+    setattr(PreTrainedModel, _REGISTERED, True)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attnconv_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+    register_cache_layers()
+    _wrap_post_init()
+    _wrap_initialize_weights()
+    _wrap_save_pretrained()
+
+
+def native_model(architecture: str, module: str) -> type[PreTrainedModel]:
+    """The class behind a saved conversion's `auto_map`: transformers' own, under a name of its own.
+
+    Args:
+        architecture: transformers' class name, such as `LlamaForCausalLM`.
+        module: `__name__` of the generated modeling file.
+    """
+    register()
+    original = getattr(transformers, architecture)
+    name = CLASS_PREFIX + architecture
+    model_type = getattr(original.config_class, "model_type", "")
+    # Weight conversions are looked up by class name.
+    conversions = get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(model_type)
+    if conversions:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    return type(name, (original,), {"__module__": module})
+
+
+def _wrap_post_init() -> None:
+    original = PreTrainedModel.post_init
+
+    @wraps(original)
+    def post_init(self: PreTrainedModel) -> None:
+        if self.config._attn_implementation == ATTENTION:
+            # The sentinel in config.json did its duty: without attnconv this name would not have been accepted.
+            self.config._attn_implementation_internal = self.get_correct_attn_implementation(None, is_init_check=True)
+        section = getattr(self.config, "attnconv", None)
+        if isinstance(section, dict):
+            _convert_while_built(self, section)
+        original(self)
+
+    PreTrainedModel.post_init = post_init
+
+
+def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> None:
+    plan = Plan.from_config(section)
+    names = resolve_names([entry.name for entry in plan.entries], (name for name, _ in model.named_modules()))
+    if names is not None:
+        apply_plan(model, plan.rename(names))
+        # The section keeps the names of the model that was converted.
+        model.config.attnconv = section
+        # In whatever dtype the model is loaded, its cores stay in fp32.
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "attnconv"}
+        for part in model.modules():
+            handle = part.__dict__.pop("_attnconv_pending", None)
+            if handle is not None:
+                handle.remove()
+    elif type(model).__name__.removeprefix(CLASS_PREFIX) in (model.config.architectures or ()):
+        raise PlanError(
+            f"the converted modules named in config.json are not in {type(model).__name__}: "
+            f"{plan.entries[0].name} and {len(plan.entries) - 1} more"
+        )
+    else:
+        # A part of a larger model, which will resolve the names itself; alone it must not run as softmax.
+        model.__dict__["_attnconv_pending"] = model.register_forward_pre_hook(_refuse_to_run)
+
+
+def _refuse_to_run(model: nn.Module, args: Any) -> None:
+    raise PlanError(
+        f"{type(model).__name__} was built from a converted model's config, but the converted modules are not in it"
+    )
+
+
+def resolve_names(wanted: list[str], present: Iterable[str]) -> dict[str, str] | None:
+    """Find saved module names in a model that may have more or fewer outer layers, such as a head.
+
+    Returns:
+        saved name → name in this model, or None if not all are there.
+    """
+    names = set(present)
+    first = wanted[0]
+    parts = first.split(".")
+    # The same names; then without outer prefixes; then under some prefix.
+    shorter = [".".join(parts[i:]) for i in range(len(parts))]
+    longer = [name for name in names if name.endswith("." + first)]
+    for candidate in shorter:
+        if candidate in names:
+            prefix = first[: len(first) - len(candidate)]
+            mapping = {name: name[len(prefix) :] for name in wanted if name.startswith(prefix)}
+            if len(mapping) == len(wanted) and names.issuperset(mapping.values()):
+                return mapping
+    for candidate in longer:
+        prefix = candidate[: len(candidate) - len(first)]
+        mapping = {name: prefix + name for name in wanted}
+        if names.issuperset(mapping.values()):
+            return mapping
+    return None
+
+
+def _wrap_initialize_weights() -> None:
+    original = PreTrainedModel._initialize_weights
+
+    @wraps(original)
+    def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(module, AttentionModule) and module.__dict__.get("_attnconv_owned"):
+            _initialize_missing(module)
+        elif not module.__dict__.get("_attnconv_owned"):
+            original(self, module, *args, **kwargs)
+
+    PreTrainedModel._initialize_weights = _initialize_weights
+
+
+@torch.no_grad()
+def _initialize_missing(core: AttentionModule) -> None:
+    """Start the parameters that were not loaded; those that were stay."""
+    loaded = {name: p.clone() for name, p in core.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+    if len(loaded) == len(list(core.parameters())):
+        return
+    core.reset_parameters()
+    for name, parameter in core.named_parameters():
+        if name in loaded:
+            parameter.copy_(loaded[name])
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _wrap_save_pretrained() -> None:
+    original = PreTrainedModel.save_pretrained
+
+    @wraps(original)
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        section = getattr(self.config, "attnconv", None)
+        result = original(self, save_directory, *args, **kwargs)
+        if isinstance(section, dict) and kwargs.get("is_main_process", True):
+            from .save import mark_folder
+
+            mark_folder(save_directory)
+        return result
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def is_registered() -> bool:
+    """Whether `register` ran in this process."""
+    return "transformers" in sys.modules and getattr(PreTrainedModel, _REGISTERED, False)

@@ -1,0 +1,159 @@
+"""The surgery: chosen modules keep their class, names and parameters, and hand query, key and value to a core."""
+
+import copy
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..attention_modules.base import AttentionModule
+from ..attention_modules.registry import create
+from ..errors import PlanError
+from .cache import layer_of
+from .interface import ATTENTION, CONTEXT, CallContext, is_converted
+from .plan import Plan, PlanEntry
+
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+CORE = "attnconv"
+
+
+class ConvertedMixin:
+    """Put before a module's own class: notes the call's input and cache layer, then runs the original forward."""
+
+    _attnconv_original: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward; its attention call finds what was noted here."""
+        context = _context(self, args, kwargs)
+        if _forwards_kwargs(self._attnconv_original):
+            return super().forward(*args, **{CONTEXT: context}, **kwargs)  # type: ignore[misc]
+        self.__dict__["_attnconv_context"] = context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__.pop("_attnconv_context", None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Dynamic classes cannot be imported by name, so copies are rebuilt from the original class."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_attnconv_context", "_attnconv_tap")}
+        return _rebuild, (self._attnconv_original,), state
+
+
+def _context(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallContext:
+    original = module._attnconv_original
+    bound = _signature(original).bind_partial(module, *args, **kwargs).arguments
+    arguments = {**bound, **bound.get("kwargs", {}), **kwargs}
+    past = next((arguments[name] for name in _CACHE_ARGUMENTS if isinstance(arguments.get(name), Cache)), None)
+    hidden_states = arguments.get("hidden_states", args[0] if args else None)
+    context = CallContext(hidden_states if isinstance(hidden_states, torch.Tensor) else None)
+    core = module.attnconv
+    if past is not None and core.geometry.causal:
+        layer_idx = arguments.get("layer_idx")
+        layer_idx = layer_idx if isinstance(layer_idx, int) else module.layer_idx
+        context.layer = layer_of(past, layer_idx)
+    return context
+
+
+@cache
+def _signature(module_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(module_class.forward)
+
+
+@cache
+def _forwards_kwargs(module_class: type[nn.Module]) -> bool:
+    """Whether `forward(..., **kwargs)` hands its kwargs on to the attention function.
+
+    Read from the source, since it must be known before the first call; where it is not, the context travels on the
+    module instead.
+    """
+    if not any(p.kind is p.VAR_KEYWORD for p in _signature(module_class).parameters.values()):
+        return False
+    try:
+        source = inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return False
+    _, found, call = source.partition("attention_interface(")
+    depth, arguments = 1, ""
+    for character in call:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            break
+        arguments += character
+    return bool(found) and "**kwargs" in arguments
+
+
+@cache
+def converted_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `original` whose attention runs in a core."""
+    attributes = {"_attnconv_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(f"AttnConv{original.__name__}", (ConvertedMixin, original), attributes)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    module_class = converted_class(original)
+    return module_class.__new__(module_class)
+
+
+def converted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every converted module of a model by name; its core is `module.attnconv`."""
+    return {name: module for name, module in model.named_modules() if is_converted(module)}
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Swap attention in place; modules that are converted already stay.
+
+    Args:
+        model: any transformers model, on any device (meta included).
+        plan: names and methods, as made by `make_plan` or read from a saved config.
+
+    Returns:
+        the same model, its config carrying the plan.
+
+    Raises:
+        PlanError: a module of the plan is not in the model, or cannot be swapped.
+    """
+    modules = dict(model.named_modules())
+    missing = [entry.name for entry in plan.converted if entry.name not in modules]
+    if missing:
+        raise PlanError(f"modules of the plan are not in {type(model).__name__}: {', '.join(missing[:3])}")
+    for entry in plan.converted:
+        if not is_converted(modules[entry.name]):
+            _swap(modules[entry.name], entry)
+    section = plan.to_config()
+    model.config.attnconv = section
+    # Caches are built from the text config.
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is not model.config:
+        text_config.attnconv = section
+    # Serving engines that bring their own key/value cache must not take a recurrent layer.
+    if any(module.attnconv.is_recurrent for module in converted_modules(model).values()):
+        model._supports_attention_backend = False  # type: ignore[assignment]
+    return model
+
+
+def _swap(module: nn.Module, entry: PlanEntry) -> None:
+    if not hasattr(module, "config"):
+        raise PlanError(f"{entry.name} ({type(module).__name__}) has no config, so its attention cannot be replaced")
+    parameter = next(module.parameters())
+    with torch.device(parameter.device):
+        core = build_core(entry)
+    core.train(module.training)
+    for part in core.modules():
+        part.__dict__["_attnconv_owned"] = True
+    module.add_module(CORE, core)
+    module.__class__ = converted_class(type(module))
+    module.__dict__["_attnconv_name"] = entry.name
+    # In a tuple, so that nothing that walks over configs finds it.
+    module.__dict__["_attnconv_config"] = (module.config,)
+    # Only this module dispatches to us: unconverted layers keep theirs, and set_attn_implementation cannot undo it.
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = ATTENTION
+    module.config = config
+
+
+def build_core(entry: PlanEntry) -> AttentionModule:
+    """The attention module of one plan entry, its parameters in fp32 whatever the model's dtype."""
+    return create(entry.method, entry.geometry, **entry.options).float()
