@@ -29,7 +29,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        exactly_one("data", {"path": self.path is not None, "hub": self.hub is not None, "embedded": self.embedded})
+        exactly_one({"path": self.path is not None, "hub": self.hub is not None, "embedded": self.embedded})
         if self.name is not None and self.hub is None:
             raise ValueError("name is the configuration of a Hub data set and needs hub")
         if self.split is not None and self.path is not None:
@@ -56,5 +56,5 @@ class EvaluateSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        exactly_one("evaluate", {"path": self.path is not None, "embedded": self.embedded})
+        exactly_one({"path": self.path is not None, "embedded": self.embedded})
         return self

@@ -53,11 +53,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
-def exactly_one(section: str, given: dict[str, bool]) -> None:
+def exactly_one(given: dict[str, bool]) -> None:
     """Check that one of some alternatives was chosen.
 
     Args:
-        section: what the alternatives decide, for the message.
         given: each alternative's key and whether it was given.
 
     Raises:
@@ -66,4 +65,4 @@ def exactly_one(section: str, given: dict[str, bool]) -> None:
     chosen = [key for key, present in given.items() if present]
     if len(chosen) != 1:
         got = " and ".join(chosen) or "none of them"
-        raise ValueError(f"{section} needs exactly one of {', '.join(given)}, got {got}")
+        raise ValueError(f"exactly one of {', '.join(given)} is wanted, got {got}")

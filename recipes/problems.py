@@ -65,6 +65,8 @@ def _problem(item: dict[str, Any], model: type[BaseModel], prefix: str) -> Probl
         key = str(location[-1])
         return Problem(_join(prefix, *path, key), f"unknown key; {nearest(key, _keys(parent))}")
     path, _ = _walk(location, model)
+    if kind == "union_tag_not_found":
+        return Problem(_join(prefix, *path, "kind"), "this key is required")
     if kind == "union_tag_invalid":
         tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
         return Problem(_join(prefix, *path, "kind"), f"got {_quote(context['tag'])}; {nearest(context['tag'], tags)}")
@@ -74,8 +76,6 @@ def _problem(item: dict[str, Any], model: type[BaseModel], prefix: str) -> Probl
 def _message(kind: str, message: str, context: dict[str, Any], given: object) -> str:
     if kind == "missing":
         return "this key is required"
-    if kind == "union_tag_not_found":
-        return "the key 'kind' is required"
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":

@@ -51,7 +51,7 @@ class StageBase(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        exactly_one("a stage", {"tokens": self.tokens is not None, "steps": self.steps is not None})
+        exactly_one({"tokens": self.tokens is not None, "steps": self.steps is not None})
         return self
 
     def compact(self) -> dict[str, Any]:
