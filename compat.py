@@ -15,7 +15,7 @@ def wrap_layer_types(wrapper: Callable[[LayerTypes], LayerTypes]) -> None:
     """
     original = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     if original is not None:
-        cache_utils.get_layer_types_and_kwargs = wrapper(original)
+        setattr(cache_utils, "get_layer_types_and_kwargs", wrapper(original))  # noqa: B010
 
 
 def plain_cache_layers() -> tuple[type, ...]:

@@ -41,7 +41,7 @@ def window_mask(num_queries: int, num_keys: int, window: int, *, causal: bool, d
 
 
 def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator `[..., T, value_dim]` and denominator `[..., T, 1]` of a masked softmax, relative to the row maximum."""
+    """Numerator `[..., T, value_dim]` and denominator `[..., T, 1]` of a masked softmax, relative to its maximum."""
     logits = logits.masked_fill(~visible, MASKED)
     # Clamped above MASKED: where nothing is visible every weight underflows to zero.
     peak = logits.amax(-1, keepdim=True).clamp_min(MASKED / 1e10)

@@ -1,7 +1,7 @@
 """The surgery: probe a model, plan, swap its attention, save and reload."""
 
 # First of all: loading it registers our hooks, which import modules of this folder.
-import transformers.modeling_utils  # noqa: F401, I001
+import transformers.modeling_utils  # noqa: F401
 
 from .model import convert_model
 from .plan import Plan, PlanEntry, make_plan

@@ -26,7 +26,7 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
     """
 
     # Registers the class with DynamicCache.
-    _layer_type = LAYER_TYPE
+    _layer_type: str | None = LAYER_TYPE
     is_sliding = False
     is_croppable = True
     is_compileable = False
@@ -163,8 +163,9 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move back."""
-        if self.device is not None:
-            self._move(self.device)
+        device: torch.device | None = getattr(self, "device", None)
+        if device is not None:
+            self._move(device)
         self._to_inner("prefetch")
 
     def _move(self, device: torch.device) -> None:
@@ -222,9 +223,12 @@ def layer_of(cache: Cache, layer_idx: int) -> AttnConvCacheLayer:
                 f"layer {layer_idx} of this cache was filled by an unconverted model; start with an empty cache"
             )
         kind = StaticAttnConvCacheLayer if isinstance(layer, cache_utils.StaticLayer) else AttnConvCacheLayer
-        cache.layers[layer_idx] = kind(inner=layer)
-        cache.layers[layer_idx].record_past = getattr(layer, "record_past", False)
-    return cache.layers[layer_idx]
+        ours = kind(inner=layer)
+        ours.record_past = getattr(layer, "record_past", False)
+        cache.layers[layer_idx] = ours
+    found = cache.layers[layer_idx]
+    assert isinstance(found, AttnConvCacheLayer)
+    return found
 
 
 def register_cache_layers() -> None:

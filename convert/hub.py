@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AttnConvError, CheckpointError, HubError
+from .jsonfiles import read_json
+from .shards import read_shard
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -85,7 +86,7 @@ def published_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the folder is not a complete converted model.
     """
-    config = _read_json(folder, "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("attnconv"), dict):
         raise CheckpointError(
             f"{folder} is not a model converted with attnconv: its config.json has no 'attnconv' section."
@@ -104,9 +105,9 @@ def published_files(folder: Path) -> list[str]:
 
 
 def _weight_files(folder: Path) -> set[str]:
-    """The names of the folder's weight files, all of which exist."""
+    """The names of the folder's weight files, all of which exist and are whole."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_json(folder, INDEX_FILE).get("weight_map")
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX_FILE} has no 'weight_map'.")
         names = {str(name) for name in weight_map.values()}
@@ -117,19 +118,8 @@ def _weight_files(folder: Path) -> set[str]:
             raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is not a file of this folder.")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a complete model: the weight file {name} is missing.")
+        read_shard(folder / name, name)
     return names
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model folder: it has no {name}.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {_first_line(error)}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{folder / name} is no JSON object.")
-    return value
 
 
 def _check_card(folder: Path) -> None:
@@ -193,7 +183,7 @@ def _sentence(error: BaseException, doing: str, repo_id: str, then: str) -> str:
             "or set HF_TOKEN."
         )
     # A signed storage address that has run out is refused too, but carries no token and is no matter of rights.
-    if answer is not None and status == 403 and "authorization" in answer.request.headers:
+    if answer is not None and status == 403 and "authorization" in answer.response.request.headers:
         return (
             f"Your token may not write to {repo_id!r}: check the user or organisation in the name, "
             "or run `hf auth login` with a token that has write access."

@@ -1,7 +1,7 @@
 """Small inputs that make any architecture run once."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, 
     parameters = inspect.signature(model.forward).parameters
     main = model.main_input_name
     ids = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
-    makers = {
+    makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
         "pixel_values": lambda: torch.zeros(1, *_image_shape(config), device=device),
         "input_features": lambda: torch.zeros(1, _first(config, ("num_mel_bins",), 80), _frames(config), device=device),
@@ -32,7 +32,7 @@ def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, 
     if main not in makers:
         main = "input_ids"
     inputs = {main: makers[main]()}
-    decoder = {"decoder_input_ids": torch.ones(1, _DECODER_TOKENS, dtype=torch.long, device=device)}
+    decoder: dict[str, Tensor] = {"decoder_input_ids": torch.ones(1, _DECODER_TOKENS, dtype=torch.long, device=device)}
     if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
         yield {**inputs, **decoder}
     yield inputs

@@ -58,7 +58,7 @@ class AttentionCall:
 
     def student(self) -> Tensor:
         """The converted attention's output `[batch, num_heads, T, value_dim]`, with gradients to its core only."""
-        return self.core(
+        out: Tensor = self.core(
             self.query.detach(),
             self.key.detach(),
             self.value.detach(),
@@ -66,10 +66,11 @@ class AttentionCall:
             padding_mask=self.padding_mask,
             hidden_states=None if self.hidden_states is None else self.hidden_states.detach(),
         )
+        return out
 
     def converted(self) -> Tensor:
         """The converted attention's output with gradients to everything."""
-        return self.core(
+        out: Tensor = self.core(
             self.query,
             self.key,
             self.value,
@@ -77,6 +78,7 @@ class AttentionCall:
             padding_mask=self.padding_mask,
             hidden_states=self.hidden_states,
         )
+        return out
 
     @torch.no_grad()
     def teacher(self) -> Tensor:
@@ -108,6 +110,13 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(getattr(module, "attnconv", None), AttentionModule)
 
 
+def core_of(module: nn.Module) -> AttentionModule:
+    """The attention module inside a converted module."""
+    core = module.attnconv
+    assert isinstance(core, AttentionModule)
+    return core
+
+
 def attnconv_attention(
     module: nn.Module,
     query: Tensor,
@@ -125,7 +134,7 @@ def attnconv_attention(
     """
     if not is_converted(module):
         raise PlanError(f"{type(module).__name__} was not converted, so attn_implementation='attnconv' cannot serve it")
-    core: AttentionModule = module.attnconv
+    core = core_of(module)
     context = kwargs.pop(CONTEXT, None) or module.__dict__.get("_attnconv_context") or CallContext()
     _refuse_unsupported(kwargs)
     length, layer = query.shape[2], context.layer
@@ -189,11 +198,14 @@ def _base_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     name = config._attn_implementation
     if name in (None, "eager", ATTENTION):
         for owner in type(module).__mro__:
-            function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
-            if function is not None:
-                return function
+            eager: Callable[..., tuple[Tensor, Any]] | None = getattr(
+                sys.modules.get(owner.__module__), "eager_attention_forward", None
+            )
+            if eager is not None:
+                return eager
         name = "sdpa"
-    return ALL_ATTENTION_FUNCTIONS[name]
+    function: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[name]
+    return function
 
 
 def new_token_mask(mask: Any, batch: int, length: int, seen: int, position_ids: Tensor | None = None) -> Tensor | None:

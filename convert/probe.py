@@ -1,4 +1,4 @@
-"""Learn a model's attention by watching it: one forward on the meta device with an attention function that takes notes."""
+"""Learn a model's attention by watching one forward on the meta device."""
 
 import copy
 import logging
@@ -121,11 +121,11 @@ def probe(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> tuple
         PlanError: the architecture does not use transformers' attention interface, or cannot be run at all.
     """
     with _recording() as recorder:
-        errors = []
+        errors: list[Exception] = []
         for device in ("meta", "cpu"):
             try:
                 return _watch(config, model_class, device, recorder)
-            except _TooLarge as error:
+            except _TooLargeError as error:
                 raise PlanError(str(error)) from errors[-1]
             # Anything a model's forward may raise on tensors without data; the CPU is the second try.
             except Exception as error:
@@ -136,7 +136,7 @@ def probe(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> tuple
         raise PlanError(f"{model_class.__name__} could not be probed: {errors[-1]}") from errors[-1]
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     pass
 
 
@@ -158,7 +158,7 @@ def _watch(
             with torch.no_grad():
                 model(**inputs)
         # A wrong guess at the inputs shows itself in any way; the next guess follows.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             failure = failure or error
             continue
         if recorder.calls:
@@ -175,7 +175,9 @@ def _refuse_large(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
     with torch.device("meta"):
         model = model_class._from_config(copy.deepcopy(config))
     if model.num_parameters() > _MAX_CPU_PARAMETERS:
-        raise _TooLarge(f"{model_class.__name__} cannot run without weights, and is too large to be probed with some")
+        raise _TooLargeError(
+            f"{model_class.__name__} cannot run without weights, and is too large to be probed with some"
+        )
 
 
 def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig) -> ProbedModule:

@@ -63,7 +63,7 @@ def native_model(architecture: str, module: str) -> type[PreTrainedModel]:
 
 
 def _wrap_post_init() -> None:
-    original = PreTrainedModel.post_init
+    original: Any = PreTrainedModel.post_init
 
     @wraps(original)
     def post_init(self: PreTrainedModel) -> None:
@@ -75,7 +75,7 @@ def _wrap_post_init() -> None:
             _convert_while_built(self, section)
         original(self)
 
-    PreTrainedModel.post_init = post_init
+    setattr(PreTrainedModel, "post_init", post_init)  # noqa: B010
 
 
 def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def _wrap_initialize_weights() -> None:
         elif not module.__dict__.get("_attnconv_owned"):
             original(self, module, *args, **kwargs)
 
-    PreTrainedModel._initialize_weights = _initialize_weights
+    setattr(PreTrainedModel, "_initialize_weights", _initialize_weights)  # noqa: B010
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def _wrap_save_pretrained() -> None:
             mark_folder(save_directory)
         return result
 
-    PreTrainedModel.save_pretrained = save_pretrained
+    setattr(PreTrainedModel, "save_pretrained", save_pretrained)  # noqa: B010
 
 
 def is_registered() -> bool:

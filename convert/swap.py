@@ -2,18 +2,17 @@
 
 import copy
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from ..attention_modules.base import AttentionModule
 from ..attention_modules.registry import create
 from ..errors import PlanError
 from .cache import layer_of
-from .interface import ATTENTION, CONTEXT, CallContext, is_converted
+from .interface import ATTENTION, CONTEXT, CallContext, core_of, is_converted
 from .plan import Plan, PlanEntry
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -23,12 +22,14 @@ CORE = "attnconv"
 class ConvertedMixin:
     """Put before a module's own class: notes the call's input and cache layer, then runs the original forward."""
 
-    _attnconv_original: type[nn.Module]
+    _attnconv_original: type[Any]
+    _attnconv_signature: inspect.Signature
+    _attnconv_forwards_kwargs: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward; its attention call finds what was noted here."""
         context = _context(self, args, kwargs)
-        if _forwards_kwargs(self._attnconv_original):
+        if self._attnconv_forwards_kwargs:
             return super().forward(*args, **{CONTEXT: context}, **kwargs)  # type: ignore[misc]
         self.__dict__["_attnconv_context"] = context
         try:
@@ -43,8 +44,7 @@ class ConvertedMixin:
 
 
 def _context(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallContext:
-    original = module._attnconv_original
-    bound = _signature(original).bind_partial(module, *args, **kwargs).arguments
+    bound = module._attnconv_signature.bind_partial(module, *args, **kwargs).arguments
     arguments = {**bound, **bound.get("kwargs", {}), **kwargs}
     past = next((arguments[name] for name in _CACHE_ARGUMENTS if isinstance(arguments.get(name), Cache)), None)
     hidden_states = arguments.get("hidden_states", args[0] if args else None)
@@ -57,19 +57,13 @@ def _context(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     return context
 
 
-@cache
-def _signature(module_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(module_class.forward)
-
-
-@cache
-def _forwards_kwargs(module_class: type[nn.Module]) -> bool:
+def _forwards_kwargs(module_class: type[Any]) -> bool:
     """Whether `forward(..., **kwargs)` hands its kwargs on to the attention function.
 
     Read from the source, since it must be known before the first call; where it is not, the context travels on the
     module instead.
     """
-    if not any(p.kind is p.VAR_KEYWORD for p in _signature(module_class).parameters.values()):
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values()):
         return False
     try:
         source = inspect.getsource(module_class.forward)
@@ -85,14 +79,25 @@ def _forwards_kwargs(module_class: type[nn.Module]) -> bool:
     return bool(found) and "**kwargs" in arguments
 
 
-@cache
-def converted_class(original: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[Any, Any] = {}
+
+
+def converted_class(original: Any) -> Any:
     """The subclass of `original` whose attention runs in a core."""
-    attributes = {"_attnconv_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"AttnConv{original.__name__}", (ConvertedMixin, original), attributes)
+    if original in _CLASSES:
+        return _CLASSES[original]
+    attributes = {
+        "_attnconv_original": original,
+        "_attnconv_signature": inspect.signature(original.forward),
+        "_attnconv_forwards_kwargs": _forwards_kwargs(original),
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    _CLASSES[original] = type(f"AttnConv{original.__name__}", (ConvertedMixin, original), attributes)
+    return _CLASSES[original]
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(original: Any) -> Any:
     module_class = converted_class(original)
     return module_class.__new__(module_class)
 
@@ -102,7 +107,7 @@ def converted_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_converted(module)}
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Swap attention in place; modules that are converted already stay.
 
     Args:
@@ -129,13 +134,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     if text_config is not model.config:
         text_config.attnconv = section
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
-    if any(module.attnconv.is_recurrent for module in converted_modules(model).values()):
-        model._supports_attention_backend = False  # type: ignore[assignment]
+    if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
+        model._supports_attention_backend = False
     return model
 
 
 def _swap(module: nn.Module, entry: PlanEntry) -> None:
-    if not hasattr(module, "config"):
+    original_config: Any = getattr(module, "config", None)
+    if original_config is None:
         raise PlanError(f"{entry.name} ({type(module).__name__}) has no config, so its attention cannot be replaced")
     parameter = next(module.parameters())
     with torch.device(parameter.device):
@@ -147,9 +153,9 @@ def _swap(module: nn.Module, entry: PlanEntry) -> None:
     module.__class__ = converted_class(type(module))
     module.__dict__["_attnconv_name"] = entry.name
     # In a tuple, so that nothing that walks over configs finds it.
-    module.__dict__["_attnconv_config"] = (module.config,)
+    module.__dict__["_attnconv_config"] = (original_config,)
     # Only this module dispatches to us: unconverted layers keep theirs, and set_attn_implementation cannot undo it.
-    config = copy.copy(module.config)
+    config = copy.copy(original_config)
     config._attn_implementation_internal = ATTENTION
     module.config = config
 

@@ -16,7 +16,14 @@ from .packing import PackedSequence, Position, pack
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".text": "text"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
 # The shuffle buffer holds this much at most, so that whole books do not fill the memory.
 BUFFER_DOCUMENTS = 10_000
 BUFFER_CHARACTERS = 32_000_000
@@ -158,7 +165,9 @@ def _builder(path: Path) -> tuple[str, str]:
     name = path.name.lower().removesuffix(".gz")
     builder = BUILDERS.get(Path(name).suffix)
     if builder is None:
-        raise DataError(f"The data file {path} is of no known kind; use {', '.join(BUILDERS)}, also with .gz behind it.")
+        raise DataError(
+            f"The data file {path} is of no known kind; use {', '.join(BUILDERS)}, also with .gz behind it."
+        )
     return builder, str(path.resolve())
 
 

@@ -100,7 +100,7 @@ def _carry(per_chunk: Tensor, start: Tensor | None) -> Tensor:
 
 
 def shifted(tensor: Tensor, window: int, length: int) -> Tensor:
-    """The keys that leave each query's window: entry `t` is the token `window` before query `t`, zeros before the start.
+    """The keys that leave each query's window: entry `t` is the token `window` before query `t`, or zero.
 
     Args:
         tensor: `[batch, heads, S, dim]`, queries standing at its right end.

@@ -46,7 +46,7 @@ class HedgehogAttention(LinearAttentionModule):
         """All products written out."""
         features, weights = self.naive_products(query, keys, valid)
         if self.geometry.causal:
-            weights = weights.masked_fill(~causal_mask(*weights.shape[-2:], query.device), 0.0)
+            weights = weights.masked_fill(~causal_mask(weights.shape[-2], weights.shape[-1], query.device), 0.0)
         numerator, denominator = weights @ self.repeat_values(values), weights.sum(-1, keepdim=True)
         if memory:
             past_numerator, past_denominator = memory_terms(features, memory)

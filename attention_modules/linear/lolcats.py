@@ -33,7 +33,7 @@ class LolcatsOptions(LinearOptions):
     summary="softmax in a sliding window, linear attention before it",
 )
 class LolcatsAttention(LinearAttentionModule):
-    """Sliding form, with window W = the last w tokens and P = all tokens before them:
+    """Sliding form: softmax terms of the window W (the last w tokens) and linear terms of all tokens P before it.
 
     `y_i = [γ Σ_W e^{s q·k - c_i} v + Σ_P φ(q)·φ(k) v] / [γ Σ_W e^{s q·k - c_i} + Σ_P φ(q)·φ(k)]`, `c_i` = max over W.
 
@@ -119,7 +119,7 @@ class LolcatsAttention(LinearAttentionModule):
 
     def _mix(self, window_terms: tuple[Tensor, Tensor], past_terms: tuple[Tensor, Tensor]) -> Tensor:
         gamma = self.mixing.to(window_terms[0].dtype).sigmoid()[:, None, None]
-        return divide(*(gamma * window + past for window, past in zip(window_terms, past_terms, strict=True)))
+        return divide(gamma * window_terms[0] + past_terms[0], gamma * window_terms[1] + past_terms[1])
 
 
 def _add(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

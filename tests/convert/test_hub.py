@@ -235,9 +235,12 @@ def test_only_finished_conversions_are_published(hub: HubServer, folder: Path, t
     with pytest.raises(CheckpointError, match="no 'attnconv' section"):
         push_folder(folder, REPO)
     config.write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         push_folder(folder, REPO)
     config.write_text(converted)
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"\x40")
+    with pytest.raises(CheckpointError, match="truncated"):
+        push_folder(folder, REPO)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
         push_folder(folder, REPO)

@@ -1,8 +1,9 @@
 """Fixtures of the healing tests: the packaged model and its tokenizer."""
 
 import pytest
-from attnconv.distill.embedded import embedded_model_path
 from transformers import AutoTokenizer
+
+from attnconv.distill.embedded import embedded_model_path
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+
 from attnconv.distill.data import TokenStream, encode_document, read_documents, shuffled
 from attnconv.distill.embedded import embedded_model_path, embedded_tokens
 from attnconv.errors import DataError

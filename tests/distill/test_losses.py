@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attnconv.distill.losses import (
     distillation_loss,
     mean_square,
@@ -57,9 +58,10 @@ def test_weight_cross_entropy_is_least_at_the_teacher():
     entropy = -(teacher * teacher.log()).sum(-1).mean()
     torch.testing.assert_close(weight_cross_entropy(teacher, teacher, None), entropy)
     assert weight_cross_entropy(torch.softmax(torch.randn(2, 3, 5, 5), -1), teacher, None) > entropy
-    row = weight_cross_entropy(teacher[1:], teacher[1:], None) * 5 + weight_cross_entropy(
-        teacher[:1, :, 2:], teacher[:1, :, 2:], None
-    ) * 3
+    row = (
+        weight_cross_entropy(teacher[1:], teacher[1:], None) * 5
+        + weight_cross_entropy(teacher[:1, :, 2:], teacher[:1, :, 2:], None) * 3
+    )
     torch.testing.assert_close(weight_cross_entropy(teacher, teacher, VALID), row / 8)
 
 
@@ -86,5 +88,7 @@ def test_distillation_loss_is_the_divergence(temperature):
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     divergence = (p * (p / q).log()).sum(-1) * temperature**2
     torch.testing.assert_close(distillation_loss(student, teacher, None, temperature=temperature), divergence.sum())
-    torch.testing.assert_close(distillation_loss(student, teacher, VALID, temperature=temperature), divergence[VALID].sum())
+    torch.testing.assert_close(
+        distillation_loss(student, teacher, VALID, temperature=temperature), divergence[VALID].sum()
+    )
     assert float(distillation_loss(teacher, teacher, None, temperature=temperature).abs()) < 1e-6

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from attnconv.distill.packing import Position, pack
-from attnconv.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from attnconv.distill.packing import Position, pack
+from attnconv.errors import DataError
 
 
 def documents_of(lists):
