@@ -1,0 +1,247 @@
+"""The `attnconv` command: each command parses its arguments, calls one function of the package and prints the answer.
+
+What needs torch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .cli_recipes import recipes_app
+from .cli_session import AsJson, CommandGroup, Session, examples, print_json, session_of
+
+app = typer.Typer(
+    cls=CommandGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=examples("attnconv demo", "attnconv convert org/model --recipe lolcats --output my-model"),
+)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a Hub id, or a .gguf file.")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a model brings.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the best there is, if left out.")]
+Private = Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")]
+
+
+class Dtype(str, Enum):
+    """Dtypes a model can be evaluated in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"attnconv {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Give a pretrained Hugging Face model another attention, heal it, save it, and load it like any other."""
+    if verbose and quiet:
+        raise typer.BadParameter("--verbose and --quiet exclude each other")
+    ctx.obj = Session(verbose, quiet)
+    ctx.obj.configure_logging()
+
+
+@app.command(
+    epilog=examples(
+        "attnconv convert org/model --recipe sliding-window --output my-model",
+        "attnconv convert ./model -r lolcats -o out --set data.path=text.jsonl.gz",
+    )
+)
+def convert(
+    ctx: typer.Context,
+    model: Model,
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it appears when all is done.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a conversion that is there.")] = False,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Accept what a method drops.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Add code that loads the result without attnconv.")
+    ] = False,
+    push: Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub.")] = None,
+    private: Private = False,
+    device: Device = None,
+) -> None:
+    """Convert a model by a recipe, heal it, and save it."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if private and push is None:
+        raise typer.BadParameter("--private needs --push REPO")
+    session = session_of(ctx)
+    from .cli_views import conversion_progress, show_conversion
+    from .distill import run_conversion
+    from .recipes import load_recipe
+
+    session.silence_libraries()
+    loaded = load_recipe(recipe, overrides or ())
+    if loaded.stages:
+        session.resume_hint = "run the same command with --resume to go on from the last saved step"
+    with conversion_progress(quiet=session.quiet) as progress:
+        result = run_conversion(
+            model,
+            loaded,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            allow_lossy=allow_lossy,
+            trust_remote_code=trust_remote_code,
+            self_contained=self_contained,
+            device=device,
+            progress=progress,
+        )
+    show_conversion(result)
+    if push is not None:
+        _push(session, output, push, private)
+
+
+@app.command(
+    epilog=examples("attnconv inspect org/model --recipe lolcats", "attnconv inspect ./model -r my-recipe.yaml --json")
+)
+def inspect(
+    ctx: typer.Context,
+    model: Model,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Show what this recipe would do."),
+    ] = None,
+    overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's attention and what a recipe would make of it, without loading weights."""
+    if overrides and recipe is None:
+        raise typer.BadParameter("--set needs --recipe")
+    session_of(ctx).silence_libraries()
+    from .cli_views import show_inspection
+    from .evaluate.inspection import inspect_model
+    from .recipes import load_recipe
+
+    loaded = None if recipe is None else load_recipe(recipe, overrides or ())
+    inspection = inspect_model(model, recipe=loaded, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(inspection.to_dict())
+    else:
+        show_inspection(inspection)
+
+
+@app.command(epilog=examples("attnconv methods", "attnconv methods lolcats"))
+def methods(name: Annotated[str | None, typer.Argument(help="Only this method.")] = None) -> None:
+    """List the attention methods with their options, defaults and papers."""
+    from .attention_modules import available, get_method
+    from .cli_views import show_methods
+
+    show_methods([get_method(known) for known in ([name] if name else available())])
+
+
+@app.command(
+    name="eval",
+    epilog=examples(
+        "attnconv eval my-model --against org/model --text book.txt",
+        "attnconv eval my-model --text wiki.jsonl.gz --field body --tokens 20000 --json",
+    ),
+)
+def evaluate(
+    ctx: typer.Context,
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file, which may end in .gz.")],
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="A model to compare with.")] = None,
+    field: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")] = 5120,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens in a window; 1024 if left out, or what the model takes."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to load in; auto is that of the checkpoint.")] = Dtype.auto,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and bits per character on a text file."""
+    session = session_of(ctx)
+    session.silence_libraries()
+    from .cli_views import progress_bar, show_comparison
+    from .evaluate.comparison import compare
+
+    with progress_bar("evaluating", quiet=session.quiet) as progress:
+        comparison = compare(
+            [model] if against is None else [against, model],
+            text=text,
+            field=field,
+            tokens=tokens,
+            context=context,
+            dtype=dtype.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json(comparison.to_dict())
+    else:
+        show_comparison(comparison)
+
+
+@app.command(epilog=examples("attnconv push my-model user/my-model", "attnconv push my-model user/my-model --private"))
+def push(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Where on the Hub: user/name.")],
+    private: Private = False,
+) -> None:
+    """Publish a converted model on the Hugging Face Hub."""
+    _push(session_of(ctx), folder, repository, private)
+
+
+def _push(session: Session, folder: Path, repository: str, private: bool) -> None:
+    from .convert.hub import push_folder
+
+    session.resume_hint = (
+        f"run `attnconv push {folder} {repository}` to go on; what is uploaded already is not sent again"
+    )
+    typer.echo(f"Published at {push_folder(folder, repository, private=private)}")
+
+
+@app.command(epilog=examples("attnconv demo", "attnconv demo --output /tmp/demo"))
+def demo(
+    ctx: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("attnconv-demo"),
+) -> None:
+    """Convert the small packaged model, and show what became of it."""
+    session = session_of(ctx)
+    session.silence_libraries()
+    from .cli_views import conversion_progress, show_demo
+    from .distill.demo import run_demo
+
+    with conversion_progress(quiet=session.quiet) as progress:
+        result = run_demo(output, progress=progress)
+    show_demo(result)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

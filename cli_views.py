@@ -1,0 +1,160 @@
+"""What the commands print: tables that fit 80 columns on a terminal and are plain when they go to a file or pipe."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .attention_modules import Geometry, MethodInfo
+    from .evaluate.comparison import Comparison
+    from .evaluate.inspection import Inspection, ModuleGroup
+    from .recipes import Recipe
+
+# Wide enough that no row of a table is ever broken in a file.
+PLAIN_WIDTH = 1_000
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for stdout; not on a terminal it neither colours nor breaks lines."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+
+
+def make_table(columns: Sequence[str]) -> Table:
+    """An empty table; columns whose name begins with `>` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def format_bytes(count: int) -> str:
+    """`1536` as `1.5 KiB`."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def format_options(options: Mapping[str, Any]) -> str:
+    """`window=64, feature_map=hedgehog`."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def show_inspection(inspection: "Inspection") -> None:
+    """Modules, what becomes of each, and the memory of a sequence."""
+    console = make_console()
+    fate = "is" if inspection.already_converted else f"with {inspection.recipe}" if inspection.recipe else ""
+    console.print(f"{inspection.source}: {inspection.class_name} ({inspection.model_type}), {inspection.dtype}")
+    table = make_table(["attention", ">count", "heads", "dim", *([fate, ">new params"] if fate else [])])
+    for group in inspection.groups:
+        cells = [group.modules, str(group.count), *_geometry_cells(group.geometry)]
+        table.add_row(*cells, *([_fate_cell(group), f"{group.parameters:,}"] if fate else []))
+    console.print(table)
+    for line in _remarks(inspection):
+        console.print(Text(line))
+    if inspection.footprints:
+        _show_footprints(console, inspection, changed=bool(fate))
+
+
+def _geometry_cells(geometry: "Geometry") -> tuple[str, str]:
+    heads = f"{geometry.num_heads}"
+    if geometry.num_kv_heads != geometry.num_heads:
+        heads += f", {geometry.num_kv_heads} kv"
+    dims = f"{geometry.head_dim}"
+    if geometry.value_dim != geometry.head_dim:
+        dims += f", value {geometry.value_dim}"
+    return heads, dims if geometry.causal else f"{dims}, both ways"
+
+
+def _fate_cell(group: "ModuleGroup") -> str:
+    if group.refused is not None:
+        return "refused"
+    if group.method is None:
+        return "softmax"
+    return f"{group.method}, lossy" if group.lossy else group.method
+
+
+def _remarks(inspection: "Inspection") -> list[str]:
+    lines: list[str] = []
+    for group in inspection.groups:
+        if group.refused is not None:
+            lines.append(f"refused: {group.modules}: {group.refused}")
+        elif group.method is not None:
+            lines.append(f"{group.method}: {format_options(group.options) or 'no options'}")
+        if group.lossy and group.refused is None:
+            lines.append(f"lossy: {group.modules} loses {', '.join(group.lossy)}; convert needs --allow-lossy")
+    lines = list(dict.fromkeys(lines))
+    if inspection.already_converted:
+        lines.append("This model is converted already; the rows show what it is now.")
+    elif inspection.recipe is None:
+        lines.append("Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them.")
+    else:
+        total = f"{inspection.parameters:,} new parameters"
+        lines.append(f"{inspection.num_converted} of {inspection.num_modules} modules would be converted, {total}.")
+    return lines
+
+
+def _show_footprints(console: Console, inspection: "Inspection", *, changed: bool) -> None:
+    table = make_table([">tokens", ">KV cache", *([">converted", ">share"] if changed else [])])
+    for row in inspection.footprints:
+        share = f"{row.after / row.before:.1%}" if row.before else "-"
+        cells = [f"{row.tokens:,}", format_bytes(row.before)]
+        table.add_row(*cells, *([format_bytes(row.after), share] if changed else []))
+    console.print(f"\nmemory of one sequence while generating, in {inspection.dtype}:")
+    console.print(table)
+
+
+def show_methods(infos: Iterable["MethodInfo"]) -> None:
+    """Each method with its options and their defaults."""
+    console = make_console()
+    for info in infos:
+        console.print(Text.assemble((info.name, "bold"), f": {info.summary}"))
+        defaults = {key: field.get_default() for key, field in info.options_class.model_fields.items()}
+        console.print(Text(f"  options: {format_options(defaults) or 'none'}"))
+        if info.paper:
+            console.print(Text(f"  paper: {info.paper}"))
+
+
+def show_recipes(recipes: Iterable["Recipe"]) -> None:
+    """Name and description of each recipe."""
+    console = make_console()
+    table = make_table(["recipe", "what it does"])
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.description)
+    console.print(table)
+
+
+def show_comparison(comparison: "Comparison") -> None:
+    """Perplexities side by side; from the second row on with the ratio to the first."""
+    console = make_console()
+    first = comparison.measurements[0].result
+    several = len(comparison.measurements) > 1
+    table = make_table(["model", "dtype", ">perplexity", ">bits/char", *([">ratio"] if several else [])])
+    for row in comparison.measurements:
+        bits = row.result.bits_per_character
+        ratio = [f"{row.result.perplexity / first.perplexity:.3f}"] if several else []
+        cells = [row.model, row.dtype, f"{row.result.perplexity:.3f}", "-" if bits is None else f"{bits:.4f}"]
+        table.add_row(*cells, *ratio)
+    console.print(table)
+    counts = f"{first.tokens:,} tokens predicted in windows of {comparison.context:,}"
+    console.print(f"{comparison.text}: {counts}")
+    if not comparison.same_tokens:
+        console.print("The models cut the text into different tokens: compare bits/char, not perplexity.")
+
+
+@contextmanager
+def progress_bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; yields what to call with (done, in all)."""
+    console = make_console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
