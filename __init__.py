@@ -46,9 +46,9 @@ _ROOMS = {
 
 @when_imported("transformers.modeling_utils")
 def _register_with_transformers(_module: Any) -> None:
-    from .convert.reload import register
+    from .convert.reload import register_hooks
 
-    register()
+    register_hooks()
 
 
 def __getattr__(name: str) -> Any:

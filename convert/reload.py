@@ -24,7 +24,7 @@ CLASS_PREFIX = "AttnConv"
 _REGISTERED = "_attnconv_registered"
 
 
-def register() -> None:
+def register_hooks() -> None:
     """Register with transformers; doing it twice changes nothing.
 
     - the attention and mask function named `attnconv`,
@@ -51,7 +51,7 @@ def native_model(architecture: str, module: str) -> type[PreTrainedModel]:
         architecture: transformers' class name, such as `LlamaForCausalLM`.
         module: `__name__` of the generated modeling file.
     """
-    register()
+    register_hooks()
     original = getattr(transformers, architecture)
     name = CLASS_PREFIX + architecture
     model_type = getattr(original.config_class, "model_type", "")
@@ -176,5 +176,5 @@ def _wrap_save_pretrained() -> None:
 
 
 def is_registered() -> bool:
-    """Whether `register` ran in this process."""
+    """Whether `register_hooks` ran in this process."""
     return "transformers" in sys.modules and getattr(PreTrainedModel, _REGISTERED, False)
