@@ -83,23 +83,22 @@ def _fate_cell(group: "ModuleGroup") -> str:
 
 
 def _remarks(inspection: "Inspection") -> list[str]:
-    lines: list[str] = []
+    lines: dict[str, None] = {}
     for group in inspection.groups:
         if group.refused is not None:
-            lines.append(f"refused: {group.modules}: {group.refused}")
+            lines[f"refused: {group.modules}: {group.refused}; keep it softmax in the recipe"] = None
         elif group.method is not None:
-            lines.append(f"{group.method}: {format_options(group.options) or 'no options'}")
-        if group.lossy and group.refused is None:
-            lines.append(f"lossy: {group.modules} loses {', '.join(group.lossy)}; convert needs --allow-lossy")
-    lines = list(dict.fromkeys(lines))
+            lines[f"{group.method}: {format_options(group.options) or 'no options'}"] = None
+            if group.lossy:
+                lines[f"lossy: leaves out {' and '.join(group.lossy)}; convert needs --allow-lossy"] = None
     if inspection.already_converted:
-        lines.append("This model is converted already; the rows show what it is now.")
+        lines["This model is converted already; the rows show what it is now."] = None
     elif inspection.recipe is None:
-        lines.append("Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them.")
+        lines["Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them."] = None
     else:
-        total = f"{inspection.parameters:,} new parameters"
-        lines.append(f"{inspection.num_converted} of {inspection.num_modules} modules would be converted, {total}.")
-    return lines
+        counts = f"{inspection.num_converted} of {inspection.num_modules} modules would be converted"
+        lines[f"{counts}, {inspection.parameters:,} new parameters."] = None
+    return list(lines)
 
 
 def _show_footprints(console: Console, inspection: "Inspection", *, changed: bool) -> None:
@@ -108,7 +107,7 @@ def _show_footprints(console: Console, inspection: "Inspection", *, changed: boo
         share = f"{row.after / row.before:.1%}" if row.before else "-"
         cells = [f"{row.tokens:,}", format_bytes(row.before)]
         table.add_row(*cells, *([format_bytes(row.after), share] if changed else []))
-    console.print(f"\nmemory of one sequence while generating, in {inspection.dtype}:")
+    console.print(f"\nself-attention memory of one sequence while generating, in {inspection.dtype}:")
     console.print(table)
 
 
