@@ -1,13 +1,17 @@
 """Causal linear attention in chunks, and its running sums."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import Memory
 from ..window import from_blocks, to_blocks
 
 CHUNK = 64
+# Queries handled at a time: what is written out for them stays in the processor's cache.
+SEGMENT = 1024
+
+# Numerator and denominator of a fraction that is divided at the end.
+Terms = tuple[Tensor, Tensor]
 
 
 def linear_sums(features: Tensor, values: Tensor) -> Memory:
@@ -49,9 +53,7 @@ def memory_terms(query_features: Tensor, memory: Memory) -> tuple[Tensor, Tensor
     return numerator, (rows @ normalizer[..., None]).reshape(batch, num_heads, length, 1)
 
 
-def causal_linear(
-    query_features: Tensor, key_features: Tensor, values: Tensor, memory: Memory
-) -> tuple[Tensor, Tensor]:
+def causal_linear(query_features: Tensor, key_features: Tensor, values: Tensor, memory: Memory) -> tuple[Terms, Memory]:
     """Linear attention terms over all keys up to and including the query's own position.
 
     Inside a chunk the weights are written out; between chunks running sums carry on, so time and memory are linear.
@@ -64,7 +66,8 @@ def causal_linear(
         memory: sums over everything before, may be empty.
 
     Returns:
-        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T, 1]`.
+        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T, 1]`; and the sums over
+        everything up to the last of these tokens.
     """
     num_heads, length = query_features.shape[1:3]
     num_kv_heads = values.shape[1]
@@ -83,31 +86,17 @@ def causal_linear(
     numerator, denominator = weights @ value_blocks, weights.sum(-1, keepdim=True)
 
     sums = (keys.transpose(-1, -2).flatten(3, 4) @ value_blocks).unflatten(3, keys.shape[3:4] + keys.shape[5:])
-    sums = _carry(sums, memory.get("key_values"))
-    normalizers = _carry(keys.sum(4), memory.get("normalizer"))
-    numerator = numerator + (queries @ sums).flatten(3, 4)
-    denominator = denominator + (queries @ normalizers[..., None]).flatten(3, 4)
-    return from_blocks(numerator, groups, length), from_blocks(denominator, groups, length)
+    sums_before, sums_after = _carry(sums, memory.get("key_values"))
+    normalizer_before, normalizer_after = _carry(keys.sum(4), memory.get("normalizer"))
+    numerator = numerator + (queries @ sums_before).flatten(3, 4)
+    denominator = denominator + (queries @ normalizer_before[..., None]).flatten(3, 4)
+    terms = from_blocks(numerator, groups, length), from_blocks(denominator, groups, length)
+    return terms, {"key_values": sums_after, "normalizer": normalizer_after}
 
 
-def _carry(per_chunk: Tensor, start: Tensor | None) -> Tensor:
-    """Sums of all chunks before each one, `[batch, num_kv_heads, num_chunks, key_groups, ...]`."""
-    before = F.pad(per_chunk[:, :, :-1].cumsum(2), (0, 0) * (per_chunk.ndim - 3) + (1, 0))
-    if start is None:
-        return before
-    shape = (*per_chunk.shape[:2], 1, *per_chunk.shape[3:])
-    return before + start.reshape(shape)
-
-
-def shifted(tensor: Tensor, window: int, length: int) -> Tensor:
-    """The keys that leave each query's window: entry `t` is the token `window` before query `t`, or zero.
-
-    Args:
-        tensor: `[batch, heads, S, dim]`, queries standing at its right end.
-        window: tokens between a query and the entry, at least 1.
-        length: number of queries.
-    """
-    num_keys = tensor.shape[2]
-    start = num_keys - length - window
-    kept = tensor[:, :, max(start, 0) : max(num_keys - window, 0)]
-    return F.pad(kept, (0, 0, length - kept.shape[2], 0))
+def _carry(per_chunk: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums before each chunk `[batch, num_kv_heads, num_chunks, key_groups, ...]`, and of all `[batch, heads, ...]`."""
+    running = [torch.zeros_like(per_chunk[:, :, 0]) if start is None else start.reshape(per_chunk[:, :, 0].shape)]
+    for chunk in per_chunk.unbind(2):
+        running.append(running[-1] + chunk)
+    return torch.stack(running[:-1], 2), running[-1].flatten(1, 2)

@@ -2,12 +2,13 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..base import Memory
 from ..registry import register
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
-from .chunked import add_memory, causal_linear, linear_sums, memory_terms
+from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
 
 # The same in every path: prefill and decode must divide alike.
 EPSILON = 1e-6
@@ -57,11 +58,19 @@ class HedgehogAttention(LinearAttentionModule):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Tensor:
         """Chunked."""
-        features, key_features = self.query_map(query), self.key_features(keys, valid)
         if not self.geometry.causal:
-            return divide(*memory_terms(features, linear_sums(key_features, values)), EPSILON)
+            memory = linear_sums(self.key_features(keys, valid), values)
+            return divide(*memory_terms(self.query_map(query), memory), EPSILON)
         past = keys.shape[2] - query.shape[2]
         if past:
-            memory = add_memory(memory, linear_sums(key_features[:, :, :past], values[:, :, :past]))
-        terms = causal_linear(features, key_features[:, :, past:], values[:, :, past:], memory)
-        return divide(*terms, EPSILON)
+            memory = self.absorb(
+                memory, keys[:, :, :past], values[:, :, :past], None if valid is None else valid[:, :past]
+            )
+        outs = []
+        for start in range(0, query.shape[2], SEGMENT):
+            now = slice(past + start, past + start + SEGMENT)
+            key_features = self.key_features(keys[:, :, now], None if valid is None else valid[:, now])
+            features = self.query_map(query[:, :, start : start + SEGMENT])
+            terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
+            outs.append(divide(*terms, EPSILON))
+        return torch.cat(outs, 2)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from ..geometry import Geometry
 from ..registry import register
 from ..window import softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
-from .chunked import add_memory, causal_linear, linear_sums, memory_terms, shifted
+from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 
 
 class LolcatsOptions(LinearOptions):
@@ -79,48 +80,74 @@ class LolcatsAttention(LinearAttentionModule):
         weights = weights.masked_fill(~before, 0.0)
         past_terms = weights @ values_repeated, weights.sum(-1, keepdim=True)
         if memory:
-            past_terms = _add(past_terms, memory_terms(features, memory))
+            remembered = memory_terms(features, memory)
+            past_terms = past_terms[0] + remembered[0], past_terms[1] + remembered[1]
         return self._mix(window_terms, past_terms)
 
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Tensor:
-        """Both terms in blocks."""
-        window_terms = windowed_softmax(
-            query, keys, values, valid, scaling=scaling, window=self.window, causal=self.geometry.causal
-        )
-        num_queries, num_keys = query.shape[2], keys.shape[2]
-        reach = num_keys - self.window
-        if reach <= 0 and not memory:
-            return divide(*window_terms)
-        features = self.query_map(query)
-        if reach <= 0:
-            return self._mix(window_terms, memory_terms(features, memory))
-        key_features = self.key_features(keys, valid)
-        if self.geometry.causal:
-            # Tokens that are out of the window of even the first query.
-            past = max(reach - num_queries, 0)
-            if past:
-                memory = add_memory(memory, linear_sums(key_features[:, :, :past], values[:, :, :past]))
-            past_terms = self._before_window(features, key_features, values, memory)
-        else:
-            behind = self._before_window(features, key_features, values, {})
-            ahead = self._before_window(features.flip(2), key_features.flip(2), values.flip(2), {})
-            past_terms = _add(behind, (ahead[0].flip(2), ahead[1].flip(2)))
-        return self._mix(window_terms, past_terms)
+        """Both terms in blocks, a segment of queries at a time."""
+        if not self.geometry.causal:
+            window_terms = windowed_softmax(
+                query, keys, values, valid, scaling=scaling, window=self.window, causal=False
+            )
+            return self._mix(window_terms, self._outside_window(query, keys, values, valid))
+        offset = keys.shape[2] - query.shape[2]
+        # Tokens that are out of the window of even the first query.
+        gone = max(offset - self.window, 0)
+        if gone:
+            memory = self.absorb(memory, keys[:, :, :gone], values[:, :, :gone], _part(valid, 0, gone))
+        outs = []
+        for start in range(0, query.shape[2], SEGMENT):
+            part = query[:, :, start : start + SEGMENT]
+            stop = offset + start + part.shape[2]
+            near = slice(max(offset + start - self.window + 1, 0), stop)
+            window_terms = windowed_softmax(
+                part,
+                keys[:, :, near],
+                values[:, :, near],
+                _part(valid, near.start, stop),
+                scaling=scaling,
+                window=self.window,
+                causal=True,
+            )
+            terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], valid, memory)
+            outs.append(divide(*window_terms) if terms is None else self._mix(window_terms, terms))
+        return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
     def _before_window(
-        self, features: Tensor, key_features: Tensor, values: Tensor, memory: Memory
-    ) -> tuple[Tensor, Tensor]:
-        length = features.shape[2]
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, memory: Memory
+    ) -> tuple[Terms | None, Memory]:
+        """Linear terms of the tokens that left each query's window; None while there are none.
+
+        Query `t` of T adds the token `window` before it; what is older is in `memory`.
+        """
+        length, reach = query.shape[2], keys.shape[2] - self.window
+        if reach <= 0:
+            return memory_terms(self.query_map(query), memory) if memory else None, memory
+        leaving = slice(max(reach - length, 0), reach)
+        features = self.key_features(keys[:, :, leaving], _part(valid, leaving.start, reach))
+        # Queries at the very start have nothing behind their window.
+        missing = (0, 0, length - features.shape[2], 0)
         return causal_linear(
-            features, shifted(key_features, self.window, length), shifted(values, self.window, length), memory
+            self.query_map(query), F.pad(features, missing), F.pad(values[:, :, leaving], missing), memory
         )
 
-    def _mix(self, window_terms: tuple[Tensor, Tensor], past_terms: tuple[Tensor, Tensor]) -> Tensor:
+    def _outside_window(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Terms:
+        """Linear terms behind and ahead of a window that looks both ways."""
+        behind, _ = self._before_window(query, keys, values, valid, {})
+        mirrored = None if valid is None else valid.flip(1)
+        ahead, _ = self._before_window(query.flip(2), keys.flip(2), values.flip(2), mirrored, {})
+        if behind is None or ahead is None:
+            nothing = torch.zeros_like(query[..., :1])
+            return nothing, nothing
+        return behind[0] + ahead[0].flip(2), behind[1] + ahead[1].flip(2)
+
+    def _mix(self, window_terms: Terms, past_terms: Terms) -> Tensor:
         gamma = self.mixing.to(window_terms[0].dtype).sigmoid()[:, None, None]
         return divide(gamma * window_terms[0] + past_terms[0], gamma * window_terms[1] + past_terms[1])
 
 
-def _add(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return first[0] + second[0], first[1] + second[1]
+def _part(valid: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if valid is None else valid[:, start:stop]

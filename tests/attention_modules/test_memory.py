@@ -1,0 +1,41 @@
+"""Memory of the blocked path, in training too."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, resource, sys
+import torch
+from attnconv.attention_modules import Geometry, create
+
+torch.set_num_threads(1)
+geometry = Geometry(4, 2, 32, 32)
+module = create(sys.argv[1], geometry, **json.loads(sys.argv[2]))
+
+def step(length):
+    shapes = [(1, 4, length, 32), (1, 2, length, 32), (1, 2, length, 32)]
+    query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    module(query, key, value, scaling=32**-0.5).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+base = step(64)
+print(json.dumps([step(length) - base for length in (4096, 16384)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("hedgehog", {}), ("lolcats", {"window": 64}), ("sliding_window", {"window": 64, "num_sinks": 4})],
+)
+def test_training_memory_is_linear_in_length(method: str, options: dict[str, int]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, method, json.dumps(options)], capture_output=True, text=True, check=True
+    )
+    short, long = json.loads(run.stdout)
+    # Four times the length: a quadratic form would take sixteen times the memory, and 4 GiB for one L x L tensor of
+    # these heads.
+    assert long < 4.6 * short + 20_000
+    assert long < 1_500_000
