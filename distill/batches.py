@@ -1,0 +1,81 @@
+"""Batches: which sequences a step trains on, and what of them counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .losses import IGNORED, next_token_targets
+from .packing import PackedSequence, Position
+from .team import Team
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that go through the model together.
+
+    Attributes:
+        input_ids: `[batch, T]` int64.
+        padding_mask: `[batch, T]` bool, True = real token; None means all.
+    """
+
+    input_ids: torch.Tensor
+    padding_mask: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.input_ids.numel() if self.padding_mask is None else self.padding_mask.sum())
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """`[batch, T]`: the next token of each position, -100 where there is none."""
+        return next_token_targets(self.input_ids, self.padding_mask)
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that have a next token."""
+        return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        mask = None if self.padding_mask is None else self.padding_mask.to(device)
+        return Batch(self.input_ids.to(device), mask)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one optimizer step trains on.
+
+    Attributes:
+        batches: The micro-batches of this process, one after another.
+        end: The place in the data behind the sequences of all processes.
+    """
+
+    batches: tuple[Batch, ...]
+    end: Position
+
+
+def step_data(
+    sequences: Iterator[PackedSequence], *, batch_size: int, accumulation: int, team: Team
+) -> Iterator[StepData]:
+    """Deal out sequences to steps: each takes `batch_size * accumulation` for every process of the team.
+
+    The processes take turns, so a team of two with a batch of one sees in a step what one process with a batch of two
+    sees, and the data end at the same place.
+
+    Args:
+        sequences: Endless; the same in every process.
+        batch_size: Sequences in one micro-batch of one process.
+        accumulation: Micro-batches of one process in one step.
+        team: The processes that share the step.
+    """
+    needed = batch_size * accumulation * team.size
+    while True:
+        taken = [next(sequences) for _ in range(needed)]
+        own = [sequence.tokens for sequence in taken[team.rank :: team.size]]
+        batches = tuple(
+            Batch(torch.stack(own[start : start + batch_size])).to(team.device)
+            for start in range(0, len(own), batch_size)
+        )
+        yield StepData(batches, taken[-1].end)

@@ -1,0 +1,69 @@
+"""Logit distillation: the converted model learns the teacher's distribution over the next token."""
+
+import torch
+
+from ..errors import TrainingError
+from ..recipes import LogitsStage
+from .batches import Batch
+from .head import ModelHead
+from .lora import core_group
+from .losses import distillation_loss
+from .objective import Figures, Objective, ParameterGroup
+from .trainee import Trainee
+
+
+class LogitDistillation(Objective):
+    """KL(teacher || student) of the next-token distributions, mean over the real tokens.
+
+    The teacher is the same model with softmax attention and without adapters, so no second copy of the weights is
+    held. Its last hidden states are kept, its logits made again piece by piece beside the student's.
+
+    Args:
+        trainee: The converted model.
+        stage: The recipe's stage.
+        adapter: Name of the adapter that this stage trains; None trains the cores alone.
+
+    Raises:
+        TrainingError: The stage trains the cores alone and they have no parameters.
+
+    Paper: https://arxiv.org/abs/1503.02531
+    """
+
+    def __init__(self, trainee: Trainee, stage: LogitsStage, adapter: str | None) -> None:
+        self.trainee = trainee
+        self.temperature = stage.temperature
+        self.head = ModelHead(trainee.model)
+        self.groups: list[ParameterGroup] = []
+        if adapter is not None:
+            self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))
+        if stage.train_cores:
+            self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
+        if not self.groups:
+            raise TrainingError(
+                "The stage logits has nothing to train: no adapter, and no converted layer has parameters."
+            )
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The adapter and the cores, as far as they train."""
+        return self.groups
+
+    def count(self, batch: Batch) -> int:
+        """Real tokens: each has a distribution to match, the last of a sequence too."""
+        return batch.num_tokens
+
+    def backward(self, batch: Batch, total: int) -> Figures:
+        """One pass of the teacher, one of the student, then the head of both in pieces."""
+        with torch.no_grad(), self.trainee.as_teacher():
+            taught = self.head.hidden_states(batch)
+        with self.trainee.as_student():
+            hidden = self.head.hidden_states(batch)
+        valid = batch.padding_mask
+
+        def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:
+            # Adapters sit on the layers and not on the head, so the head of the two is the same.
+            with torch.no_grad():
+                target = self.head.logits(taught[:, positions])
+            chosen = None if valid is None else valid[:, positions]
+            return distillation_loss(logits, target, chosen, temperature=self.temperature) / total
+
+        return Figures(self.head.backward(hidden, loss))

@@ -1,0 +1,70 @@
+"""What a run reports as it goes: one JSON line for every few steps."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of `metrics.jsonl`: means over the steps since the line before.
+
+    Attributes:
+        index: Index of the stage in the recipe.
+        stage: Kind of the stage.
+        step: Optimizer steps done in the stage.
+        tokens: Training tokens seen in the stage.
+        loss: What is minimised.
+        learning_rate: Of the stage's first parameter group, at its last step.
+        grad_norm: Norm of the gradients before clipping.
+        tokens_per_second: Training tokens, by all processes, per second of training.
+        layers: Relative squared error of each layer's attention output, by module name; empty if not measured.
+    """
+
+    index: int
+    stage: str
+    step: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    layers: dict[str, float]
+
+
+class MetricsFile:
+    """A file of records that grows line by line.
+
+    Args:
+        path: The file; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Record) -> None:
+        """Add one line."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        except OSError as error:
+            raise OutputError(f"The metrics {self.path} cannot be written: {error.strerror}.") from error
+
+    def records(self) -> Iterator[Record]:
+        """The lines so far; a last line that a killed run left unfinished is left out."""
+        if not self.path.is_file():
+            return
+        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+            raw: dict[str, Any] = json.loads(line)
+            yield Record(**raw)
+
+    def cut(self, index: int, step: int) -> None:
+        """Drop what lies behind a step of a stage: a resumed run will write it again."""
+        kept = [record for record in self.records() if (record.index, record.step) <= (index, step)]
+        building = self.path.with_suffix(".partial")
+        building.write_text("".join(json.dumps(asdict(record)) + "\n" for record in kept), encoding="utf-8")
+        building.replace(self.path)

@@ -1,0 +1,99 @@
+"""How a run shows itself: the interface, a silent one, and bars on the terminal."""
+
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBars
+from typing_extensions import Self
+
+
+class Progress(Protocol):
+    """What a run tells while it works; every method returns at once."""
+
+    def phase(self, text: str) -> None:
+        """Something begins that has no steps to count, such as loading or measuring."""
+
+    def begin(self, text: str, total: int, done: int) -> None:
+        """A stage of `total` steps begins, of which `done` are done already."""
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        """One step of the stage is done."""
+
+    def end(self) -> None:
+        """The phase or stage that began last is over."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, text: str, total: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+class TerminalProgress:
+    """One line on the terminal for each phase and stage, with loss, tokens per second and the time left.
+
+    Used as a context manager, which leaves the cursor where it belongs whatever happens.
+
+    Args:
+        console: Where to write; None means standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.bars = RichBars(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=console or Console(stderr=True),
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self.bars.stop()
+
+    def phase(self, text: str) -> None:
+        """A line with a bar that only moves to and fro."""
+        self.end()
+        self.task = self.bars.add_task(text, total=None, figures="")
+
+    def begin(self, text: str, total: int, done: int) -> None:
+        """A line with a bar that fills."""
+        self.end()
+        self.task = self.bars.add_task(text, total=total, completed=done, figures="")
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        """Move the bar on by one step."""
+        if self.task is not None:
+            self.bars.update(self.task, advance=1, figures=f"loss {loss:.4g}  {tokens_per_second:,.0f} tokens/s")
+
+    def end(self) -> None:
+        """Show the line as finished."""
+        if self.task is None:
+            return
+        task = next(task for task in self.bars.tasks if task.id == self.task)
+        if task.total is None:
+            self.bars.update(self.task, total=1, completed=1)
+        self.bars.stop_task(self.task)
+        self.task = None

@@ -1,0 +1,203 @@
+"""The converted model while it is being healed: what of it can train, and what it was before."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..attention_modules import AttentionModule
+from ..convert.interface import AttentionCall, attention_tap
+from ..convert.swap import converted_modules
+from ..errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+FIRST_ADAPTER = "default"
+# Adapters go onto the model's own projections, never into the converted attention.
+CORES = r".*\.attnconv(\..*)?"
+
+
+class LoraSettings(Protocol):
+    """What a recipe says about adapters, whatever the kind of its stage."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+
+class Trainee:
+    """A converted model and the low-rank adapters on it.
+
+    Adapters of earlier stages stay in place, active and frozen, until the end, so that the model without adapters and
+    with softmax attention remains the teacher throughout.
+
+    Args:
+        model: A converted model; its parameters are frozen, and those of its cores turned to fp32.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        # A peft.PeftModel; importing peft takes seconds, which a run without adapters need not spend.
+        self.peft: Any = None
+        self.adapters: list[str] = []
+        model.requires_grad_(False)
+        for core in self.cores().values():
+            core.float()
+
+    def cores(self) -> dict[str, AttentionModule]:
+        """The converted attention by the names of the modules it serves."""
+        return {name: cast(AttentionModule, module.attnconv) for name, module in converted_modules(self.model).items()}
+
+    def core_parameters(self) -> dict[str, nn.Parameter]:
+        """The cores' parameters under their names in a checkpoint, `<module>.attnconv.<parameter>`."""
+        return {
+            f"{name}.attnconv.{parameter_name}": parameter
+            for name, core in self.cores().items()
+            for parameter_name, parameter in core.named_parameters()
+        }
+
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, under their names in the model."""
+        marked = re.compile(rf"\.lora_[^.]+\.{re.escape(adapter)}(\.|$)")
+        return {name: parameter for name, parameter in self.model.named_parameters() if marked.search(name)}
+
+    def add_adapter(self, settings: LoraSettings, *, seed: int) -> str:
+        """Put one more adapter on the model and return its name.
+
+        Args:
+            settings: Rank, alpha, dropout in [0, 1) and target modules.
+            seed: Of the random start.
+
+        Raises:
+            TrainingError: A target names no linear module of the model.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        check_targets(self.model, settings.targets)
+        name = FIRST_ADAPTER if self.peft is None else f"adapter_{len(self.adapters) + 1}"
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            # peft declares whole numbers and takes any.
+            lora_alpha=cast(int, settings.alpha),
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.targets),
+            exclude_modules=CORES,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 asks the model for an attribute that transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=name)
+            else:
+                self.peft.add_adapter(name, config)
+        self.adapters.append(name)
+        self.peft.base_model.set_adapter(self.adapters)
+        self.train_only(())
+        return name
+
+    def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let these parameters take gradients and no others."""
+        self.model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Within the context the model is the one it was made from: softmax attention, no adapters, no dropout."""
+        taught = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        was_training = self.model.training
+        self.model.eval()
+        if self.peft is not None:
+            self.peft.base_model.disable_adapter_layers()
+        try:
+            with attention_tap(self.model, AttentionCall.teacher):
+                yield
+        finally:
+            if self.peft is not None:
+                self.peft.base_model.enable_adapter_layers()
+            self.train_only(taught)
+            self.model.train(was_training)
+
+    @contextmanager
+    def as_student(self) -> Iterator[None]:
+        """Within the context the model is in training mode and computes its new attention again for the backward pass.
+
+        What the maths inside a layer would keep for its gradients is several times what enters and leaves it.
+        """
+        self.model.train()
+        with attention_tap(self.model, _recomputed):
+            yield
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that healing changes: the cores and all adapters, detached, on the CPU."""
+        parameters: dict[str, nn.Parameter] = self.core_parameters()
+        for adapter in self.adapters:
+            parameters |= self.adapter_parameters(adapter)
+        # Adapters rename the modules they wrap, but cores keep their names: they are never targets.
+        return {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `trained_tensors` returned.
+
+        Raises:
+            TrainingError: The tensors are not those of this model and its adapters.
+        """
+        parameters: dict[str, Any] = self.core_parameters()
+        for adapter in self.adapters:
+            parameters |= self.adapter_parameters(adapter)
+        if parameters.keys() != tensors.keys():
+            odd = sorted(parameters.keys() ^ tensors.keys())
+            raise TrainingError(f"The checkpoint does not fit the model: {len(odd)} tensors differ, first {odd[0]}.")
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+    def merge_adapters(self) -> PreTrainedModel:
+        """Add all adapters to the weights they adapt and return the plain model."""
+        if self.peft is not None:
+            self.model = self.peft.merge_and_unload()
+            self.peft, self.adapters = None, []
+        return self.model
+
+
+def _recomputed(call: AttentionCall) -> torch.Tensor:
+    output: torch.Tensor = checkpoint(call.converted, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+def check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Refuse target names that no linear module of the model has.
+
+    Args:
+        model: The converted model.
+        targets: Last parts of module names, such as `q_proj`.
+
+    Raises:
+        TrainingError: A name fits no module outside the converted attention; says which there are.
+    """
+    outside = re.compile(CORES)
+    head = model.get_output_embeddings()
+    names = {
+        name
+        for name, module in model.named_modules()
+        if not outside.fullmatch(name) and module is not head and getattr(_weight(module), "ndim", 0) == 2
+    }
+    for target in targets:
+        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in names):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            raise TrainingError(f'The model has no module "{target}" for LoRA to update; it has: {known}.')
+
+
+def _weight(module: nn.Module) -> Any:
+    # A module that an adapter wraps keeps its own weight one level down.
+    return getattr(getattr(module, "base_layer", module), "weight", None)

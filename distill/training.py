@@ -1,0 +1,242 @@
+"""The loop of a healing stage: deterministic, resumable after any step, and the same for every kind of stage.
+
+It is a loop of its own on top of accelerate's process state, not `transformers.Trainer`, for three reasons: backward
+passes run inside the forward pass; a checkpoint is what trains (a few megabytes) instead of the whole model; and a
+resumed run has to give the very same weights, so everything that a step depends on is a function of its number.
+"""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from ..errors import TrainingError
+from ..recipes import Stage
+from .batches import StepData, step_data
+from .data import TokenStream
+from .metrics import MetricsFile, Record
+from .objective import Figures, Objective
+from .progress import Progress
+from .team import Team
+from .trainee import Trainee
+from .work import StageState, WorkFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A stage and all it needs.
+
+    Attributes:
+        index: Index of the stage in the recipe.
+        stage: The recipe's stage.
+        objective: What it computes.
+        trainee: What it trains.
+        stream: Its text.
+        team: The processes that share it.
+        work: Where checkpoints and metrics go.
+        progress: Whom to tell.
+    """
+
+    index: int
+    stage: Stage
+    objective: Objective
+    trainee: Trainee
+    stream: TokenStream
+    team: Team
+    work: WorkFolder
+    progress: Progress
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole stage; its tokens are shared by all processes."""
+        if self.stage.steps is not None:
+            return self.stage.steps
+        return max(1, self.stage.num_steps // self.team.size)
+
+
+@dataclass
+class Meter:
+    """Means over the steps since the last line of metrics."""
+
+    losses: list[float] = field(default_factory=list)
+    layers: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second of training."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def mean_loss(self) -> float:
+        """Mean of the steps' losses."""
+        return sum(self.losses) / len(self.losses)
+
+    def mean_layers(self) -> dict[str, float]:
+        """Mean of the steps' relative errors, by layer."""
+        return {name: sum(step[name] for step in self.layers) / len(self.layers) for name in self.layers[-1]}
+
+
+def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]) -> StageState:
+    """Train a stage from where it stands to its end.
+
+    Args:
+        job: The stage.
+        start: Where it stands: at the beginning, or where a checkpoint left it.
+        moments: The optimizer's moments of that checkpoint; empty at the beginning.
+
+    Returns:
+        Where the stage ended; a checkpoint of that is in the work folder.
+
+    Raises:
+        TrainingError: The loss or a gradient is not finite.
+        DataError: The data cannot be read, or are too short.
+    """
+    groups = job.objective.parameter_groups()
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    job.trainee.train_only(parameters.values())
+    job.team.share_start(parameters.values())
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
+        weight_decay=job.stage.weight_decay,
+    )
+    _set_moments(optimizer, parameters, moments)
+    state, meter = start, Meter()
+    metrics = MetricsFile(job.work.metrics)
+    job.progress.begin(f"Stage {job.index + 1}: {job.stage.kind}", job.num_steps, state.step)
+    with torch.random.fork_rng(devices=[job.team.device] if job.team.device.type == "cuda" else []):
+        for data in _data(job, state):
+            began = time.perf_counter()
+            loss, norm, layers = _step(job, optimizer, data, state.step)
+            seconds = time.perf_counter() - began
+            tokens = job.stage.tokens_per_step * job.team.size
+            state = replace(
+                state,
+                step=state.step + 1,
+                tokens=state.tokens + tokens,
+                seconds=state.seconds + seconds,
+                position=data.end,
+            )
+            meter.losses.append(loss)
+            meter.layers.append(layers)
+            meter.tokens, meter.seconds = meter.tokens + tokens, meter.seconds + seconds
+            job.progress.step(loss, meter.tokens_per_second)
+            ends = state.step == job.num_steps
+            if job.team.leads and (ends or state.step % job.stage.log_every == 0):
+                metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], norm))
+                meter = Meter()
+            if job.team.leads and (ends or (job.stage.save_every and state.step % job.stage.save_every == 0)):
+                job.work.save(state, job.trainee.trained_tensors(), {} if ends else _moments(optimizer, parameters))
+    job.progress.end()
+    job.team.wait()
+    return state
+
+
+def learning_rate_factor(stage: Stage, step: int, num_steps: int) -> float:
+    """What the peak learning rate is multiplied by at a step, counted from 0.
+
+    It rises in equal parts over the warm-up, then stays (`constant`), falls in equal parts (`linear`) or as half a
+    cosine (`cosine`); the falling ones reach zero one step behind the last.
+    """
+    if step < stage.warmup_steps:
+        return (step + 1) / (stage.warmup_steps + 1)
+    passed = (step - stage.warmup_steps) / max(1, num_steps - stage.warmup_steps)
+    if stage.schedule == "linear":
+        return 1 - passed
+    if stage.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * passed))
+    return 1.0
+
+
+def _data(job: StageJob, state: StageState) -> Iterator[StepData]:
+    """The data of the steps that are left."""
+    sequences = job.stream.sequences(job.stage.sequence_length, state.position)
+    steps = step_data(
+        sequences, batch_size=job.stage.batch_size, accumulation=job.stage.gradient_accumulation, team=job.team
+    )
+    for _ in range(state.step, job.num_steps):
+        yield next(steps)
+
+
+def _step(
+    job: StageJob, optimizer: torch.optim.Optimizer, data: StepData, step: int
+) -> tuple[float, float, dict[str, float]]:
+    """One optimizer step: its loss, the norm of its gradients before clipping, and the layers' errors."""
+    factor = learning_rate_factor(job.stage, step, job.num_steps)
+    for group, settings in zip(optimizer.param_groups, job.objective.parameter_groups(), strict=True):
+        group["lr"] = settings.learning_rate * factor
+    # All randomness of a step comes from its number, so a resumed run draws the same dropout.
+    torch.manual_seed(_seed(job.stream.section.seed, job.index, step, job.team.rank))
+    count = torch.tensor(float(sum(job.objective.count(batch) for batch in data.batches)), device=job.team.device)
+    job.team.add_up([count])
+    figures = Figures.total([job.objective.backward(batch, max(1, int(count))) for batch in data.batches])
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    numbers = torch.stack([figures.loss.float(), *(value.float() for value in figures.layers.values())])
+    job.team.add_up([numbers, *gradients])
+    norm = float(nn.utils.get_total_norm(gradients))
+    loss, *errors = numbers.tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _not_finite(job, step, loss, norm)
+    if job.stage.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, job.stage.max_grad_norm, torch.tensor(norm, device=job.team.device))
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm, dict(zip(figures.layers, errors, strict=True))
+
+
+def _not_finite(job: StageJob, step: int, loss: float, norm: float) -> TrainingError:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+    snapshot = job.work.latest() if job.work.exists() else None
+    kept = "there was no checkpoint yet"
+    if snapshot is not None:
+        place = f"step {snapshot.state.step} of stage {snapshot.state.stage + 1}"
+        kept = f"the last good checkpoint, {place}, is kept in {job.work.path}"
+    return TrainingError(
+        f"Stage {job.index + 1} ({job.stage.kind}) stopped at step {step + 1} because {what}; {kept}; "
+        "a lower learning_rate or precision: fp32 may help."
+    )
+
+
+def _record(job: StageJob, state: StageState, meter: Meter, learning_rate: float, norm: float) -> Record:
+    return Record(
+        index=job.index,
+        stage=job.stage.kind,
+        step=state.step,
+        tokens=state.tokens,
+        loss=meter.mean_loss(),
+        learning_rate=learning_rate,
+        grad_norm=norm,
+        tokens_per_second=meter.tokens_per_second,
+        layers=meter.mean_layers(),
+    )
+
+
+def _seed(*parts: int) -> int:
+    """A number that depends on all the parts and on nothing else."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _set_moments(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], moments: dict[str, torch.Tensor]
+) -> None:
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        parameter = parameters[name]
+        # AdamW counts steps on the CPU whatever the device of the parameter.
+        optimizer.state[parameter][moment] = value.clone() if moment == "step" else value.to(parameter.device)
