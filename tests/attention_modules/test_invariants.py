@@ -139,7 +139,7 @@ def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tenso
 
 
 @all_rows
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_oracle_in_low_precision(row: Row, dtype: torch.dtype, tolerance: float) -> None:
     inputs = {name: t.to(dtype) for name, t in tokens(1100 if row.method != "softmax" else 123).items()}
     expected = attend(build(row, implementation="naive"), {name: t.double() for name, t in inputs.items()})
@@ -247,7 +247,8 @@ def test_state_reorder_repeat_reset(row: Row) -> None:
     rest = {name: t[[1, 1, 0, 0, 1, 1]] for name, t in part(inputs, 40, 50).items()}
     close(attend(module, rest, state=state), whole[[1, 1, 0, 0, 1, 1], :, 40:])
     state.reset()
-    assert state.seen == 0 and state.nbytes == 0
+    assert state.seen == 0
+    assert state.nbytes == 0
     close(attend(module, inputs, state=state), whole)
 
 
