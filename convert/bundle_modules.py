@@ -127,6 +127,8 @@ class SourceModule:
             if isinstance(inner, ast.ImportFrom) and inner.level
             for line in range(inner.lineno - 1, (inner.end_lineno or inner.lineno))
         }
+        # With an import goes the empty line that parts it from the code below.
+        dropped |= {line + 1 for line in dropped if not self._lines[line + 1].strip()}
         end = last.end_lineno or last.lineno
         return "".join(self._lines[number] for number in range(start, end) if number not in dropped)
 
