@@ -133,10 +133,34 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     text_config = model.config.get_text_config(decoder=True)
     if text_config is not model.config:
         text_config.attnconv = section
+    for part in {id(m): m for m in (model, model.base_model)}.values():
+        _count_positions_from_mask(part)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
     if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
         model._supports_attention_backend = False
     return model
+
+
+def _count_positions_from_mask(model: PreTrainedModel) -> None:
+    """Make a padded row's positions start at its first real token, as `generate` does, when the caller gives none.
+
+    Softmax attention under RoPE does not notice a shift of all positions; feature maps do.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    counts = model.config.get_text_config() is model.config and not model.config.is_encoder_decoder
+    if counts and {"attention_mask", "position_ids"} <= parameters.keys() and "_attnconv_positions" not in vars(model):
+        model.__dict__["_attnconv_positions"] = model.register_forward_pre_hook(_add_position_ids, with_kwargs=True)
+
+
+def _add_position_ids(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    tokens = args[0] if tokens is None and args else tokens
+    given = kwargs.get("position_ids") is not None
+    if given or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(tokens, torch.Tensor):
+        return args, kwargs
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+    return args, {**kwargs, "position_ids": positions}
 
 
 def _swap(module: nn.Module, entry: PlanEntry) -> None:
