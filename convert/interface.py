@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,14 +107,12 @@ def attention_tap(model: nn.Module, tap: Tap) -> Iterator[None]:
 
 def is_converted(module: nn.Module) -> bool:
     """Whether a module's attention was replaced."""
-    return isinstance(getattr(module, "attnconv", None), AttentionModule)
+    return hasattr(type(module), "_attnconv_original")
 
 
 def core_of(module: nn.Module) -> AttentionModule:
-    """The attention module inside a converted module."""
-    core = module.attnconv
-    assert isinstance(core, AttentionModule)
-    return core
+    """The attention module inside a converted module, or what an adapter library put around it."""
+    return cast(AttentionModule, module.attnconv)
 
 
 def attnconv_attention(
