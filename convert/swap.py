@@ -133,8 +133,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     text_config = model.config.get_text_config(decoder=True)
     if text_config is not model.config:
         text_config.attnconv = section
-    for part in {id(m): m for m in (model, model.base_model)}.values():
-        _count_positions_from_mask(part)
+    _count_positions_from_mask(model)
+    if isinstance(model.base_model, PreTrainedModel):
+        _count_positions_from_mask(model.base_model)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
     if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
         model._supports_attention_backend = False
