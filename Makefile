@@ -44,7 +44,8 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "the tested versions need Python 3.11 or newer; name one with PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the tested versions into $(VENV); the first time this takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
 	$(CONSTRAINED) torch
 	$(CONSTRAINED) --editable .
 	@touch $@
