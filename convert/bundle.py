@@ -13,9 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from .. import __version__
 from ..attention_modules.registry import get_method
+from ..errors import PlanError
 from .bundle_modules import BundleError, Definition, Origin, SourceTree
+from .config_file import SECTION
+from .reload import CLASS_PREFIX
+from .save import MODELING_MODULE
 
 PACKAGE = Path(__file__).resolve().parent.parent
 NEEDED = (("convert.reload", "native_model"), ("convert.plan", "SECTION_VERSION"))
@@ -39,7 +45,9 @@ FOOTER = '''def _serving():
         from attnconv.convert.reload import native_model as installed_model
     except ImportError:
         return native_model
-    fits = installed_version == SECTION_VERSION and {methods}.issubset(installed_methods())
+    used = {{
+{methods}    }}
+    fits = installed_version == SECTION_VERSION and used.issubset(installed_methods())
     return installed_model if fits else native_model
 '''
 
@@ -73,12 +81,35 @@ def bundle_source(methods: Iterable[str], architectures: Iterable[str], *, versi
         + ("\nfrom __future__ import annotations\n" if future else "")
         + _import_lines(imports),
         *_texts(parts),
-        FOOTER.format(methods="{" + ", ".join(f'"{name}"' for name in used) + "}"),
+        FOOTER.format(methods="".join(f'        "{name}",\n' for name in used)),
         "".join(f'AttnConv{name} = _serving()("{name}", __name__)\n' for name in architectures),
     ]
     source = "\n\n".join(blocks)
     _check(source)
     return source
+
+
+def write_self_contained(folder: Path, config: Mapping[str, Any]) -> None:
+    """Give a converted model's folder a modeling file that needs no attnconv, in place of the small one that does.
+
+    Args:
+        folder: the folder, with its config.json written already.
+        config: the contents of that file.
+
+    Raises:
+        PlanError: the model's class is not one of transformers', so its own code would be needed too.
+    """
+    prefix = f"{MODELING_MODULE}.{CLASS_PREFIX}"
+    references = [name for name in config.get("auto_map", {}).values() if isinstance(name, str)]
+    architectures = sorted({name.removeprefix(prefix) for name in references if name.startswith(prefix)})
+    if not architectures:
+        raise PlanError(
+            f"{config['architectures'][0]} is no class of transformers, so one file cannot hold all the code that "
+            "this model needs; leave --self-contained out."
+        )
+    methods = {module["method"] for module in config[SECTION]["modules"].values()}
+    source = bundle_source(methods, architectures, version=__version__)
+    (folder / f"{MODELING_MODULE}.py").write_text(source, encoding="utf-8")
 
 
 def _class_of(tree: SourceTree, method: str) -> Definition:

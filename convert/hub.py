@@ -6,23 +6,25 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AttnConvError, CheckpointError, HubError
+from .config_file import CONFIG_FILE, SECTION
+from .inside import inside
 from .jsonfiles import read_json
-from .shards import read_shard
+from .weights import INDEX_FILE, read_weights, weight_files
+from .wording import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS = "model*.safetensors"
 UNPUBLISHED = (".*", "__pycache__", "*.pyc", "*.tmp", "*.part", "*.partial", "*.incomplete", "*.lock", "*.bak", "*~")
 """Names of files and folders that never leave the machine."""
-REPLACED = ("model*.safetensors", INDEX_FILE)
+REPLACED = (WEIGHTS, INDEX_FILE)
 """Names of remote files that a push removes if the folder no longer has them: old weights would win over new ones."""
 
 CONTINUE = "nothing was published, because the commit is the last step; run the same command again to continue"
@@ -60,7 +62,7 @@ def push_folder(
     """
     from huggingface_hub import HfApi
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     files = published_files(folder)
     api = HfApi(token=token, library_name="attnconv")
     with _explained(f"preparing {repo_id!r}", repo_id, CONTINUE):
@@ -83,43 +85,29 @@ def published_files(folder: Path) -> list[str]:
 
     Hidden and temporary files stay out, and so do weight files that the index does not name.
 
+    Args:
+        folder: a resolved folder.
+
     Raises:
-        CheckpointError: the folder is not a complete converted model.
+        CheckpointError: the folder is not a complete converted model, or a link leads out of it.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("attnconv"), dict):
+    if not isinstance(read_json(folder / CONFIG_FILE).get(SECTION), dict):
         raise CheckpointError(
-            f"{folder} is not a model converted with attnconv: its config.json has no 'attnconv' section."
+            f"{folder} is not a model converted with attnconv: its {CONFIG_FILE} has no {SECTION!r} section."
         )
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
+    read_weights(folder, weights)
     files = []
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if not path.is_file() or any(fnmatch(part, pattern) for part in name.parts for pattern in UNPUBLISHED):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or any(fnmatch(part, pattern) for part in name.split("/") for pattern in UNPUBLISHED):
             continue
-        if fnmatch(name.as_posix(), "model*.safetensors") and name.as_posix() not in weights:
+        if fnmatch(name, WEIGHTS) and name not in weights:
             logger.warning("%s is not named by %s and is left out of the push", name, INDEX_FILE)
             continue
-        files.append(name.as_posix())
+        inside(folder, name)
+        files.append(name)
     return files
-
-
-def _weight_files(folder: Path) -> set[str]:
-    """The names of the folder's weight files, all of which exist and are whole."""
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_FILE} has no 'weight_map'.")
-        names = {str(name) for name in weight_map.values()}
-    else:
-        names = {SINGLE_FILE}
-    for name in sorted(names):
-        if PurePosixPath(name).name != name:
-            raise CheckpointError(f"{folder / INDEX_FILE} names {name!r}, which is not a file of this folder.")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a complete model: the weight file {name} is missing.")
-        read_shard(folder / name, name)
-    return names
 
 
 def _check_card(folder: Path) -> None:
@@ -131,7 +119,7 @@ def _check_card(folder: Path) -> None:
             ModelCard.load(folder / "README.md").validate()
         except ValueError as error:
             raise HubError(
-                f"The metadata of {folder / 'README.md'} is not accepted by the Hub: {_first_line(error)}."
+                f"The metadata of {folder / 'README.md'} is not accepted by the Hub: {first_line(error)}."
             ) from error
 
 
@@ -194,16 +182,11 @@ def _sentence(error: BaseException, doing: str, repo_id: str, then: str) -> str:
         # An answer below 500 is a refusal, so the commit was not made either.
         then = CONTINUE if answer.response.status_code < 500 else then
         reason = f"{status}, {answer.server_message}" if answer.server_message else f"{status}"
-        return f"The Hub answered with an error ({_first_line(reason)}) while {doing}: {then}."
-    return f"The connection to the Hub failed while {doing} ({_first_line(chain[-1])}): {then}."
+        return f"The Hub answered with an error ({reason.splitlines()[0]}) while {doing}: {then}."
+    return f"The connection to the Hub failed while {doing} ({first_line(chain[-1])}): {then}."
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -242,12 +242,20 @@ def test_only_finished_conversions_are_published(hub: HubServer, folder: Path, t
     with pytest.raises(CheckpointError, match="truncated"):
         push_folder(folder, REPO)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"shard model-00002-of-00003\.safetensors .* is missing"):
         push_folder(folder, REPO)
     (folder / INDEX).write_text('{"weight_map": {"t": "../secret.safetensors"}}')
-    with pytest.raises(CheckpointError, match="not a file of this folder"):
+    with pytest.raises(CheckpointError, match="outside the folder"):
         push_folder(folder, REPO)
     (folder / INDEX).unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        push_folder(folder, REPO)
+    assert not hub.calls
+
+
+def test_link_that_leads_out_of_the_folder_is_not_followed(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(CheckpointError, match=r"notes\.txt leads to .* outside the folder"):
         push_folder(folder, REPO)
     assert not hub.calls
