@@ -1,0 +1,100 @@
+"""Copies of large files at the disk's own speed, fingerprinted and flushed on the way."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import BinaryIO
+
+import xxhash
+
+from ..errors import OutputError
+
+DIGEST_CHUNK = 1 << 20
+COPY_CHUNK = 1 << 26
+# The file systems cannot copy between them inside the kernel.
+NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+# The file systems cannot share one file under two names.
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+def copy_files(pairs: Iterable[tuple[Path, Path]], *, link: bool = False, stop: Event | None = None) -> dict[Path, str]:
+    """Copy files, while other threads take their digests and write what is copied through to the disk.
+
+    The kernel copies, so a copy-on-write file system shares the blocks until one side changes.
+
+    Args:
+        pairs: (file, copy to create).
+        link: give the same file a second name instead, where the file system can.
+        stop: once set, no more is copied and nothing is returned.
+
+    Returns:
+        The digest of each file.
+
+    Raises:
+        OutputError: a file changed its size while it was copied.
+        CancelledError: stopped.
+    """
+    stop = stop or Event()
+    digests: dict[Path, Future[str]] = {}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for source, target in pairs:
+            digests[source] = pool.submit(digest_of, source)
+            if not (link and _link(source, target)):
+                _copy(source, target, pool, stop)
+        return {source: digest.result() for source, digest in digests.items()}
+
+
+def digest_of(path: Path) -> str:
+    """The XXH3-128 of a file's bytes, as `"xxh3_128:<hexadecimal>"`; `xxhsum -H128` prints the same.
+
+    It tells files apart as fast as memory is read, where SHA-256 would take longer than copying them does.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(DIGEST_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in NO_LINK:
+            return False
+        raise
+    return True
+
+
+def _copy(source: Path, target: Path, pool: ThreadPoolExecutor, stop: Event) -> None:
+    with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        flushes = []
+        for _ in _copied_in_kernel(reader, writer):
+            flushes.append(pool.submit(os.fsync, writer.fileno()))
+            if stop.is_set():
+                raise CancelledError
+        shutil.copyfileobj(reader, writer, DIGEST_CHUNK)
+        writer.flush()
+        for flush in flushes:
+            flush.result()
+        if os.fstat(writer.fileno()).st_size != size:
+            raise OutputError(f"{source} changed while it was copied: run the conversion again.")
+
+
+def _copied_in_kernel(reader: BinaryIO, writer: BinaryIO) -> Iterator[int]:
+    """Copy a file chunk by chunk inside the kernel and yield each chunk's size; end early where the kernel cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return
+    try:
+        while count := os.copy_file_range(reader.fileno(), writer.fileno(), COPY_CHUNK):
+            yield count
+    except OSError as error:
+        if error.errno not in NO_KERNEL_COPY:
+            raise

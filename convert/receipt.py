@@ -1,0 +1,106 @@
+"""The receipt of a conversion: what went in, what was done, with which versions, and what was measured."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .copying import digest_of
+from .files import RECEIPT_FILE, TOOL
+from .inside import inside
+from .jsonfiles import write_json
+from .plan import Plan
+
+RECEIPT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `receipt.json` says.
+
+    Attributes:
+        source: the base as the user named it.
+        repo_id: its Hub repository, if known.
+        revision: the commit of that repository.
+        inputs: digest of each weight file that was read.
+        plan: the `attnconv` section of config.json.
+        start_distance: how far the model was from its teacher right after the swap, by measure.
+        metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
+        command: the command line.
+        created: when, in UTC.
+        versions: of the packages that took part.
+    """
+
+    source: str
+    repo_id: str | None
+    revision: str | None
+    inputs: Mapping[str, str]
+    plan: Mapping[str, Any]
+    start_distance: Mapping[str, float] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, Any]] = ()
+    command: str = ""
+    created: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_receipt(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    start_distance: Mapping[str, float] | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    command: Sequence[str] | None = None,
+) -> Receipt:
+    """Put a receipt together.
+
+    Args:
+        checkpoint: the base.
+        plan: what was converted.
+        inputs: digests of the base's weight files; the default reads the files once more.
+        start_distance: how far the model was from its teacher right after the swap, by measure.
+        metrics: what was measured, one row per moment, each with its `"stage"`.
+        command: the command line; the default is that of this process.
+    """
+    return Receipt(
+        source=checkpoint.source,
+        repo_id=checkpoint.repo_id,
+        revision=checkpoint.revision,
+        inputs=digest_inputs(checkpoint) if inputs is None else inputs,
+        plan=plan.to_config(),
+        start_distance=start_distance or {},
+        metrics=tuple(metrics),
+        command=shlex.join(sys.argv if command is None else command),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions(),
+    )
+
+
+def digest_inputs(checkpoint: Checkpoint) -> dict[str, str]:
+    """The digest of each weight file of a checkpoint; about 0.1 s per GB that is in memory, else the disk's speed."""
+    names = [checkpoint.gguf_file] if checkpoint.gguf_file else [shard.name for shard in checkpoint.shards]
+    return {name: digest_of(inside(checkpoint.path, name)) for name in names}
+
+
+def write_receipt(folder: Path, receipt: Receipt) -> None:
+    """Write `receipt.json`."""
+    write_json(folder / RECEIPT_FILE, {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt)})
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        TOOL: __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
