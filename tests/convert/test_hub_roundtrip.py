@@ -9,36 +9,36 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from attnconv.convert import convert_model
+from attnconv.convert.bundle import write_self_contained
+from attnconv.convert.hub import push_folder
+from attnconv.convert.jsonfiles import read_json
 
 REPO = "tester/tiny"
 PUSH = """
 import sys
 from attnconv.convert.hub import push_folder
-print(push_folder(sys.argv[1], sys.argv[2], private=True))
+push_folder(sys.argv[1], sys.argv[2])
 """
 LOAD = """
 import sys
 import torch
 from safetensors.torch import save_file
+if sys.argv[3] == "attnconv":
+    import attnconv
+else:
+    sys.modules["attnconv"] = None
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] == "trust")
 save_file({"logits": model(torch.arange(1, 41)[None]).logits}, sys.argv[2])
+print(sum(hasattr(module, "attnconv") for module in model.modules()))
 """
 
 
-def run(code: str, *arguments: object, environment: dict[str, str]) -> str:
-    """What a fresh Python process prints; its failure is the test's."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny random model in several shards, marked as converted with nothing converted."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -47,22 +47,38 @@ def folder(tmp_path: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attnconv={"version": 1, "modules": {}},
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="40KB")
-    return tmp_path / "model"
+    model = convert_model(LlamaForCausalLM(config), "lolcats", window=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".attnconv." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
+    """A tiny converted model in several shards, self-contained."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="40KB")
+    write_self_contained(folder, read_json(folder / "config.json"))
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Tiny\n")
+    return folder
 
 
 def test_model_comes_back_from_the_hub_as_it_was_pushed(
-    hub: HubServer, hub_environment: dict[str, str], folder: Path, tmp_path: Path
+    hub: HubServer, hub_environment: dict[str, str], model: PreTrainedModel, folder: Path, tmp_path: Path
 ) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert run(PUSH, folder, REPO, environment=hub_environment) == f"{hub.url}/{REPO}"
+    assert push_folder(folder, REPO, private=True) == f"{hub.url}/{REPO}"
     assert hub.repository(REPO).private
-    for source, name in ((folder, "local"), (REPO, "loaded")):
-        run(LOAD, source, tmp_path / name, environment=hub_environment)
-    local, loaded = (load_file(tmp_path / name)["logits"] for name in ("local", "loaded"))
-    assert torch.equal(loaded, local)
+    with torch.no_grad():
+        expected = model(torch.arange(1, 41)[None]).logits
+    for way in ("attnconv", "trust"):
+        command = [sys.executable, "-c", LOAD, REPO, str(tmp_path / way), way]
+        done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=240)
+        assert done.stdout.strip() == "2", done.stderr
+        assert torch.equal(load_file(tmp_path / way)["logits"], expected)
     assert hub.calls["stored"] > 0
 
 
@@ -79,6 +95,6 @@ def test_killed_push_shows_nothing_and_the_next_one_continues(
     hub.repair()
     sent = len(hub.store.objects)
     hub.calls.clear()
-    run(PUSH, folder, REPO, environment=hub_environment)
+    push_folder(folder, REPO)
     assert hub.files(REPO) == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.calls["upload"] == len(list(folder.glob("*.safetensors"))) - sent

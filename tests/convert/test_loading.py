@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +18,76 @@ from attnconv.convert.bundle import write_self_contained
 from attnconv.convert.jsonfiles import read_json
 from attnconv.errors import PlanError
 
-PROBE = """
-import json
-import sys
-
-job = json.loads(sys.argv[1])
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in job["blocked"]:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Blocker())
-if job["first"]:
-    import attnconv
+# One process imports torch and transformers, which takes seconds, and is forked for every model; none of the copies has
+# met attnconv before.
+SERVER = """
 import copy
+import json
+import os
 import pickle
+import sys
+import traceback
+
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
-models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=job["trust"]) for folder in job["folders"]]
-model = models[-1]
-ids = torch.tensor(job["ids"])
-mask = (ids != 0).long()
-arguments = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-with torch.no_grad():
-    results = {
-        "logits": model(input_ids=ids, attention_mask=mask).logits,
-        "copied": pickle.loads(pickle.dumps(copy.deepcopy(model)))(input_ids=ids, attention_mask=mask).logits,
-        "cached": model.generate(**arguments),
-        "uncached": model.generate(**arguments, use_cache=False),
-    }
-save_file({name: tensor.contiguous() for name, tensor in results.items()}, job["out"])
-if job["again"]:
-    model.save_pretrained(job["again"])
-cores = [module.attnconv for module in model.modules() if hasattr(module, "attnconv")]
-print(json.dumps([type(core).__module__ for core in cores]))
+
+class Blocker:
+    def __init__(self, names):
+        self.names = names
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def run(job):
+    for name in [name for name in sys.modules if name.partition(".")[0] in job["blocked"]]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Blocker(job["blocked"]))
+    if job["first"]:
+        import attnconv
+    for folder in job["folders"]:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=job["trust"])
+    ids = torch.tensor(job["ids"])
+    arguments = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    length = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    with torch.no_grad():
+        results = {
+            "logits": model(**arguments).logits,
+            "copied": pickle.loads(pickle.dumps(copy.deepcopy(model)))(**arguments).logits,
+            "cached": model.generate(**arguments, **length),
+            "uncached": model.generate(**arguments, **length, use_cache=False),
+        }
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, job["out"])
+    if job["again"]:
+        model.save_pretrained(job["again"])
+    cores = [module.attnconv for module in model.modules() if hasattr(module, "attnconv")]
+    with open(job["cores"], "w") as file:
+        json.dump([type(core).__module__ for core in cores], file)
+
+
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        with open(job["log"], "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            run(job)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+# What transformers says of a model that names an attention it does not know.
+NOT_SUPPORTED = 'Specified `attn_implementation="attnconv"` is not supported'
+BLOCKED = ("attnconv", "pydantic")
 IDS = [[0, 0, 0, 5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
 
@@ -96,42 +127,53 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    """Runs the probe; every process has caches of its own."""
+    """Loads models in a process of their own and looks at the last of them."""
 
-    def __init__(self, repository: Path, place: Path) -> None:
-        self.repository = repository
+    def __init__(self, server: "subprocess.Popen[str]", place: Path) -> None:
+        self.server = server
         self.place = place
 
-    def __call__(
-        self, *folders: Path, blocked: tuple[str, ...] = (), trust: bool = True, first: bool = False, again: str = ""
-    ) -> subprocess.CompletedProcess[str]:
-        job = {
-            "folders": [str(folder) for folder in folders],
-            "blocked": blocked,
-            "trust": trust,
-            "first": first,
-            "again": again,
-            "ids": IDS,
-            "out": str(self.place / "out.safetensors"),
-        }
-        environment = os.environ | {
-            "PYTHONPATH": str(self.repository / ".dev"),
-            "HF_HOME": str(self.place / "hf_home"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, "-c", PROBE, json.dumps(job)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    def error(self, *folders: Path, **options: Any) -> str:
+        """What the process complains about in the end; None of its complaints is the test's failure."""
+        code, log = self._run(*folders, **options)
+        assert code == 1, log
+        return log
 
     def results(self, *folders: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """What the probe computed with the last folder's model, and the modules its cores came from."""
-        done = self(*folders, **options)
-        assert done.returncode == 0, done.stderr
-        return load_file(self.place / "out.safetensors"), json.loads(done.stdout.splitlines()[-1])
+        """What was computed with the last folder's model, and the modules its cores came from."""
+        code, log = self._run(*folders, **options)
+        assert code == 0, log
+        return load_file(self.place / "out"), json.loads((self.place / "cores").read_text())
+
+    def _run(
+        self, *folders: Path, blocked: tuple[str, ...] = (), trust: bool = True, first: bool = False, again: str = ""
+    ) -> tuple[int, str]:
+        job = {"folders": [str(folder) for folder in folders], "blocked": blocked, "trust": trust, "first": first}
+        places = {name: str(self.place / name) for name in ("out", "cores", "log")}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps({**job, **places, "again": again, "ids": IDS}) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline()), (self.place / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
+    environment = os.environ | {
+        "PYTHONPATH": str(repository / ".dev"),
+        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
+        "HF_HUB_OFFLINE": "1",
+    }
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
 
 
 @pytest.fixture
-def process(repository: Path, tmp_path: Path) -> Process:
-    return Process(repository, tmp_path)
+def process(server: "subprocess.Popen[str]", tmp_path: Path) -> Process:
+    return Process(server, tmp_path)
 
 
 def check(folder: Path, results: dict[str, torch.Tensor]) -> None:
@@ -148,15 +190,11 @@ def check(folder: Path, results: dict[str, torch.Tensor]) -> None:
 
 
 def test_without_attnconv_and_without_trust_it_does_not_load(folder: Path, process: Process) -> None:
-    done = process(folder, blocked=("attnconv",), trust=False)
-    assert done.returncode == 1
-    assert "ValueError" in done.stderr.splitlines()[-1] or "attnconv" in done.stderr.splitlines()[-1]
+    assert NOT_SUPPORTED in process.error(folder, blocked=("attnconv",), trust=False)
 
 
 def test_without_attnconv_trust_leads_to_its_installation(folder: Path, process: Process) -> None:
-    done = process(folder, blocked=("attnconv",))
-    assert done.returncode == 1
-    assert "pip install attnconv" in done.stderr
+    assert "pip install attnconv" in process.error(folder, blocked=("attnconv",))
 
 
 @pytest.mark.parametrize(("trust", "first"), [(False, True), (True, True), (True, False)])
@@ -167,7 +205,7 @@ def test_with_attnconv_it_loads_exactly(folder: Path, process: Process, trust: b
 
 
 def test_self_contained_file_needs_neither_attnconv_nor_pydantic(flat: Path, process: Process, tmp_path: Path) -> None:
-    results, modules = process.results(flat, blocked=("attnconv", "pydantic"), again=str(tmp_path / "again"))
+    results, modules = process.results(flat, blocked=BLOCKED, again=str(tmp_path / "again"))
     check(flat, results)
     assert all(module.endswith(".modeling_attnconv") for module in modules)
     assert len(modules) == 2
@@ -179,7 +217,7 @@ def test_self_contained_file_needs_neither_attnconv_nor_pydantic(flat: Path, pro
         key: read_json(flat / "config.json")[key]
         for key in ("attnconv", "attn_implementation", "auto_map", "architectures")
     }
-    results, _ = process.results(tmp_path / "again", blocked=("attnconv", "pydantic"))
+    results, _ = process.results(tmp_path / "again", blocked=BLOCKED)
     check(flat, results)
 
 
@@ -195,7 +233,7 @@ def test_self_contained_file_leaves_the_work_to_an_installed_attnconv(
 def test_two_self_contained_models_share_one_process(flat: Path, process: Process, tmp_path: Path) -> None:
     other = build(tmp_path / "other", window=2)
     write_self_contained(other, read_json(other / "config.json"))
-    results, _ = process.results(flat, other, blocked=("attnconv", "pydantic"))
+    results, _ = process.results(flat, other, blocked=BLOCKED)
     check(other, results)
 
 
@@ -204,9 +242,7 @@ def test_self_contained_models_of_different_methods_ask_for_attnconv(
 ) -> None:
     other = build(tmp_path / "other", "hedgehog")
     write_self_contained(other, read_json(other / "config.json"))
-    done = process(flat, other, blocked=("attnconv", "pydantic"))
-    assert done.returncode == 1
-    assert "pip install -U attnconv" in done.stderr.splitlines()[-1]
+    assert "pip install -U attnconv" in process.error(flat, other, blocked=BLOCKED)
     results, _ = process.results(flat, other)
     check(other, results)
 
@@ -229,6 +265,4 @@ def test_without_its_code_file_the_folder_still_never_loads_as_softmax(
     (bare / "config.json").write_text(json.dumps(config))
     save_file(load_file(folder / "model.safetensors"), bare / "model.safetensors", metadata={"format": "pt"})
     for trust in (False, True):
-        done = process(bare, blocked=("attnconv",), trust=trust)
-        assert done.returncode == 1
-        assert "attnconv" in done.stderr.splitlines()[-1]
+        assert NOT_SUPPORTED in process.error(bare, blocked=("attnconv",), trust=trust)

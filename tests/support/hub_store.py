@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-REGULAR_LIMIT = 10_000
+REGULAR_LIMIT = 10_000_000
 """Bytes from which a file goes through large-file storage, whatever its name."""
 
 
