@@ -13,6 +13,8 @@ from .selectors import LayerSelector, parse_layers
 from .stages import Stage
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LINK = re.compile(r"https?://\S+")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -107,14 +109,28 @@ class Recipe(Section):
         output: how the result is saved.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str
     description: str = ""
-    paper: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    paper: str | None = None
     attention: Annotated[list[AttentionRule], Field(min_length=1)]
     data: DataSection | None = None
     stages: list[Stage] = Field(default_factory=list)
     evaluate: EvaluateSection | None = None
     output: OutputSection = OutputSection()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is no name; use letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("paper")
+    @classmethod
+    def _link(cls, value: str | None) -> str | None:
+        if value is not None and not LINK.fullmatch(value):
+            raise ValueError(f"{value!r} is no link; write the URL of the paper, https://...")
+        return value
 
     @model_validator(mode="after")
     def _stages_have_data(self) -> Self:

@@ -10,6 +10,7 @@ MINIMAL = "name: mine\nattention:\n  - {layers: all, method: softmax}\n"
 WRONG = """
 name: my recipe
 descripton: misspelt
+paper: arxiv 2410
 attention:
   - {layers: all, method: lolcat}
   - {layers: "0-3,x-", method: lolcats, options: {windw: 64, mixing: 2, feature_map: hedgehg}}
@@ -54,7 +55,8 @@ def test_a_file_without_suffix_is_loaded(tmp_path, monkeypatch):
 def test_all_problems_are_reported_at_once():
     message = problems(WRONG)
     for problem in (
-        "\n  name: string should match pattern",
+        "\n  name: 'my recipe' is no name; use letters",
+        "\n  paper: 'arxiv 2410' is no link",
         "\n  descripton: unknown key; did you mean 'description'?",
         "\n  attention.0.method: unknown method 'lolcat'; did you mean 'lolcats'?",
         "\n  attention.1.options.windw: unknown key; did you mean 'window'?",
