@@ -25,8 +25,8 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
         inner: the layer that stood here before, or its type and arguments; None when it held keys and values only.
     """
 
-    # Registers the class with DynamicCache.
-    _layer_type: str | None = LAYER_TYPE
+    # Not registered by being defined: a second copy of this code in one process must change nothing.
+    _layer_type = None
     is_sliding = False
     is_croppable = True
     is_compileable = False
@@ -192,7 +192,6 @@ _LINEAR_ATTRIBUTES = (
 class StaticAttnConvCacheLayer(AttnConvCacheLayer):
     """The same layer inside a StaticCache."""
 
-    _layer_type = None
     # A cache counts as compileable only if all its layers do, and masks of the unconverted static layers depend on it.
     is_compileable = True
 
@@ -233,6 +232,7 @@ def layer_of(cache: Cache, layer_idx: int) -> AttnConvCacheLayer:
 
 def register_cache_layers() -> None:
     """Let DynamicCache and StaticCache build our layers for configs that carry our section."""
+    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = AttnConvCacheLayer
     cache_utils.STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticAttnConvCacheLayer
 
     def wrapper(original: LayerTypes) -> LayerTypes:

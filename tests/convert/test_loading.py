@@ -30,7 +30,7 @@ import traceback
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama import modeling_llama
 
 
@@ -64,9 +64,12 @@ def run(job):
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, job["out"])
     if job["again"]:
         model.save_pretrained(job["again"])
-    cores = [module.attnconv for module in model.modules() if hasattr(module, "attnconv")]
-    with open(job["cores"], "w") as file:
-        json.dump([type(core).__module__ for core in cores], file)
+    parts = [module.attnconv for module in model.modules() if hasattr(module, "attnconv")]
+    layers = DynamicCache(config=model.config).layers
+    parts += layers
+    assert not any(layer.inner for layer in layers)
+    with open(job["parts"], "w") as file:
+        json.dump([type(part).__module__ for part in parts], file)
 
 
 print("ready", flush=True)
@@ -87,6 +90,7 @@ for line in sys.stdin:
 """
 # What transformers says of a model that names an attention it does not know.
 NOT_SUPPORTED = 'Specified `attn_implementation="attnconv"` is not supported'
+FROM_PACKAGE = ["attnconv.attention_modules.linear.lolcats"] * 2 + ["attnconv.convert.cache"] * 2
 BLOCKED = ("attnconv", "pydantic")
 IDS = [[0, 0, 0, 5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
@@ -140,16 +144,16 @@ class Process:
         return log
 
     def results(self, *folders: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """What was computed with the last folder's model, and the modules its cores came from."""
+        """What was computed with the last folder's model, and the modules that its cores and cache layers came from."""
         code, log = self._run(*folders, **options)
         assert code == 0, log
-        return load_file(self.place / "out"), json.loads((self.place / "cores").read_text())
+        return load_file(self.place / "out"), json.loads((self.place / "parts").read_text())
 
     def _run(
         self, *folders: Path, blocked: tuple[str, ...] = (), trust: bool = True, first: bool = False, again: str = ""
     ) -> tuple[int, str]:
         job = {"folders": [str(folder) for folder in folders], "blocked": blocked, "trust": trust, "first": first}
-        places = {name: str(self.place / name) for name in ("out", "cores", "log")}
+        places = {name: str(self.place / name) for name in ("out", "parts", "log")}
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps({**job, **places, "again": again, "ids": IDS}) + "\n")
@@ -201,14 +205,15 @@ def test_without_attnconv_trust_leads_to_its_installation(folder: Path, process:
 def test_with_attnconv_it_loads_exactly(folder: Path, process: Process, trust: bool, first: bool) -> None:
     results, modules = process.results(folder, trust=trust, first=first)
     check(folder, results)
-    assert set(modules) == {"attnconv.attention_modules.linear.lolcats"}
+    assert modules == FROM_PACKAGE
 
 
 def test_self_contained_file_needs_neither_attnconv_nor_pydantic(flat: Path, process: Process, tmp_path: Path) -> None:
     results, modules = process.results(flat, blocked=BLOCKED, again=str(tmp_path / "again"))
     check(flat, results)
     assert all(module.endswith(".modeling_attnconv") for module in modules)
-    assert len(modules) == 2
+    assert len(modules) == 4
+    assert len(set(modules)) == 1
     # Saved again by that process, it is still self-contained.
     text = (flat / "modeling_attnconv.py").read_text()
     assert (tmp_path / "again" / "modeling_attnconv.py").read_text() == text
@@ -227,14 +232,16 @@ def test_self_contained_file_leaves_the_work_to_an_installed_attnconv(
 ) -> None:
     results, modules = process.results(flat, trust=trust, first=first)
     check(flat, results)
-    assert set(modules) == {"attnconv.attention_modules.linear.lolcats"}
+    assert modules == FROM_PACKAGE
 
 
 def test_two_self_contained_models_share_one_process(flat: Path, process: Process, tmp_path: Path) -> None:
     other = build(tmp_path / "other", window=2)
     write_self_contained(other, read_json(other / "config.json"))
-    results, _ = process.results(flat, other, blocked=BLOCKED)
+    results, modules = process.results(flat, other, blocked=BLOCKED)
     check(other, results)
+    # The first of the two files serves both.
+    assert len(set(modules)) == 1
 
 
 def test_self_contained_models_of_different_methods_ask_for_attnconv(
