@@ -163,6 +163,12 @@ def parse_layers(value: object) -> LayerSelector:
 
     Raises:
         ValueError: the value is none of these; the message says what is wrong and what is allowed.
+
+    Examples:
+        >>> parse_layers("0-3,7").matches(7, num_layers=12, module_name="model.layers.7.self_attn")
+        True
+        >>> parse_layers({"last": 2}).matches(7, num_layers=12, module_name="model.layers.7.self_attn")
+        False
     """
     if isinstance(value, Mapping):
         return _parse_mapping(value)

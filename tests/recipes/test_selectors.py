@@ -1,11 +1,13 @@
 """Layer rules: what each form chooses, and what is refused."""
 
+import doctest
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attnconv.errors import RecipeError
-from attnconv.recipes import AttentionRule, parse_layers
+from attnconv.recipes import AttentionRule, parse_layers, selectors
 
 
 def chosen(layers, num_layers):
@@ -137,6 +139,10 @@ def test_layers_the_model_has_not_are_refused(layers, named):
     with pytest.raises(RecipeError, match="the model has 4") as refusal:
         chosen(layers, 4)
     assert named in str(refusal.value)
+
+
+def test_the_documented_examples():
+    assert doctest.testmod(selectors).failed == 0
 
 
 def test_a_module_outside_of_the_layers_is_chosen_by_all_and_by_name_only():
