@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -161,6 +162,29 @@ class Trainee:
             raise TrainingError(f"The checkpoint does not fit the model: {len(odd)} tensors differ, first {odd[0]}.")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+    def release(self) -> None:
+        """Give up the model's weights; the trainee is of no more use."""
+        nn.Module.to(self.model, "meta")
+        self.peft = None
+
+    def detach_adapters(self, folder: Path, *, base: str) -> PreTrainedModel:
+        """Save the adapters beside the model instead, the first in `folder`, others in folders of their own in it.
+
+        Args:
+            folder: Where to; nothing is written if there are none.
+            base: What the adapters name as the model they belong to.
+
+        Returns:
+            The plain model, without the adapters.
+        """
+        if self.peft is not None:
+            for config in self.peft.peft_config.values():
+                config.base_model_name_or_path = base
+            self.peft.save_pretrained(folder)
+            self.model = self.peft.unload()
+            self.peft, self.adapters = None, []
+        return self.model
 
     def merge_adapters(self) -> PreTrainedModel:
         """Add all adapters to the weights they adapt and return the plain model."""

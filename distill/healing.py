@@ -1,0 +1,267 @@
+"""All stages of a recipe on one model, from wherever an earlier run left them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..convert.checkpoint import Checkpoint, load_model
+from ..convert.plan import Plan
+from ..convert.swap import apply_plan
+from ..errors import TrainingError
+from ..evaluate import perplexity
+from ..recipes import LogitsStage, LoraStage, Recipe, Stage
+from .batches import Batch
+from .data import TokenStream
+from .distance import output_distance
+from .evaluation import evaluation_tokens
+from .logits import LogitDistillation
+from .lora import LoraTuning
+from .metrics import MetricsFile
+from .objective import Objective
+from .packing import Position
+from .progress import Progress
+from .team import Team
+from .trainee import LoraSettings, Trainee, check_targets
+from .training import StageJob, run_stage
+from .transfer import AttentionTransfer
+from .work import StageState, WorkFolder, fingerprint
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works on and with.
+
+    Attributes:
+        checkpoint: The teacher, as it lies on disk.
+        plan: What is converted how.
+        recipe: The recipe.
+        tokenizer: The teacher's tokenizer; None if it has none.
+        team: The processes that share the run.
+        work: The run's work folder.
+        progress: Whom to tell.
+        measured: What was measured so far, under the names that the work folder keeps it by.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase | None
+    team: Team
+    work: WorkFolder
+    progress: Progress
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def stream(self, stage: Stage) -> TokenStream:
+        """The text of a stage.
+
+        Raises:
+            TrainingError: The model has no tokenizer to read it with.
+        """
+        section = stage.data or self.recipe.data
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase) or section is None:
+            raise TrainingError(f"{self.checkpoint.source} has no tokenizer, so a stage cannot read text for it.")
+        return TokenStream(section, self.tokenizer)
+
+    @property
+    def seed(self) -> int:
+        """Of everything random that no data section decides."""
+        return 0 if self.recipe.data is None else self.recipe.data.seed
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep a result, JSON data, under a name; the same in every process."""
+        self.measured[key] = value
+        if self.team.leads:
+            self.work.record(key, value)
+
+    @cached_property
+    def evaluation_tokens(self) -> torch.Tensor | None:
+        """What perplexity is measured on; None if the recipe does not ask for it."""
+        if self.recipe.evaluate is None or self.tokenizer is None:
+            return None
+        return evaluation_tokens(self.recipe.evaluate, self.tokenizer)
+
+
+def check_data(run: Run) -> None:
+    """Make the first sequence of every stage, so that bad data are known before anything slow begins.
+
+    Raises:
+        DataError: The data of a stage, or those for evaluation, cannot be used.
+    """
+    for stage in run.recipe.stages:
+        next(run.stream(stage).sequences(stage.sequence_length))
+    _ = run.evaluation_tokens
+
+
+def heal(run: Run) -> Trainee:
+    """Run the recipe's stages, or those that are left, and measure before and after each.
+
+    What was measured is kept in the run's work folder.
+
+    Returns:
+        The healed model with its adapters.
+
+    Raises:
+        TrainingError: A stage cannot be run on this model, or its loss is not finite.
+    """
+    snapshot = run.work.latest()
+    state = StageState(0) if snapshot is None else snapshot.state
+    stages = run.recipe.stages
+    trainee = _fresh_trainee(run, stages[state.stage])
+    for stage in stages:
+        check_targets(trainee.model, getattr(lora_settings(stage), "targets", ()))
+    if snapshot is not None:
+        _add_adapters(run, trainee, state.stage + 1)
+        trainee.load_trained(snapshot.trained)
+    for index in range(state.stage, len(stages)):
+        stage = stages[index]
+        trainee = _in_precision(run, trainee, index)
+        stream = run.stream(stage)
+        if state.stage != index:
+            state = StageState(index, position=_position(run, stream))
+        _add_adapters(run, trainee, index + 1)
+        moments = snapshot.optimizer if snapshot is not None and snapshot.state.stage == index else {}
+        job = StageJob(index, stage, _objective(trainee, stage), trainee, stream, run.team, run.work, run.progress)
+        state = run_stage(job, state, moments)
+        run.record(_section_key(stream), asdict(state.position))
+        label = stage_label(run.recipe, index)
+        run.record(f"training/{label}", _training_figures(run, state))
+        measure(run, trainee.model, label)
+        if stage.kind == "attention_transfer":
+            measure_distance(run, trainee, label)
+    return trainee
+
+
+def stage_label(recipe: Recipe, index: int) -> str:
+    """What a stage is called in tables: its kind, and its number where it is not the only one of its kind."""
+    kinds = [stage.kind for stage in recipe.stages]
+    return kinds[index] if kinds.count(kinds[index]) == 1 else f"{kinds[index]} {index + 1}"
+
+
+def lora_settings(stage: Stage) -> LoraSettings | None:
+    """What a stage says about adapters; None if it has none."""
+    if isinstance(stage, LoraStage):
+        return stage
+    return stage.lora if isinstance(stage, LogitsStage) else None
+
+
+def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) -> Trainee:
+    """Load the teacher and swap its attention.
+
+    Args:
+        run: The run.
+        dtype: Type of its weights; those of the cores are fp32.
+        first_time: Measure the teacher before the swap.
+    """
+    run.progress.phase("Loading the model")
+    model = load_model(run.checkpoint, dtype=dtype, device=run.team.device)
+    run.progress.end()
+    if first_time:
+        measure(run, model, "teacher")
+    with seeded(run.seed):
+        apply_plan(model, run.plan)
+    return Trainee(model)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context random starts depend on the seed alone; outside nothing is changed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def final_model(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
+    """The healed model on weights of the type that is saved, so that training in bf16 leaves no trace in fp32 ones."""
+    return trainee if trainee.model.dtype == dtype else _reloaded(run, trainee, dtype)
+
+
+def measure(run: Run, model: PreTrainedModel, label: str) -> None:
+    """Record the model's perplexity under a label, if the recipe asks for it and it was not done already."""
+    section, tokens = run.recipe.evaluate, run.evaluation_tokens
+    if section is None or tokens is None or f"perplexity/{label}" in run.measured:
+        return
+    run.progress.phase(f"Measuring perplexity: {label}")
+    result = perplexity(model, tokens, context=section.context, limit=section.tokens, tokenizer=run.tokenizer)
+    run.progress.end()
+    run.record(f"perplexity/{label}", asdict(result))
+
+
+def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
+    """Record how far each layer is from the teacher, on the first batch of the first stage."""
+    if f"distance/{label}" in run.measured:
+        return
+    stage = run.recipe.stages[0]
+    sequence = next(run.stream(stage).sequences(stage.sequence_length))
+    run.record(f"distance/{label}", output_distance(trainee, Batch(sequence.tokens[None]).to(run.team.device)))
+
+
+def _fresh_trainee(run: Run, stage: Stage) -> Trainee:
+    """The converted model before any healing; measured, if that has not been done."""
+    dtype = DTYPES[stage.precision]
+    first_time = "distance/swap" not in run.measured
+    trainee = load_converted(run, dtype, first_time=first_time)
+    if first_time:
+        measure(run, trainee.model, "swap")
+        measure_distance(run, trainee, "swap")
+    return trainee
+
+
+def _in_precision(run: Run, trainee: Trainee, index: int) -> Trainee:
+    dtype = DTYPES[run.recipe.stages[index].precision]
+    return trainee if trainee.model.dtype == dtype else _reloaded(run, trainee, dtype)
+
+
+def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
+    """The same healed model on freshly loaded weights of another type."""
+    trained, adapters = trainee.trained_tensors(), len(trainee.adapters)
+    # Two copies of the weights must not be in memory at once.
+    trainee.release()
+    renewed = load_converted(run, dtype)
+    settings = [lora_settings(stage) for stage in run.recipe.stages]
+    for chosen in [setting for setting in settings if setting is not None][:adapters]:
+        renewed.add_adapter(chosen, seed=run.seed)
+    renewed.load_trained(trained)
+    return renewed
+
+
+def _add_adapters(run: Run, trainee: Trainee, stages: int) -> None:
+    """Put the adapters of the first `stages` stages on the model, as far as they are missing."""
+    settings = [lora_settings(stage) for stage in run.recipe.stages[:stages]]
+    wanted = [setting for setting in settings if setting is not None]
+    for number in range(len(trainee.adapters), len(wanted)):
+        trainee.add_adapter(wanted[number], seed=run.seed + number)
+
+
+def _objective(trainee: Trainee, stage: Stage) -> Objective:
+    if isinstance(stage, LoraStage):
+        return LoraTuning(trainee, stage, trainee.adapters[-1])
+    if isinstance(stage, LogitsStage):
+        return LogitDistillation(trainee, stage, None if stage.lora is None else trainee.adapters[-1])
+    return AttentionTransfer(trainee, stage)
+
+
+def _training_figures(run: Run, state: StageState) -> dict[str, float]:
+    """Loss at the end of a stage, its tokens, and how fast they went by."""
+    lines = [record for record in MetricsFile(run.work.metrics).records() if record.index == state.stage]
+    speed = state.tokens / max(state.seconds, 1e-9)
+    return {**({"loss": lines[-1].loss} if lines else {}), "tokens": state.tokens, "tokens_per_second": speed}
+
+
+def _section_key(stream: TokenStream) -> str:
+    return f"position/{fingerprint(stream.section.model_dump_json())}"
+
+
+def _position(run: Run, stream: TokenStream) -> Position:
+    """Where a stage begins to read: behind what earlier stages took from the same data, so that it sees fresh text."""
+    recorded: dict[str, Any] | None = run.measured.get(_section_key(stream))
+    return Position() if recorded is None else Position(**recorded)
