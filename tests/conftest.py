@@ -32,6 +32,17 @@ settings.register_profile("attnconv", deadline=None, derandomize=True, max_examp
 settings.load_profile("attnconv")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep pytest from importing the package a second time, under the name of the folder that the checkout is in.
+
+    It takes the checkout for a package of tests because of its `__init__.py`; a second copy of everything, hooks
+    included, would then live in the process beside `attnconv`.
+    """
+    for node in {node for item in items for node in item.listchain()}:
+        if isinstance(node, pytest.Package) and node.path == REPOSITORY:
+            node.setup = lambda: None  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The top of the checkout, which is also the package's own folder."""
