@@ -155,10 +155,15 @@ def _install(folder: Path, output: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make everything in a folder survive a power cut."""
+    """Make everything in a folder survive a power cut, with the permissions that any new file has."""
+    mask = _umask()
     for root, _, names in os.walk(folder):
         for name in names:
-            _flush_entry(Path(root) / name)
+            path = Path(root) / name
+            # Some writers, safetensors for one, make files for their owner alone. A link is the base's own file.
+            if path.stat().st_nlink == 1:
+                path.chmod(0o666 & ~mask)
+            _flush_entry(path)
         _flush_entry(Path(root))
 
 
