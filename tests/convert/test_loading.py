@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from attnconv.convert import convert_model
 from attnconv.convert.bundle import write_self_contained
@@ -90,15 +90,16 @@ for line in sys.stdin:
 """
 # What transformers says of a model that names an attention it does not know.
 NOT_SUPPORTED = 'Specified `attn_implementation="attnconv"` is not supported'
-FROM_PACKAGE = ["attnconv.attention_modules.linear.lolcats"] * 2 + ["attnconv.convert.cache"] * 2
+CACHE = "attnconv.convert.cache"
+FROM_PACKAGE = ["attnconv.attention_modules.linear.lolcats"] * 2 + [CACHE] * 2
 BLOCKED = ("attnconv", "pydantic")
 IDS = [[0, 0, 0, 5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 
 
-def build(folder: Path, method: str = "lolcats", **options: Any) -> Path:
+def build(folder: Path, method: str = "lolcats", kind: type[PreTrainedConfig] = LlamaConfig, **options: Any) -> Path:
     """Save a tiny random model whose attention is replaced."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -252,6 +253,24 @@ def test_self_contained_models_of_different_methods_ask_for_attnconv(
     assert "pip install -U attnconv" in process.error(flat, other, blocked=BLOCKED)
     results, _ = process.results(flat, other)
     check(other, results)
+
+
+def test_self_contained_file_serves_a_family_whose_weights_are_stored_otherwise(
+    process: Process, tmp_path: Path
+) -> None:
+    """Mixtral's experts lie in files one by one and in memory fused."""
+    mixtral = build(tmp_path / "mixtral", kind=MixtralConfig, window=3)
+    write_self_contained(mixtral, read_json(mixtral / "config.json"))
+    results, modules = process.results(mixtral, blocked=BLOCKED)
+    check(mixtral, results)
+    assert len(modules) == 4
+
+
+def test_one_copy_of_the_package_serves_this_process(repository: Path) -> None:
+    """Two would each bring hooks and cache layers of their own."""
+    source = repository / "convert" / "cache.py"
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    assert [name for name, file in files.items() if file and Path(file).resolve() == source] == [CACHE]
 
 
 def test_model_with_code_of_its_own_cannot_be_self_contained(folder: Path, tmp_path: Path) -> None:
