@@ -3,6 +3,10 @@
 The file is put together from this package's own modules: starting from `native_model` and the classes of the methods
 used, every top-level definition that is needed is taken over as it stands. Nothing is rewritten; only relative imports
 fall away, since in one file every name is at hand. Two modules that give one name two meanings make the build fail.
+
+In a process the first copy of the code serves all models: an installed attnconv is preferred to the file, hooks are
+registered once whoever asks, and nothing is registered by merely being defined. A file whose methods the serving copy
+lacks fails with the advice to install attnconv.
 """
 
 import ast
@@ -14,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from .. import __version__
 from ..attention_modules.registry import get_method
@@ -89,6 +95,22 @@ def bundle_source(methods: Iterable[str], architectures: Iterable[str], *, versi
     return source
 
 
+def check_self_contained(architecture: str) -> None:
+    """Insist that one file can hold all that a model needs, before any work goes into it.
+
+    Args:
+        architecture: name of the model's class.
+
+    Raises:
+        PlanError: it is not one of transformers' classes, so its own code would be needed too.
+    """
+    if not hasattr(transformers, architecture):
+        raise PlanError(
+            f"{architecture} is no class of transformers, so one file cannot hold all the code that this model needs; "
+            "leave --self-contained out."
+        )
+
+
 def write_self_contained(folder: Path, config: Mapping[str, Any]) -> None:
     """Give a converted model's folder a modeling file that needs no attnconv, in place of the small one that does.
 
@@ -97,16 +119,12 @@ def write_self_contained(folder: Path, config: Mapping[str, Any]) -> None:
         config: the contents of that file.
 
     Raises:
-        PlanError: the model's class is not one of transformers', so its own code would be needed too.
+        PlanError: see `check_self_contained`.
     """
+    check_self_contained(config["architectures"][0])
     prefix = f"{MODELING_MODULE}.{CLASS_PREFIX}"
-    references = [name for name in config.get("auto_map", {}).values() if isinstance(name, str)]
-    architectures = sorted({name.removeprefix(prefix) for name in references if name.startswith(prefix)})
-    if not architectures:
-        raise PlanError(
-            f"{config['architectures'][0]} is no class of transformers, so one file cannot hold all the code that "
-            "this model needs; leave --self-contained out."
-        )
+    references = [name for name in config["auto_map"].values() if name.startswith(prefix)]
+    architectures = sorted({name.removeprefix(prefix) for name in references})
     methods = {module["method"] for module in config[SECTION]["modules"].values()}
     source = bundle_source(methods, architectures, version=__version__)
     (folder / f"{MODELING_MODULE}.py").write_text(source, encoding="utf-8")

@@ -274,8 +274,11 @@ def test_one_copy_of_the_package_serves_this_process(repository: Path) -> None:
 
 
 def test_model_with_code_of_its_own_cannot_be_self_contained(folder: Path, tmp_path: Path) -> None:
-    config = read_json(folder / "config.json") | {"auto_map": {"AutoModel": "modeling_theirs.Theirs"}}
-    with pytest.raises(PlanError, match="--self-contained"):
+    config = read_json(folder / "config.json") | {
+        "architectures": ["Theirs"],
+        "auto_map": {"AutoModel": "modeling_theirs.Theirs"},
+    }
+    with pytest.raises(PlanError, match="Theirs is no class of transformers.*--self-contained"):
         write_self_contained(tmp_path, config)
     assert not list(tmp_path.iterdir())
 
