@@ -185,6 +185,8 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
     options = info.options_class(**rule.options).model_dump(mode="json")
     lossy = tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
     refused = None
-    if module.calls > 1 and module.geometry.causal:
+    if "mask" in module.extras:
+        refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
+    elif module.calls > 1 and module.geometry.causal:
         refused = f"it runs {module.calls} times in one forward, so one state cannot serve it"
     return PlanEntry(module.name, module.layer_idx, rule.method, options, module.geometry, lossy, refused)

@@ -35,7 +35,8 @@ class ProbedModule:
         scaling: factor on query-key products, None = `head_dim ** -0.5`.
         calls: times it runs in one forward.
         self_attention: whether queries and keys come from the same tokens.
-        extras: further arguments that change its result (soft caps, sinks, biases, sliding windows).
+        extras: what else changes its result: soft caps, sinks, biases, sliding windows, or `mask` for an attention mask
+            that also weighs keys.
         class_name: its class.
     """
 
@@ -61,6 +62,8 @@ class _Recorder:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        if _is_unreadable(attention_mask):
+            raise _NeedsDataError(f"{type(module).__name__} makes an attention mask of its own")
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal
         seen = _sees_next_token(attention_mask)
@@ -71,7 +74,10 @@ class _Recorder:
             "value_dim": value.shape[-1],
             "causal": bool(causal) if seen is None else not seen,
             "scaling": kwargs.get("scaling"),
-            "extras": tuple(name for name in _EXTRAS if kwargs.get(name) is not None),
+            "extras": (
+                *(name for name in _EXTRAS if kwargs.get(name) is not None),
+                *(("mask",) if _carries_bias(attention_mask) else ()),
+            ),
         }
         self.calls.setdefault(id(module), []).append(note)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -86,6 +92,18 @@ def _sees_next_token(mask: Any) -> bool | None:
         return None
     entry = mask[0, 0, 0, 1]
     return bool(entry) if entry.dtype == torch.bool else bool(entry == 0)
+
+
+def _is_unreadable(mask: Any) -> bool:
+    """Whether an additive mask was made on the meta device, where nobody can see if it hides or also weighs keys."""
+    return isinstance(mask, Tensor) and mask.dtype.is_floating_point and mask.device.type == "meta"
+
+
+def _carries_bias(mask: Any) -> bool:
+    """Whether an additive mask does more than hide keys."""
+    if not isinstance(mask, Tensor) or not mask.dtype.is_floating_point:
+        return False
+    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
 
 
 def _concrete_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -140,6 +158,10 @@ class _TooLargeError(Exception):
     pass
 
 
+class _NeedsDataError(Exception):
+    pass
+
+
 def _watch(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], device: str, recorder: _Recorder
 ) -> tuple[ProbedModule, ...]:
@@ -157,6 +179,8 @@ def _watch(
         try:
             with torch.no_grad():
                 model(**inputs)
+        except _NeedsDataError:
+            raise
         # A wrong guess at the inputs shows itself in any way; the next guess follows.
         except Exception as error:  # noqa: BLE001
             failure = failure or error
@@ -200,6 +224,6 @@ def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig) ->
         scaling=first["scaling"],
         calls=len(notes),
         self_attention=all(note["query"][2] == note["key"][2] for note in notes) and query_length > 1,
-        extras=first["extras"],
+        extras=tuple(dict.fromkeys(extra for note in notes for extra in note["extras"])),
         class_name=type(module).__name__,
     )

@@ -70,10 +70,11 @@ def _wrap_post_init() -> None:
         if self.config._attn_implementation == ATTENTION:
             # The sentinel in config.json did its duty: without attnconv this name would not have been accepted.
             self.config._attn_implementation_internal = self.get_correct_attn_implementation(None, is_init_check=True)
+        original(self)
+        # Afterwards, so that patterns of tied weights, expanded there, do not catch the cores' parameters.
         section = getattr(self.config, "attnconv", None)
         if isinstance(section, dict):
             _convert_while_built(self, section)
-        original(self)
 
     setattr(PreTrainedModel, "post_init", post_init)  # noqa: B010
 

@@ -133,9 +133,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     text_config = model.config.get_text_config(decoder=True)
     if text_config is not model.config:
         text_config.attnconv = section
-    _count_positions_from_mask(model)
-    if isinstance(model.base_model, PreTrainedModel):
-        _count_positions_from_mask(model.base_model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and converted_modules(part):
+            _count_positions_from_mask(part)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
     if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
         model._supports_attention_backend = False
@@ -145,11 +145,15 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def _count_positions_from_mask(model: PreTrainedModel) -> None:
     """Make a padded row's positions start at its first real token, as `generate` does, when the caller gives none.
 
-    Softmax attention under RoPE does not notice a shift of all positions; feature maps do.
+    Softmax attention under RoPE does not notice a shift of all positions; feature maps do. Models with learned or
+    fixed absolute positions do notice it and are left as they are.
     """
-    parameters = inspect.signature(model.forward).parameters
-    counts = model.config.get_text_config() is model.config and not model.config.is_encoder_decoder
-    if counts and {"attention_mask", "position_ids"} <= parameters.keys() and "_attnconv_positions" not in vars(model):
+    if "_attnconv_positions" in vars(model):
+        return
+    is_text = model.config.get_text_config() is model.config and not model.config.is_encoder_decoder
+    has_arguments = {"attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+    has_rope = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    if is_text and has_arguments and has_rope:
         model.__dict__["_attnconv_positions"] = model.register_forward_pre_hook(_add_position_ids, with_kwargs=True)
 
 

@@ -10,6 +10,7 @@ from transformers import (
     BertConfig,
     CLIPVisionConfig,
     DiffLlamaConfig,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     LlamaConfig,
@@ -143,3 +144,13 @@ def test_a_layer_that_runs_twice_is_refused_only_where_it_needs_a_state() -> Non
     albert = watch(AlbertConfig(**settings, embedding_size=16), "AlbertForMaskedLM")
     assert albert[0].calls == 2
     assert make_plan([_EveryLayer("lolcats")], albert).converted
+
+
+def test_a_mask_that_weighs_keys_is_refused() -> None:
+    config = DogeConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+    )
+    modules = watch(config, "DogeForCausalLM")
+    assert modules[0].extras == ("mask",)
+    with pytest.raises(PlanError, match="attention mask of its own"):
+        make_plan([_EveryLayer("lolcats")], modules)
