@@ -1,6 +1,7 @@
 """The model card of a conversion: metadata the Hub understands, what was measured, how to load it, how it was made."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,6 @@ def _measured(receipt: Receipt) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

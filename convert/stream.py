@@ -24,14 +24,15 @@ Digests = dict[str, str]
 
 
 @contextmanager
-def copying_shards(checkpoint: Checkpoint, folder: Path, *, link: bool = False) -> Iterator["Future[Digests]"]:
+def copying_shards(checkpoint: Checkpoint, folder: Path, *, link: bool | None = None) -> Iterator["Future[Digests]"]:
     """Copy a checkpoint's shards into a folder in the background, while the plan is still being made.
 
     Args:
         checkpoint: a safetensors checkpoint.
         folder: an empty folder, such as the one that `atomic_folder` gives.
         link: share the base's files (hard links) instead of copying them. That takes no time and no room, but whoever
-            later changes one of them in place, as safetensors before 0.8 does when it saves, changes both models.
+            later changes one of them in place, as safetensors before 0.8 does when it saves, changes both models. The
+            default shares only what nobody changes: the blobs of the Hub's cache.
 
     Yields:
         What to give to `stream_convert`; leaving the block without having done so stops the copying.
@@ -54,7 +55,7 @@ def stream_convert(
     plan: Plan,
     folder: Path,
     *,
-    link: bool = False,
+    link: bool | None = None,
     shards: "Future[Digests] | None" = None,
 ) -> Digests:
     """Write a converted checkpoint without building the model or reading a tensor of it.
@@ -104,8 +105,11 @@ def stream_convert(
     return digests
 
 
-def _copy_shards(checkpoint: Checkpoint, folder: Path, link: bool, stop: Event) -> Digests:
+def _copy_shards(checkpoint: Checkpoint, folder: Path, link: bool | None, stop: Event) -> Digests:
     paths = {shard.name: inside(checkpoint.path, shard.name) for shard in checkpoint.shards}
+    if link is None:
+        # What lies outside the folder is a blob of the cache, or it would have been refused.
+        link = not any(path.is_relative_to(checkpoint.path) for path in paths.values())
     pairs = [(path, _waiting(folder, index)) for index, path in enumerate(paths.values())]
     digests = copy_files(pairs, link=link, stop=stop)
     return {name: digests[path] for name, path in paths.items()}

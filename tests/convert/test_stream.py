@@ -200,6 +200,22 @@ def test_a_link_shares_the_base(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").samefile(base / "model.safetensors")
 
 
+def test_blobs_of_the_hub_cache_are_shared(base: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
+    blob = tmp_path / "hub" / "models--a--b" / "blobs" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    blob.parent.mkdir()
+    base.rename(snapshot)
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    for link, shared in {None: True, False: False}.items():
+        convert(open_checkpoint(snapshot), plan("sliding_window"), tmp_path / f"{link}", link=link)
+        path = tmp_path / f"{link}" / "model.safetensors"
+        assert not path.is_symlink()
+        assert path.samefile(blob) == shared
+        assert digest(path) == digest(blob)
+
+
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_where_links_are_impossible_it_copies(
     base: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
