@@ -94,7 +94,8 @@ def convert(
     if private and push is None:
         raise typer.BadParameter("--private needs --push REPO")
     session = session_of(ctx)
-    from .cli_views import conversion_progress, show_conversion
+    from .cli_progress import conversion_progress
+    from .cli_views import show_conversion
     from .distill import run_conversion
     from .recipes import load_recipe
 
@@ -185,7 +186,8 @@ def evaluate(
     """Measure perplexity and bits per character on a text file."""
     session = session_of(ctx)
     session.silence_libraries()
-    from .cli_views import progress_bar, show_comparison
+    from .cli_progress import progress_bar
+    from .cli_views import show_comparison
     from .evaluate.comparison import compare
 
     with progress_bar("evaluating", quiet=session.quiet) as progress:
@@ -230,16 +232,21 @@ def _push(session: Session, folder: Path, repository: str, private: bool) -> Non
 def demo(
     ctx: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("attnconv-demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Convert the small packaged model, and show what became of it."""
     session = session_of(ctx)
     session.silence_libraries()
-    from .cli_views import conversion_progress, show_demo
+    from .cli_progress import conversion_progress
+    from .cli_views import show_demo
     from .distill.demo import run_demo
 
     with conversion_progress(quiet=session.quiet) as progress:
         result = run_demo(output, progress=progress)
-    show_demo(result)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show_demo(result)
 
 
 def main() -> None:

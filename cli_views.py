@@ -1,16 +1,17 @@
 """What the commands print: tables that fit 80 columns on a terminal and are plain when they go to a file or pipe."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from .attention_modules import Geometry, MethodInfo
+    from .distill import ConversionResult
+    from .distill.demo import DemoResult
     from .evaluate.comparison import Comparison
     from .evaluate.inspection import Inspection, ModuleGroup
     from .recipes import Recipe
@@ -149,11 +150,48 @@ def show_comparison(comparison: "Comparison") -> None:
         console.print("The models cut the text into different tokens: compare bits/char, not perplexity.")
 
 
-@contextmanager
-def progress_bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal; yields what to call with (done, in all)."""
-    console = make_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def show_conversion(result: "ConversionResult") -> None:
+    """What was measured, and where the result is."""
+    console = make_console()
+    if result.metrics:
+        console.print(_metrics_table(result.metrics))
+        console.print()
+    counts = Counter(entry.method for entry in result.plan.converted)
+    what = ", ".join(
+        f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
+    )
+    console.print(f"Converted {what} in {result.seconds:.1f} s.")
+    console.print(Text(f"The model is in {result.output}: import attnconv, then from_pretrained as ever."))
+
+
+def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
+    """A row for each moment; a column for each figure that any of them has."""
+    rows = list(metrics)
+    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}", "tokens": "{:,}"}
+    formats["tokens_per_second"] = "{:,.0f}"
+    present = [key for key in formats if any(key in row for row in rows)]
+    names = {"bits_per_character": "bits/char", "tokens": "trained tokens", "tokens_per_second": "tokens/s"}
+    table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
+    for row in rows:
+        table.add_row(row["stage"], *(formats[key].format(row[key]) if key in row else "" for key in present))
+    return table
+
+
+def show_demo(result: "DemoResult") -> None:
+    """Perplexities, both continuations, and what to try next."""
+    console = make_console()
+    methods = ", ".join(result.methods)
+    console.print(f"{result.layers} of {result.num_layers} attention layers converted to {methods}.\n")
+    console.print(_metrics_table(result.metrics))
+    for name, answer in (("Teacher", result.teacher), ("Converted", result.converted)):
+        kind = "key/value cache" if not answer.recurrent_layers else f"{answer.recurrent_layers} recurrent states"
+        console.print(f"\n[bold]{name}[/bold], {format_bytes(answer.cache_bytes)} in its {kind} at the end:")
+        console.print(Text(answer.text))
+    console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in [bold]{result.output}[/bold]. Try next:")
+    for command in (
+        f"attnconv inspect {result.output}",
+        "attnconv inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",
+        "attnconv recipes copy lolcats my-recipe.yaml",
+        "attnconv convert HuggingFaceTB/SmolLM2-135M --recipe my-recipe.yaml --output smollm2-linear",
+    ):
+        console.print(Text(f"  {command}"), soft_wrap=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/stream_memory.py --model models/smollm2-135m-instruct
 
-Both write to the same folder's file system, in turns, from a warm page cache. The conversion runs in a process of its
-own, which reports its highest resident memory after its imports (and a conversion of one megabyte) and at the end; the time is that of the conversion,
-and beside it that of the whole command.
+Both write to the same file system, in turns, from a warm page cache. The conversion runs in a process of its own,
+which reports its highest resident memory after its imports (and a conversion of one megabyte) and at the end; the time
+is that of the conversion, and beside it that of the whole command.
 """
 
 import json

@@ -110,6 +110,12 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     cache = DynamicCache(config=model.config)
     ids = model.eval().generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
     recurrent = [layer for layer in cache.layers if isinstance(layer, AttnConvCacheLayer)]
-    others = [layer for layer in cache.layers if not isinstance(layer, AttnConvCacheLayer)]
-    held = sum(layer.nbytes for layer in recurrent) + sum(layer.keys.nbytes + layer.values.nbytes for layer in others)
-    return Continuation(tokenizer.decode(ids[0], skip_special_tokens=True), held, len(recurrent))
+    held = sum(_bytes_of(layer) for layer in cache.layers)
+    return Continuation(str(tokenizer.decode(ids[0], skip_special_tokens=True)), held, len(recurrent))
+
+
+def _bytes_of(layer: Any) -> int:
+    """Bytes of a state, or of keys and values."""
+    if isinstance(layer, AttnConvCacheLayer):
+        return layer.nbytes
+    return int(layer.keys.nbytes + layer.values.nbytes)
