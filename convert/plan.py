@@ -1,5 +1,6 @@
 """What will be done to each attention module, decided before anything is touched."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from ..attention_modules.geometry import Geometry
 from ..attention_modules.registry import create, get_method
 from ..errors import PlanError
 from .probe import ProbedModule
+
+logger = logging.getLogger(__name__)
 
 SECTION_VERSION = 1
 # What a softmax layer may add to its logits and a replacement leaves out.
@@ -165,17 +168,27 @@ def make_plan(
     layers = [module for module in probed if module.self_attention]
     if check and not layers:
         raise PlanError("no self-attention of this model goes through transformers' attention interface")
-    entries, index = [], 0
-    for module in probed:
-        rule = None
-        if module.self_attention:
-            rule = next((r for r in rules if r.matches(index, len(layers), module.name)), None)
-            index += 1
-        entries.append(_entry(module, rule))
-    plan = Plan(tuple(entries))
+    matching = [
+        [position for position, rule in enumerate(rules) if rule.matches(index, len(layers), module.name)]
+        for index, module in enumerate(layers)
+    ]
+    chosen = {module.name: rules[positions[0]] for module, positions in zip(layers, matching, strict=True) if positions}
+    plan = Plan(tuple(_entry(module, chosen.get(module.name)) for module in probed))
     if check:
+        _check_rules_are_used(rules, matching, layers)
         plan.require(allow_lossy=allow_lossy)
     return plan
+
+
+def _check_rules_are_used(rules: Sequence[Rule], matching: list[list[int]], layers: list[ProbedModule]) -> None:
+    for position, rule in enumerate(rules):
+        which = f"attention rule {position + 1} (layers: {getattr(rule, 'layers', 'all')}, method: {rule.method})"
+        if not any(position in positions for positions in matching):
+            raise PlanError(
+                f"{which} matches none of the {len(layers)} attention layers, which are named like {layers[0].name}"
+            )
+        if not any(positions and positions[0] == position for positions in matching):
+            logger.warning("%s has no effect: earlier rules take all layers that it matches", which)
 
 
 def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:

@@ -93,3 +93,13 @@ def test_new_tensors_are_the_cores_start() -> None:
     }
     assert torch.equal(tensors["decoder.0.attn.attnconv.key_map.weight"][1], torch.eye(8))
     assert not dict(make_plan([rule("all", "sliding_window")], LAYERS).new_tensors())
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"rule 1 \(layers: model\\.layer\\.\*, .*named like decoder\.0\.attn"):
+        make_plan([rule(r"model\.layer\.*", "lolcats"), rule("all", "lolcats")], LAYERS)
+
+
+def test_a_rule_behind_another_warns(caplog: pytest.LogCaptureFixture) -> None:
+    make_plan([rule("all", "lolcats"), rule("0", "softmax")], LAYERS)
+    assert "rule 2 (layers: 0, method: softmax) has no effect" in caplog.text
