@@ -1,7 +1,8 @@
 """Convert a tiny model of any type and check whatever must hold for a converted model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from attnconv.convert import apply_plan, converted_modules, make_plan, probe
-from attnconv.convert.cache import AttnConvCacheLayer, self_attention_cache
 from attnconv.errors import AttnConvError
 from attnconv.recipes import AttentionRule
 from torch import Tensor
@@ -89,6 +89,7 @@ def _check_all(model: PreTrainedModel, dense_model: PreTrainedModel, inputs: Out
         raise CheckError(f"outputs are those of the dense model (they differ by {effect:.0e})")
     if "attention_mask" in inputs:
         _must_hold(_padding_matters, model, dense_model, inputs, "the content of padding changes outputs by {:.0e}")
+        _must_hold(_company_matters, model, dense_model, inputs, "a padded row differs from the row alone by {:.0e}")
     if model.can_generate():
         _must_hold(_cache_matters, model, dense_model, inputs, "generation with and without cache differs by {:.0e}")
 
@@ -122,29 +123,57 @@ def _padding_matters(model: PreTrainedModel, inputs: Outputs) -> float:
     return max(errors)
 
 
+def _company_matters(model: PreTrainedModel, inputs: Outputs) -> float:
+    """Of decoders only: row 0 of the padded batch against the same row without padding."""
+    if set(inputs) != {"input_ids", "attention_mask"}:
+        return 0.0
+    alone = {name: value[:1, PADDING:] for name, value in inputs.items()}
+    together, single = outputs(model, inputs), outputs(model, alone)
+    names = [name for name, value in together.items() if value.ndim == 3 and value.shape[1] == inputs["input_ids"].shape[1]]
+    return max((difference(together[name][:1, PADDING:], single[name]) for name in names), default=0.0)
+
+
 def _cache_matters(model: PreTrainedModel, inputs: Outputs) -> float:
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     options: dict[str, Any] = {
         "max_new_tokens": NEW_TOKENS,
         "do_sample": False,
         "num_beams": 1,
+        "num_return_sequences": 1,
         "eos_token_id": None,
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    cached = model.generate(**given, use_cache=True, **options)
     plain = model.generate(**given, use_cache=False, **options)
-    _check_cache(model, cached.past_key_values)
+    with _watching_states(model) as lengths:
+        cached = model.generate(**given, use_cache=True, **options)
+    idle = [name for name, seen in lengths.items() if 1 not in seen]
+    if idle and len(idle) < len(lengths) or (idle and _has_cache(cached)):
+        raise CheckError(f"{idle[0]} and {len(idle) - 1} more converted layers did not decode from their state")
     return max(difference(a, b) for a, b in zip(plain.logits, cached.logits, strict=True))
 
 
-def _check_cache(model: PreTrainedModel, cache: Any) -> None:
-    causal = [m for m in converted_modules(model).values() if m.attnconv.geometry.causal]
-    if cache is None or not causal:
-        return
-    layers = [x for x in self_attention_cache(cache).layers if isinstance(x, AttnConvCacheLayer)]
-    if sum(layer.get_seq_length() > 0 for layer in layers) != len(causal):
-        raise CheckError(f"{len(causal)} converted layers, but {len(layers)} of the cache's layers are ours")
+def _has_cache(result: Any) -> bool:
+    return result.past_key_values is not None and len(result.past_key_values) > 0
+
+
+@contextmanager
+def _watching_states(model: PreTrainedModel) -> Iterator[dict[str, set[int]]]:
+    """Converted causal modules by name → the numbers of tokens that came in together with a state."""
+    lengths: dict[str, set[int]] = {}
+    handles = []
+    for name, module in converted_modules(model).items():
+        if module.attnconv.geometry.causal:
+            seen = lengths.setdefault(name, set())
+
+            def note(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: set[int] = seen) -> None:
+                if kwargs["state"] is not None:
+                    seen.add(args[0].shape[2])
+
+            handles.append(module.attnconv.register_forward_pre_hook(note, with_kwargs=True))
+    yield lengths
+    for handle in handles:
+        handle.remove()
 
 
 def difference(expected: Tensor, found: Tensor) -> float:

@@ -60,8 +60,9 @@ def build(mapping: str, model_type: str, seed: int = 0) -> PreTrainedModel:
     enliven(model)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        # Some generate methods of their own insist on these.
-        generation.pad_token_id, generation.guidance_scale = 0, None
+        # Some models have a generate method of their own that insists on these.
+        generation.pad_token_id = 0
+        generation.decoder_start_token_id = generation.decoder_start_token_id or 1
     return model
 
 
@@ -72,11 +73,13 @@ def _model_class(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedMo
 
 @torch.no_grad()
 def enliven(model: PreTrainedModel) -> None:
-    """Raise weights to the size that keeps activations alive through all layers; the usual start is far smaller."""
+    """Raise weights to the size that keeps activations alive through all layers; the usual start is smaller, or zero."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed" not in name and parameter.is_floating_point():
             target, spread = parameter[0].numel() ** -0.5, parameter.std().item()
-            if 0 < spread < target:
+            if spread == 0 and not parameter.any():
+                parameter.normal_(0, target)
+            elif 0 < spread < target:
                 parameter.mul_(target / spread)
 
 
@@ -103,6 +106,9 @@ def candidate_inputs(model: PreTrainedModel, seed: int = 1) -> Iterator[dict[str
         inputs["attention_mask"] = mask
     if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
         yield {**inputs, "decoder_input_ids": ids[:, :4]}
+    if main == "input_features":
+        yield {**inputs, main: makers[main].transpose(1, 2)}
+        yield {**inputs, main: makers[main].transpose(1, 2), "decoder_input_ids": ids[:, :4]}
     yield inputs
     towers = {name: value for name, value in makers.items() if name in parameters}
     if len(towers) > 1:

@@ -48,7 +48,7 @@ SIZES = _table(
     (2, "encoder_num_key_value_heads decoder_num_key_value_heads cross_num_key_value_heads"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts num_selected_experts top_k"),
     (2, "mamba_expand expand cross_attention_frequency attn_layer_period expert_layer_period layer_group_size"),
-    (2, "global_attn_every_n_layers sliding_window_pattern"),
+    (2, "global_attn_every_n_layers sliding_window_pattern window_size"),
     (1, "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts"),
     (1, "first_k_dense_replace moe_layer_start_index num_dense_layers num_mem_blocks expert_layer_offset"),
     (1, "attn_layer_offset mamba_n_groups n_groups mamba_ngroups"),
