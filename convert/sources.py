@@ -125,26 +125,31 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(folder)
 
 
-def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+def _reason(error: BaseException, repo_id: str, revision: str | None) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    if isinstance(error, GatedRepoError):
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, HfHubHTTPError):
+        link = link.__cause__
+    answer = link or error
+    if isinstance(answer, GatedRepoError):
         return f"{repo_id!r} is gated: accept its terms on the Hub, then run `hf auth login`."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(answer, RepositoryNotFoundError):
         return (
             f"{repo_id!r} is neither a folder here nor a model on the Hub; if it is private, run `hf auth login` first."
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(answer, RevisionNotFoundError):
         return f"{repo_id!r} has no revision {revision!r} on the Hub."
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+    if isinstance(answer, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return (
             f"{repo_id!r} is no folder here, and the Hub cannot be reached to look for it there "
             "(no connection, or HF_HUB_OFFLINE is set)."
         )
-    return f"{repo_id!r} could not be downloaded from the Hub: {first_line(error)}."
+    return f"{repo_id!r} could not be downloaded from the Hub: {first_line(answer)}."
