@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..convert.bundle import write_self_contained
+from ..convert.bundle import check_self_contained, write_self_contained
 from ..convert.card import make_card
 from ..convert.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
 from ..convert.config_file import CONFIG_FILE
@@ -99,6 +99,8 @@ def run_conversion(
     progress.phase("Reading the model's headers")
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     model_class = model_class_of(checkpoint.config, trust_remote_code=trust_remote_code)
+    if self_contained:
+        check_self_contained(checkpoint.architecture)
     plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
     progress.end()
     run = Run(
@@ -157,7 +159,7 @@ def _begin(run: Run, output: Path, *, resume: bool, overwrite: bool) -> bool:
         return overwrite
     if run.work.exists() and not (resume or overwrite):
         raise TrainingError(
-            f"{run.work.path} holds an unfinished run for {output}: go on with --resume, or start over with --overwrite."
+            f"{run.work.path} holds an unfinished run: go on with --resume, or start over with --overwrite."
         )
     check_data(run)
     run.team.wait()

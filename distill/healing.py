@@ -80,7 +80,7 @@ class Run:
     def record(self, key: str, value: Any) -> None:
         """Keep a result, JSON data, under a name; the same in every process."""
         self.measured[key] = value
-        if self.team.leads:
+        if self.team.leads and self.recipe.stages:
             self.work.record(key, value)
 
     @cached_property
@@ -115,6 +115,8 @@ def heal(run: Run) -> Trainee:
     """
     snapshot = run.work.latest()
     state = StageState(0) if snapshot is None else snapshot.state
+    if run.team.leads:
+        MetricsFile(run.work.metrics).cut(state.stage, state.step)
     stages = run.recipe.stages
     trainee = _fresh_trainee(run, stages[state.stage])
     for stage in stages:

@@ -181,7 +181,8 @@ class Trainee:
         if self.peft is not None:
             for config in self.peft.peft_config.values():
                 config.base_model_name_or_path = base
-            self.peft.save_pretrained(folder)
+            # The embeddings are never trained, and the base is not in its place yet to compare them with.
+            self.peft.save_pretrained(folder, save_embedding_layers=False)
             self.model = self.peft.unload()
             self.peft, self.adapters = None, []
         return self.model

@@ -177,8 +177,7 @@ def _step(
     count = torch.tensor(float(sum(job.objective.count(batch) for batch in data.batches)), device=job.team.device)
     job.team.add_up([count])
     figures = Figures.total([job.objective.backward(batch, max(1, int(count))) for batch in data.batches])
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    gradients = _gradients(job, optimizer)
     numbers = torch.stack([figures.loss.float(), *(value.float() for value in figures.layers.values())])
     job.team.add_up([numbers, *gradients])
     norm = float(nn.utils.get_total_norm(gradients))
@@ -186,10 +185,29 @@ def _step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(job, step, loss, norm)
     if job.stage.max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(trained, job.stage.max_grad_norm, torch.tensor(norm, device=job.team.device))
+        nn.utils.clip_grads_with_norm_(
+            _trained(optimizer), job.stage.max_grad_norm, torch.tensor(norm, device=job.team.device)
+        )
     optimizer.step()
     optimizer.zero_grad()
     return loss, norm, dict(zip(figures.layers, errors, strict=True))
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(job: StageJob, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The step's gradients in this process, the same parameters' in all processes."""
+    if all(parameter.grad is None for parameter in _trained(optimizer)):
+        raise TrainingError(
+            f"Stage {job.index + 1} ({job.stage.kind}) has nothing to learn from sequences of "
+            f"{job.stage.sequence_length} tokens: they are no longer than the window of the new attention."
+        )
+    if job.team.size > 1:
+        for parameter in _trained(optimizer):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return [parameter.grad for parameter in _trained(optimizer) if parameter.grad is not None]
 
 
 def _not_finite(job: StageJob, step: int, loss: float, norm: float) -> TrainingError:

@@ -61,9 +61,9 @@ class AttentionTransfer(Objective):
             teacher = call.teacher()
             with torch.enable_grad():
                 loss, errors[call.name] = self._layer_loss(call, teacher, share)
+            losses.append(loss.detach())
             if loss.requires_grad:
                 loss.backward()
-                losses.append(loss.detach())
             return teacher
 
         self.trainee.model.eval()

@@ -1,0 +1,194 @@
+"""Whole conversions of the packaged model, through every kind of stage, and what is refused before anything is done."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from attnconv.distill import embedded_model_path, embedded_tokens, run_conversion
+from attnconv.distill.metrics import MetricsFile
+from attnconv.errors import AttnConvError, DataError, OutputError, TrainingError
+from attnconv.evaluate import perplexity
+from attnconv.recipes import Recipe
+
+TRANSFER = {"kind": "attention_transfer", "steps": 12, "sequence_length": 64, "batch_size": 2, "learning_rate": 1e-2}
+LORA = {"kind": "lora", "steps": 4, "sequence_length": 64, "learning_rate": 1e-3, "rank": 2, "targets": ["q_proj"]}
+LOGITS = {
+    "kind": "logits",
+    "steps": 4,
+    "sequence_length": 64,
+    "learning_rate": 1e-3,
+    "temperature": 2.0,
+    "lora": {"rank": 2, "targets": ["v_proj"]},
+}
+
+
+def make_recipe(*stages, method="lolcats", options=None, **sections):
+    settings = {
+        "name": "test",
+        "attention": [{"layers": "all", "method": method, "options": options or {"window": 8}}],
+        "data": {"embedded": True},
+        "evaluate": {"embedded": True, "tokens": 1000, "context": 128},
+        "stages": list(stages),
+    }
+    return Recipe(**settings | sections)
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory):
+    """A conversion through all three kinds of stage, and its folder."""
+    recipe = make_recipe(TRANSFER, LORA, LOGITS)
+    return run_conversion(embedded_model_path(), recipe, tmp_path_factory.mktemp("healed") / "model", device="cpu")
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=embedded_tokens("valid")[:2, :100]).logits
+
+
+def test_the_result_says_what_was_measured(healed):
+    assert [row["stage"] for row in healed.metrics] == ["teacher", "swap", "attention_transfer", "lora", "logits"]
+    teacher, swap, transfer, *_ = (row["perplexity"] for row in healed.metrics)
+    assert teacher < 4 < transfer < swap
+    assert healed.metrics[2]["tokens"] == 12 * 2 * 64
+    assert 0 < healed.start_distance["mean_relative_squared_error"] < 2
+    assert (
+        healed.start_distance["largest_relative_squared_error"] >= healed.start_distance["mean_relative_squared_error"]
+    )
+
+
+def test_the_saved_model_is_the_healed_one(healed):
+    model = AutoModelForCausalLM.from_pretrained(healed.output)
+    result = perplexity(model, embedded_tokens("valid"), context=128, limit=1000)
+    assert result.perplexity == pytest.approx(healed.metrics[-1]["perplexity"], rel=1e-4)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
+    names = {path.name for path in healed.output.iterdir()}
+    told = {"recipe.yaml", "receipt.json", "README.md", "metrics.jsonl", "losses.png", "layer_errors.png"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json"} | told
+    assert [path.name for path in healed.output.parent.iterdir()] == ["model"]
+    assert (healed.output / "losses.png").read_bytes().startswith(b"\x89PNG")
+    receipt = json.loads((healed.output / "receipt.json").read_text())
+    assert [row["stage"] for row in receipt["metrics"]] == [row["stage"] for row in healed.metrics]
+    assert receipt["start_distance"] == healed.start_distance
+    records = list(MetricsFile(healed.output / "metrics.jsonl").records())
+    assert [(record.index, record.step) for record in records] == [(0, 10), (0, 12), (1, 4), (2, 4)]
+
+
+def test_stages_of_one_data_section_go_on_where_the_last_one_stopped(healed, monkeypatch, tmp_path):
+    starts = []
+    from attnconv.distill import data
+
+    sequences = data.TokenStream.sequences
+
+    def watched(stream, length, start=None):
+        starts.append(start)
+        return sequences(stream, length, start)
+
+    monkeypatch.setattr(data.TokenStream, "sequences", watched)
+    other = {**LORA, "data": {"embedded": True, "seed": 5}}
+    run_conversion(embedded_model_path(), make_recipe(TRANSFER, other, LORA, evaluate=None), tmp_path / "model")
+    begins = [start for start in starts if start is not None]
+    assert [(begin.document, begin.offset) for begin in begins] == [(0, 0), (0, 0), (4, 0)]
+
+
+def test_bf16_stages_leave_the_other_weights_untouched(tmp_path):
+    bf16 = {"precision": "bf16"}
+    recipe = make_recipe(TRANSFER | bf16, LORA | bf16, evaluate=None)
+    result = run_conversion(embedded_model_path(), recipe, tmp_path / "model")
+    before, after = (load_file(folder / "model.safetensors") for folder in (embedded_model_path(), result.output))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {f"model.layers.{number}.self_attn.q_proj.weight" for number in range(5)}
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+
+
+def test_the_output_can_have_another_dtype(tmp_path):
+    recipe = make_recipe(TRANSFER | {"steps": 1}, evaluate=None, output={"dtype": "bfloat16"})
+    after = load_file(run_conversion(embedded_model_path(), recipe, tmp_path / "model").output / "model.safetensors")
+    assert {t.dtype for name, t in after.items() if ".attnconv." not in name} == {torch.bfloat16}
+    assert {t.dtype for name, t in after.items() if ".attnconv." in name} == {torch.float32}
+
+
+def test_an_adapter_can_be_kept(tmp_path):
+    from peft import PeftModel
+
+    merged, kept = (
+        run_conversion(
+            embedded_model_path(),
+            make_recipe(TRANSFER, LORA, evaluate=None, output={"merge_lora": merge}),
+            tmp_path / f"merged-{merge}",
+        ).output
+        for merge in (True, False)
+    )
+    base = AutoModelForCausalLM.from_pretrained(kept)
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(merged))
+    assert not torch.allclose(logits_of(base), expected, atol=1e-3)
+    torch.testing.assert_close(
+        logits_of(PeftModel.from_pretrained(base, kept / "adapter")), expected, rtol=1e-4, atol=1e-4
+    )
+    assert json.loads((kept / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(kept)
+
+
+def test_without_stages_the_model_is_never_built(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("attnconv.distill.healing.load_model", never)
+    recipe = make_recipe(method="sliding_window", data=None, evaluate=None)
+    result = run_conversion(embedded_model_path(), recipe, tmp_path / "model")
+    assert result.metrics == ()
+    monkeypatch.undo()
+    converted = AutoModelForCausalLM.from_pretrained(result.output)
+    assert all(type(layer.self_attn.attnconv).__name__ == "SlidingWindowAttention" for layer in converted.model.layers)
+
+
+def test_without_stages_perplexity_can_be_measured(tmp_path):
+    result = run_conversion(embedded_model_path(), make_recipe(method="sliding_window", data=None), tmp_path / "model")
+    teacher, swap = (row["perplexity"] for row in result.metrics)
+    assert teacher < swap
+
+
+def test_self_contained_writes_the_code_of_the_attention(tmp_path):
+    recipe = make_recipe(method="sliding_window", data=None, evaluate=None)
+    result = run_conversion(embedded_model_path(), recipe, tmp_path / "model", self_contained=True)
+    assert "class SlidingWindowAttention" in (result.output / "modeling_attnconv.py").read_text()
+
+
+REFUSED = {
+    "no data file": (make_recipe(TRANSFER, data={"path": "nowhere.jsonl"}), DataError, "no data file"),
+    "unknown target": (make_recipe(LORA | {"targets": ["qq"]}), TrainingError, 'no module "qq" for LoRA.*q_proj'),
+    "head as target": (make_recipe(LORA | {"targets": ["lm_head"]}), TrainingError, 'no module "lm_head"'),
+    "nothing learns": (make_recipe(TRANSFER, method="sliding_window"), TrainingError, "nothing to train"),
+    "short window": (make_recipe(TRANSFER, options={"window": 64}), TrainingError, "nothing to learn from sequences"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_sentence(tmp_path, name):
+    recipe, error, message = REFUSED[name]
+    with pytest.raises(error, match=message) as caught:
+        run_conversion(embedded_model_path(), recipe, tmp_path / "model")
+    assert isinstance(caught.value, AttnConvError)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_foreign_output_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError):
+        run_conversion(embedded_model_path(), make_recipe(TRANSFER), tmp_path / "model", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_resuming_nothing_starts_at_the_beginning(tmp_path, caplog):
+    recipe = make_recipe(TRANSFER | {"steps": 1}, evaluate=None)
+    with caplog.at_level(logging.WARNING):
+        result = run_conversion(embedded_model_path(), recipe, tmp_path / "model", resume=True)
+    assert result.output.is_dir()
+    assert "There is no unfinished run" in caplog.text
