@@ -152,11 +152,13 @@ def inspect(
 
 
 @app.command(epilog=examples("attnconv methods", "attnconv methods lolcats"))
-def methods(name: Annotated[str | None, typer.Argument(help="Only this method.")] = None) -> None:
+def methods(name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this method.")] = None) -> None:
     """List the attention methods with their options, defaults and papers."""
     from .attention_modules import available, get_method
     from .cli_views import show_methods
 
+    if name is not None and name not in available():
+        raise typer.BadParameter(f"there is no method {name}; the methods are {', '.join(available())}")
     show_methods([get_method(known) for known in ([name] if name else available())])
 
 

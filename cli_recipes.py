@@ -29,7 +29,7 @@ def list_command(as_json: AsJson = False) -> None:
 
 
 @recipes_app.command(epilog=examples("attnconv recipes show lolcats", "attnconv recipes show hybrid > my-recipe.yaml"))
-def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]) -> None:
     """Print a shipped recipe with its comments."""
     from .recipes import recipe_text
 
@@ -38,8 +38,8 @@ def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")])
 
 @recipes_app.command(epilog=examples("attnconv recipes copy lolcats", "attnconv recipes copy lolcats my-recipe.yaml"))
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    path: Annotated[Path | None, typer.Argument(help="File to write; NAME.yaml if left out.")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
+    path: Annotated[Path | None, typer.Argument(metavar="FILE", help="File to write; NAME.yaml if left out.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of yours."""
     from .errors import OutputError

@@ -1,5 +1,6 @@
 """What the commands print: tables that fit 80 columns on a terminal and are plain when they go to a file or pipe."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ PLAIN_WIDTH = 1_000
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console for stdout; not on a terminal it neither colours nor breaks lines."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    # Names and paths are printed as they are, whatever brackets or colons they hold.
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else PLAIN_WIDTH)
 
 
 def make_table(columns: Sequence[str]) -> Table:
@@ -60,7 +62,7 @@ def show_inspection(inspection: "Inspection") -> None:
         table.add_row(*cells, *([_fate_cell(group), f"{group.parameters:,}"] if fate else []))
     console.print(table)
     for line in _remarks(inspection):
-        console.print(Text(line))
+        console.print(line)
     if inspection.footprints:
         _show_footprints(console, inspection, changed=bool(fate))
 
@@ -118,9 +120,9 @@ def show_methods(infos: Iterable["MethodInfo"]) -> None:
     for info in infos:
         console.print(Text.assemble((info.name, "bold"), f": {info.summary}"))
         defaults = {key: field.get_default() for key, field in info.options_class.model_fields.items()}
-        console.print(Text(f"  options: {format_options(defaults) or 'none'}"))
+        console.print(f"  options: {format_options(defaults) or 'none'}")
         if info.paper:
-            console.print(Text(f"  paper: {info.paper}"))
+            console.print(f"  paper: {info.paper}")
 
 
 def show_recipes(recipes: Iterable["Recipe"]) -> None:
@@ -161,7 +163,7 @@ def show_conversion(result: "ConversionResult") -> None:
         f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
     )
     console.print(f"Converted {what} in {result.seconds:.1f} s.")
-    console.print(Text(f"The model is in {result.output}: import attnconv, then from_pretrained as ever."))
+    console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
 
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
@@ -185,13 +187,14 @@ def show_demo(result: "DemoResult") -> None:
     console.print(_metrics_table(result.metrics))
     for name, answer in (("Teacher", result.teacher), ("Converted", result.converted)):
         kind = "key/value cache" if not answer.recurrent_layers else f"{answer.recurrent_layers} recurrent states"
-        console.print(f"\n[bold]{name}[/bold], {format_bytes(answer.cache_bytes)} in its {kind} at the end:")
-        console.print(Text(answer.text))
-    console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in [bold]{result.output}[/bold]. Try next:")
+        held = f", {format_bytes(answer.cache_bytes)} in its {kind} at the end:"
+        console.print(Text.assemble("\n", (name, "bold"), held))
+        console.print(answer.text)
+    console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in {result.output}. Try next:")
     for command in (
         f"attnconv inspect {result.output}",
         "attnconv inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",
         "attnconv recipes copy lolcats my-recipe.yaml",
         "attnconv convert HuggingFaceTB/SmolLM2-135M --recipe my-recipe.yaml --output smollm2-linear",
     ):
-        console.print(Text(f"  {command}"), soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
