@@ -23,6 +23,7 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
 
     Args:
         inner: the layer that stood here before, or its type and arguments; None when it held keys and values only.
+        settings: what a static cache tells each of its layers.
     """
 
     # Not registered by being defined: a second copy of this code in one process must change nothing.
@@ -32,7 +33,7 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, inner: Any = None, **_: Any) -> None:
+    def __init__(self, inner: Any = None, **settings: Any) -> None:
         self.inner = None
         self.state: AttentionState | None = None
         self._record_past = False
@@ -40,7 +41,8 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
         CacheLayerMixin.__init__(self)
         if isinstance(inner, tuple):
             layer_type, kwargs = inner
-            inner = self._inner_classes()[layer_type](**kwargs)
+            inner_class = self._inner_classes()[layer_type]
+            inner = None if inner_class in plain_cache_layers() else inner_class(**settings, **kwargs)
         if inner is not None and type(inner) not in plain_cache_layers():
             # Looked up in the inner layer from now on, see __getattr__.
             for name in [name for name in vars(self) if hasattr(inner, name) and name in _LINEAR_ATTRIBUTES]:
