@@ -1,8 +1,8 @@
 """The cache layer of a converted module: an `AttentionState` inside transformers' `Cache`."""
 
+from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
@@ -162,20 +162,10 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
         self._to_inner("batch_select_indices", indices)
 
     def offload(self) -> None:
-        """Move to the CPU."""
-        self._move(torch.device("cpu"))
-        self._to_inner("offload")
+        """Stay: a state is small, is needed at every step, and caches do not prefetch layers of a fixed size."""
 
     def prefetch(self) -> None:
-        """Move back."""
-        device: torch.device | None = getattr(self, "device", None)
-        if device is not None:
-            self._move(device)
-        self._to_inner("prefetch")
-
-    def _move(self, device: torch.device) -> None:
-        if self.state is not None:
-            self.state.map(lambda t: t.to(device, non_blocking=True))
+        """Nothing was moved away."""
 
     def _to_inner(self, method: str, *args: Any) -> None:
         function = getattr(self.inner, method, None)
@@ -257,3 +247,17 @@ def register_cache_layers() -> None:
         return layer_types
 
     wrap_layer_types(wrapper)
+    _let_prefetch_find_nothing()
+
+
+def _let_prefetch_find_nothing() -> None:
+    """An offloading cache looks for a layer to prefetch, and fails if there is none because all are converted."""
+    original = Cache.prefetch
+
+    @wraps(original)
+    def prefetch(self: Cache, layer_idx: int, only_non_sliding: bool = True) -> None:
+        theirs = [x for x in self.layers if isinstance(x, CacheLayerMixin) and not isinstance(x, AttnConvCacheLayer)]
+        if not all(only_non_sliding and getattr(layer, "is_sliding", False) for layer in theirs):
+            original(self, layer_idx, only_non_sliding)
+
+    setattr(Cache, "prefetch", prefetch)  # noqa: B010

@@ -129,9 +129,9 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             _swap(modules[entry.name], entry)
     section = plan.to_config()
     model.config.attnconv = section
-    # Caches are built from the text config.
+    # Caches are built from the text config; an encoder-decoder builds that of cross-attention from it too.
     text_config = model.config.get_text_config(decoder=True)
-    if text_config is not model.config:
+    if text_config is not model.config and not model.config.is_encoder_decoder:
         text_config.attnconv = section
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and converted_modules(part):
