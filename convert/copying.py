@@ -4,9 +4,8 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from typing import BinaryIO
 
 import xxhash
@@ -21,7 +20,7 @@ NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, err
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
-def copy_files(pairs: Iterable[tuple[Path, Path]], *, link: bool = False, stop: Event | None = None) -> dict[Path, str]:
+def copy_files(pairs: Iterable[tuple[Path, Path]], *, link: bool = False) -> dict[Path, str]:
     """Copy files, while other threads take their digests and write what is copied through to the disk.
 
     The kernel copies, so a copy-on-write file system shares the blocks until one side changes.
@@ -29,22 +28,19 @@ def copy_files(pairs: Iterable[tuple[Path, Path]], *, link: bool = False, stop: 
     Args:
         pairs: (file, copy to create).
         link: give the same file a second name instead, where the file system can.
-        stop: once set, no more is copied and nothing is returned.
 
     Returns:
         The digest of each file.
 
     Raises:
         OutputError: a file changed its size while it was copied.
-        CancelledError: stopped.
     """
-    stop = stop or Event()
     digests: dict[Path, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=2) as pool:
         for source, target in pairs:
             digests[source] = pool.submit(digest_of, source)
             if not (link and _link(source, target)):
-                _copy(source, target, pool, stop)
+                _copy(source, target, pool)
         return {source: digest.result() for source, digest in digests.items()}
 
 
@@ -72,14 +68,10 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy(source: Path, target: Path, pool: ThreadPoolExecutor, stop: Event) -> None:
+def _copy(source: Path, target: Path, pool: ThreadPoolExecutor) -> None:
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
         size = os.fstat(reader.fileno()).st_size
-        flushes = []
-        for _ in _copied_in_kernel(reader, writer):
-            flushes.append(pool.submit(os.fsync, writer.fileno()))
-            if stop.is_set():
-                raise CancelledError
+        flushes = [pool.submit(os.fsync, writer.fileno()) for _ in _copied_in_kernel(reader, writer)]
         shutil.copyfileobj(reader, writer, DIGEST_CHUNK)
         writer.flush()
         for flush in flushes:
