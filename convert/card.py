@@ -116,7 +116,8 @@ def _arxiv_tags(addresses: Sequence[str]) -> list[str]:
 
 
 def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> str:
-    base = f"[{checkpoint.repo_id}](https://huggingface.co/{checkpoint.repo_id})" if checkpoint.repo_id else "its base"
+    local = f"`{checkpoint.gguf_file or checkpoint.path.name}`"
+    base = f"[{checkpoint.repo_id}](https://huggingface.co/{checkpoint.repo_id})" if checkpoint.repo_id else local
     lines = [
         f"This is {base} with another attention, made with `attnconv`; everything besides attention is the base's own.",
         "",

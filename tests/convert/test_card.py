@@ -100,6 +100,7 @@ def test_text_says_what_it_is_and_how_to_load_it(base: Path) -> None:
     text = card_of(base, repo_id="someone/tiny").text
     assert "# tiny-lolcats" in text
     assert "[someone/tiny](https://huggingface.co/someone/tiny)" in text
+    assert "This is `base` with another attention" in card_of(base).text
     assert "| `lolcats` | 1 |" in text
     assert "| softmax | 1 | as in the base |" in text
     assert "import attnconv" in text
