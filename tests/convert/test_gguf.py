@@ -4,6 +4,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -12,6 +13,7 @@ import torch
 from attnconv.convert.checkpoint import load_model, load_tokenizer, open_checkpoint
 from attnconv.errors import CheckpointError
 
+gguf = pytest.importorskip("gguf")
 tiny_gguf = pytest.importorskip("tiny_gguf", reason="needs the gguf package", exc_type=ImportError)
 
 IDS = torch.tensor([[1, 5, 9, 33, 2]])
@@ -68,6 +70,29 @@ def test_refuses_a_truncated_file(file: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="truncated|is not a GGUF file that can be read"):
         open_checkpoint(file)
+
+
+def test_refuses_one_part_of_several(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    close(writer)
+    with pytest.raises(CheckpointError, match="is one of 3 parts: merge them"):
+        open_checkpoint(tmp_path / "part.gguf")
+
+
+def test_refuses_an_architecture_that_transformers_cannot_read(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "telepath")
+    writer.add_block_count(1)
+    close(writer)
+    with pytest.raises(CheckpointError, match="holds a 'telepath' model, which transformers cannot read"):
+        open_checkpoint(tmp_path / "odd.gguf")
+
+
+def close(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_refuses_something_else(file: Path) -> None:
