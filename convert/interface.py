@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -135,6 +137,7 @@ def attnconv_attention(
     core = core_of(module)
     context = kwargs.pop(CONTEXT, None) or module.__dict__.get("_attnconv_context") or CallContext()
     _refuse_unsupported(kwargs)
+    _refuse_split_sequences()
     length, layer = query.shape[2], context.layer
     if layer is not None and key.shape[2] > length:
         # The model kept earlier keys itself; ours are in the state.
@@ -188,6 +191,24 @@ def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
         raise PlanError("converted layers keep a state, which paged caches (continuous batching) cannot hold")
     if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")):
         raise PlanError("packed sequences (cu_seq_lens) cannot run through a converted layer; pad the batch instead")
+
+
+def _refuse_split_sequences() -> None:
+    """Context and sequence parallelism hand each process a part of every sequence; a state needs all that came before.
+
+    accelerate says so in its state, torch by having replaced the function whose calls it splits.
+    """
+    accelerate_state = sys.modules.get("accelerate.state")
+    shared = {} if accelerate_state is None else accelerate_state.AcceleratorState._shared_state
+    parallelism = shared.get("parallelism_config")
+    sizes = [getattr(parallelism, name, None) or 1 for name in ("cp_size", "sp_size")]
+    function = F.scaled_dot_product_attention
+    split = isinstance(function, FunctionType) and "context_parallel" in function.__module__
+    if split or max(sizes) > 1:
+        raise PlanError(
+            "context or sequence parallelism (cp_size, sp_size) splits sequences, which a converted layer cannot see; "
+            "use data or fully sharded parallelism"
+        )
 
 
 def _base_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
