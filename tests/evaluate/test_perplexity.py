@@ -1,6 +1,7 @@
 import importlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -71,6 +73,32 @@ def test_equals_the_definition_however_the_head_is_cut(name: str, at_once: int, 
     assert result.bits_per_character is None
     assert result.characters is None
     assert "forward" not in model.base_model.__dict__
+
+
+class Mixing(LlamaForCausalLM):
+    """Does something between its layers and its head that slices of positions do not give."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> SimpleNamespace:
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden + hidden.cumsum(1)))
+
+
+class Choosy(LlamaForCausalLM):
+    """Wants more of its layers' answer than the last hidden states."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> SimpleNamespace:
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        if hidden.shape[1] not in (4, 16):
+            raise RuntimeError("shapes do not fit")
+        return SimpleNamespace(logits=self.lm_head(hidden))
+
+
+@pytest.mark.parametrize("model_class", [Mixing, Choosy])
+def test_a_head_that_takes_no_slices_gives_all_logits_at_once(model_class: type, monkeypatch) -> None:
+    monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 97 * 3)
+    model, ids = model_class(CONFIGS["llama"]).eval(), torch.randint(0, 97, (32,))
+    expected, _ = by_hand(model, [w.tolist() for w in ids.split(16)])
+    assert perplexity(model, ids, context=16).nll == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_limit_counts_tokens_of_the_stream() -> None:
