@@ -1,4 +1,4 @@
-"""Whatever a converted model cannot compute exactly is refused with a sentence that says why; it never runs as softmax."""
+"""What a converted model cannot compute exactly is refused with a sentence that says why; it never runs as softmax."""
 
 import json
 import os
@@ -68,9 +68,6 @@ def converted() -> PreTrainedModel:
     return convert_model(llama(), "lolcats", window=3)
 
 
-# -- what is saved -----------------------------------------------------------------------------------------------------
-
-
 def edited(model: PreTrainedModel, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Save a model and change what its config says about the conversion."""
     model.save_pretrained(folder)
@@ -117,9 +114,6 @@ def test_without_attnconv_nothing_loads(converted: PreTrainedModel, tmp_path: Pa
     )
     assert run.returncode != 0
     assert "attnconv" in run.stderr.splitlines()[-1]
-
-
-# -- how a converted model is run --------------------------------------------------------------------------------------
 
 
 def test_continuous_batching(converted: PreTrainedModel) -> None:
@@ -197,9 +191,6 @@ def test_cross_attention_at_run_time(converted: PreTrainedModel) -> None:
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
     with pytest.raises(PlanError, match="cross-attention"):
         attend(module, query, key, key, None, scaling=1.0)
-
-
-# -- what is planned ---------------------------------------------------------------------------------------------------
 
 
 def test_cross_attention_is_never_planned() -> None:
