@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Finite, so that a row with nothing to see gives zeros instead of NaN.
 MASKED = -1e30
-BLOCK = 64
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def windowed_softmax(
     num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
     groups = num_heads // num_kv_heads
     window = min(window, num_keys)
-    block = min(BLOCK, length)
+    # Narrow windows in narrow blocks: every query meets window + block keys.
+    block = min(BLOCK, max(16, window // 2), length)
     num_blocks = -(-length // block)
     ahead = 0 if causal else window
     span = window + block + ahead

@@ -8,7 +8,7 @@ from ..window import from_blocks, to_blocks
 
 CHUNK = 64
 # Queries handled at a time: what is written out for them stays in the processor's cache.
-SEGMENT = 1024
+SEGMENT = 512
 
 # Numerator and denominator of a fraction that is divided at the end.
 Terms = tuple[Tensor, Tensor]
@@ -71,7 +71,8 @@ def causal_linear(query_features: Tensor, key_features: Tensor, values: Tensor, 
     """
     num_heads, length = query_features.shape[1:3]
     num_kv_heads = values.shape[1]
-    chunk = min(CHUNK, length)
+    # Inside a chunk the cost grows with its length, between chunks with the number of features.
+    chunk = min(CHUNK, max(16, query_features.shape[-1] // 2), length)
     num_chunks = -(-length // chunk)
     groups = num_heads // num_kv_heads
     queries = to_blocks(query_features, num_kv_heads, num_chunks, chunk)
