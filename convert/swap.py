@@ -148,13 +148,35 @@ def _count_positions_from_mask(model: PreTrainedModel) -> None:
     Softmax attention under RoPE does not notice a shift of all positions; feature maps do. Models with learned or
     fixed absolute positions do notice it and are left as they are.
     """
-    if "_attnconv_positions" in vars(model):
-        return
-    is_text = model.config.get_text_config() is model.config and not model.config.is_encoder_decoder
-    has_arguments = {"attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+    parameters = inspect.signature(model.forward).parameters
     has_rope = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
-    if is_text and has_arguments and has_rope:
-        model.__dict__["_attnconv_positions"] = model.register_forward_pre_hook(_add_position_ids, with_kwargs=True)
+    if "_attnconv_positions" in vars(model) or "attention_mask" not in parameters or not has_rope:
+        return
+    config = model.config.get_text_config()
+    # A composite that gives tokens several axes (time, height, width) counts them itself, from the mask.
+    counts = not model.config.is_encoder_decoder and (config is model.config or not _has_position_axes(config))
+    hook: Any = None
+    if "position_ids" in parameters:
+        hook = _add_position_ids if counts else None
+    elif not any(isinstance(m, PreTrainedModel) and converted_modules(m) for m in list(model.modules())[1:]):
+        hook = _refuse_left_padding
+    if hook is not None:
+        model.__dict__["_attnconv_positions"] = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _refuse_left_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, 0].all():
+        raise PlanError(
+            f"{type(model).__name__} counts positions from the first column and takes no position_ids, so a converted "
+            "layer would see padding on the left; pad on the right"
+        )
+
+
+def _has_position_axes(config: Any) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return any("mrope_section" in entry for entry in (parameters, *by_layer_type))
 
 
 def _add_position_ids(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
