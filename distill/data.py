@@ -1,6 +1,5 @@
 """Where training text comes from: local files, the Hugging Face Hub, or the packaged sample; as ordered documents."""
 
-import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from ..errors import DataError
 from ..recipes import DataSection
 from .embedded import embedded_model_path, embedded_tokens
 from .packing import PackedSequence, Position, pack
-
-logger = logging.getLogger(__name__)
 
 BUILDERS = {
     ".jsonl": "json",

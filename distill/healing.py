@@ -1,6 +1,5 @@
 """All stages of a recipe on one model, from wherever an earlier run left them."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,8 +30,6 @@ from .trainee import LoraSettings, Trainee, check_targets
 from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
 from .work import StageState, WorkFolder, fingerprint
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

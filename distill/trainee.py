@@ -1,10 +1,11 @@
 """The converted model while it is being healed: what of it can train, and what it was before."""
 
-import logging
+import ctypes
+import gc
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,8 +18,6 @@ from ..attention_modules import AttentionModule
 from ..convert.interface import AttentionCall, attention_tap
 from ..convert.swap import converted_modules
 from ..errors import TrainingError
-
-logger = logging.getLogger(__name__)
 
 FIRST_ADAPTER = "default"
 # Adapters go onto the model's own projections, never into the converted attention.
@@ -167,6 +166,10 @@ class Trainee:
         """Give up the model's weights; the trainee is of no more use."""
         nn.Module.to(self.model, "meta")
         self.peft = None
+        gc.collect()
+        # glibc keeps what was freed, and the next model's weights would come on top of it.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
     def detach_adapters(self, folder: Path, *, base: str) -> PreTrainedModel:
         """Save the adapters beside the model instead, the first in `folder`, others in folders of their own in it.

@@ -6,7 +6,6 @@ resumed run has to give the very same weights, so everything that a step depends
 """
 
 import hashlib
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -25,8 +24,6 @@ from .progress import Progress
 from .team import Team
 from .trainee import Trainee
 from .work import StageState, WorkFolder
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ It stands beside the output, as `.<name>.attnconv-work`, until the output is com
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,8 +25,6 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import OutputError, TrainingError
 from .packing import Position
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)")
