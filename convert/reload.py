@@ -81,7 +81,8 @@ def _wrap_post_init() -> None:
 
 def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> None:
     plan = Plan.from_config(section)
-    names = resolve_names([entry.name for entry in plan.entries], (name for name, _ in model.named_modules()))
+    present = (name for name, _ in model.named_modules())
+    names = resolve_names([entry.name for entry in plan.entries], present, model.base_model_prefix)
     if names is not None:
         apply_plan(model, plan.rename(names))
         # The section keeps the names of the model that was converted.
@@ -108,30 +109,26 @@ def _refuse_to_run(model: nn.Module, args: Any) -> None:
     )
 
 
-def resolve_names(wanted: list[str], present: Iterable[str]) -> dict[str, str] | None:
-    """Find saved module names in a model that may have more or fewer outer layers, such as a head.
+def resolve_names(wanted: list[str], present: Iterable[str], prefix: str) -> dict[str, str] | None:
+    """Find saved module names in a model that may have a head which the saved one had not, or the other way round.
+
+    No other prefix may come or go: an encoder's layers are called like the decoder's, a text tower's like an image
+    tower's, and a name without its beginning would be found in either.
+
+    Args:
+        wanted: saved names.
+        present: names of all modules.
+        prefix: what the model's class calls the model below its head (`base_model_prefix`).
 
     Returns:
         saved name → name in this model, or None if not all are there.
     """
     names = set(present)
-    first = wanted[0]
-    parts = first.split(".")
-    # The same names; then without outer prefixes; then under some prefix.
-    shorter = [".".join(parts[i:]) for i in range(len(parts))]
-    longer = [name for name in names if name.endswith("." + first)]
-    for candidate in shorter:
-        if candidate in names:
-            prefix = first[: len(first) - len(candidate)]
-            mapping = {name: name[len(prefix) :] for name in wanted if name.startswith(prefix)}
-            if len(mapping) == len(wanted) and names.issuperset(mapping.values()):
-                return mapping
-    for candidate in longer:
-        prefix = candidate[: len(candidate) - len(first)]
-        mapping = {name: prefix + name for name in wanted}
-        if names.issuperset(mapping.values()):
-            return mapping
-    return None
+    head = f"{prefix}."
+    candidates = [{name: name for name in wanted}, {name: head + name for name in wanted}]
+    if all(name.startswith(head) for name in wanted):
+        candidates.append({name: name.removeprefix(head) for name in wanted})
+    return next((mapping for mapping in candidates if names.issuperset(mapping.values())), None)
 
 
 def _wrap_initialize_weights() -> None:

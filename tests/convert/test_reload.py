@@ -14,11 +14,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from attnconv.convert import convert_model, converted_modules
+from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
 from attnconv.convert.reload import resolve_names
 from attnconv.errors import PlanError
+from attnconv.recipes import AttentionRule
 
 IDS = torch.arange(3, 21).view(2, 9)
 CONFIGS = {
@@ -161,12 +164,29 @@ def test_missing_modules_are_refused(tmp_path: Path) -> None:
         model(input_ids=IDS)
 
 
-def test_names_are_found_under_other_prefixes() -> None:
+def test_names_are_found_with_and_without_a_head() -> None:
     saved = ["model.layers.0.attn", "model.layers.1.attn"]
     inner = ["", "layers", "layers.0.attn", "layers.1.attn"]
     outer = [f"language_model.{name}" for name in saved]
-    assert resolve_names(saved, saved) == dict(zip(saved, saved, strict=True))
-    assert resolve_names(saved, inner) == {name: name.removeprefix("model.") for name in saved}
-    assert resolve_names(saved, outer) == {name: f"language_model.{name}" for name in saved}
-    assert resolve_names(saved, inner[:-1]) is None
-    assert resolve_names(saved, ["attn"]) is None
+    assert resolve_names(saved, saved, "model") == dict(zip(saved, saved, strict=True))
+    assert resolve_names(saved, inner, "model") == {name: name.removeprefix("model.") for name in saved}
+    assert resolve_names(saved, outer, "language_model") == {name: f"language_model.{name}" for name in saved}
+    assert resolve_names(saved, inner[:-1], "model") is None
+    assert resolve_names(saved, ["attn"], "model") is None
+
+
+def test_names_of_one_part_are_not_found_in_another() -> None:
+    saved = ["decoder.layers.0.attn"]
+    assert resolve_names(saved, ["", "layers", "layers.0.attn"], "model") is None
+
+
+def test_only_the_decoder_that_was_converted_is(tmp_path: Path) -> None:
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    rule = AttentionRule(layers={"last": 1}, method="lolcats", options={"window": 3})
+    apply_plan(model, make_plan([rule], probe(config, type(model)), allow_lossy=True))
+    model.save_pretrained(tmp_path)
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert list(converted_modules(again)) == list(converted_modules(model)) == ["decoder.block.1.layer.0.SelfAttention"]
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
