@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 # Encoder and decoder lengths differ, so that cross-attention shows itself.
 _TOKENS, _DECODER_TOKENS, _FRAMES, _SAMPLES = 4, 3, 64, 4000
+_BINS = ("num_mel_bins", "input_feat_per_channel")
 
 
 def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, Tensor]]:
@@ -26,7 +27,7 @@ def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, 
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
         "pixel_values": lambda: torch.zeros(1, *_image_shape(config), device=device),
-        "input_features": lambda: torch.zeros(1, _first(config, ("num_mel_bins",), 80), _frames(config), device=device),
+        "input_features": lambda: torch.zeros(1, _first(config, _BINS, 80), _frames(config), device=device),
         "input_values": lambda: torch.zeros(1, _SAMPLES, device=device),
     }
     if main not in makers:
@@ -38,10 +39,19 @@ def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, 
     yield inputs
     if "decoder_input_ids" in parameters:
         yield {**inputs, **decoder}
+    if main == "input_features":
+        # Some want time before frequency.
+        features = {main: inputs[main].transpose(1, 2)}
+        yield features
+        yield {**features, **decoder}
     # Two towers, such as text and image.
     extra = {name: make() for name, make in makers.items() if name in parameters and name not in inputs}
     if extra:
         yield {**inputs, **extra}
+    if main == "pixel_values" or "pixel_values_videos" in parameters:
+        frames = _first(config, ("num_frames", "frames_per_clip"), 2)
+        video = torch.zeros(1, frames, *_image_shape(config), device=device)
+        yield {"pixel_values_videos" if "pixel_values_videos" in parameters else "pixel_values": video}
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
@@ -60,7 +70,7 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
     if isinstance(size, dict):
         size = (size["height"], size["width"])
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    return _first(config, ("num_channels", "in_channels"), 3), height, width
+    return _first(config, ("num_channels", "in_channels", "in_chans"), 3), height, width
 
 
 def _frames(config: Any) -> int:
