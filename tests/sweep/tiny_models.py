@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-
 from tiny import tiny_config
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 # Of a type that several auto classes know, the first one counts.
 MAPPINGS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -73,7 +72,7 @@ def _model_class(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedMo
 
 @torch.no_grad()
 def enliven(model: PreTrainedModel) -> None:
-    """Raise weights to the size that keeps activations alive through all layers; the usual start is smaller, or zero."""
+    """Raise weights to the size that keeps activations alive through all layers; they start smaller, or at zero."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed" not in name and parameter.is_floating_point():
             target, spread = parameter[0].numel() ** -0.5, parameter.std().item()
@@ -85,45 +84,49 @@ def enliven(model: PreTrainedModel) -> None:
 
 def candidate_inputs(model: PreTrainedModel, seed: int = 1) -> Iterator[dict[str, Tensor]]:
     """Guesses at a batch that makes the model run, the likeliest first; text is padded on the left of row 0."""
-    generator = torch.Generator().manual_seed(seed)
     config, parameters = model.config, inspect.signature(model.forward).parameters
+    values = _values(config, torch.Generator().manual_seed(seed))
+    main = {"inputs": "input_values"}.get(model.main_input_name, model.main_input_name)
+    main = main if main in values else "input_ids"
+    inputs = {main: values[main]}
+    if main == "input_ids" and "attention_mask" in parameters:
+        inputs["attention_mask"] = values["attention_mask"]
+    decoder = {"decoder_input_ids": values["input_ids"][:, :4]}
+    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
+        yield {**inputs, **decoder}
+        yield {**inputs, main: values[main].transpose(1, -1), **decoder}
+    yield inputs
+    if main == "input_features":
+        yield {main: values[main].transpose(1, 2)}
+    towers = {name: value for name, value in values.items() if name in parameters}
+    if len(towers) > 1:
+        yield {**inputs, **towers}
+    video = values["pixel_values"][:, None].expand(-1, _first(config, ("num_frames", "frames_per_clip"), 2), -1, -1, -1)
+    yield {"pixel_values_videos" if "pixel_values_videos" in parameters else "pixel_values": video}
+
+
+def _values(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, Tensor]:
     ids = torch.randint(FIRST_ID, LAST_ID, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    size = _first(config, "image_size", 32)
-    height, width = (size, size) if isinstance(size, int) else (tuple(size.values()) if isinstance(size, dict) else size)
-    channels = _first(config, "num_channels", 3)
-    positions = _first(config, "max_source_positions", FRAMES // 2)
-    makers = {
+    size = _first(config, ("image_size",), 32)
+    height, width = (size, size) if isinstance(size, int) else tuple(size.values() if isinstance(size, dict) else size)
+    image = (_first(config, ("num_channels", "in_chans"), 3), height, width)
+    num_bins = _first(config, ("num_mel_bins", "input_feat_per_channel"), 80)
+    num_frames = 2 * _first(config, ("max_source_positions",), FRAMES // 2)
+    return {
         "input_ids": ids,
-        "pixel_values": torch.randn(BATCH, channels, height, width, generator=generator),
-        "input_features": torch.randn(BATCH, _first(config, "num_mel_bins", 80), 2 * positions, generator=generator),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(BATCH, *image, generator=generator),
+        "input_features": torch.randn(BATCH, num_bins, num_frames, generator=generator),
         "input_values": torch.randn(BATCH, SAMPLES, generator=generator),
     }
-    main = model.main_input_name if model.main_input_name in makers else "input_ids"
-    inputs = {main: makers[main]}
-    if main == "input_ids" and "attention_mask" in parameters:
-        inputs["attention_mask"] = mask
-    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
-        yield {**inputs, "decoder_input_ids": ids[:, :4]}
-    if main == "input_features":
-        yield {**inputs, main: makers[main].transpose(1, 2)}
-        yield {**inputs, main: makers[main].transpose(1, 2), "decoder_input_ids": ids[:, :4]}
-    yield inputs
-    towers = {name: value for name, value in makers.items() if name in parameters}
-    if len(towers) > 1:
-        yield {**inputs, **towers}
-    if "pixel_values_videos" in parameters:
-        frames = _first(config, "num_frames", 2)
-        yield {"pixel_values_videos": torch.randn(BATCH, frames, channels, height, width, generator=generator)}
-    frames = _first(config, "num_frames", 2)
-    yield {"pixel_values": torch.randn(BATCH, frames, channels, height, width, generator=generator)}
 
 
-def _first(config: Any, name: str, default: Any) -> Any:
-    """The first value of a field that is set in the config or one of its sub-configs."""
+def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
+    """The first of some fields that is set in the config or one of its sub-configs."""
     parts = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
-    values = (getattr(part, name, None) for part in parts)
+    values = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in values if value is not None), default)
 
 
@@ -145,10 +148,8 @@ def working_inputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
     for inputs in candidate_inputs(model):
         try:
             return inputs, outputs(model, inputs)
-        except Exception as error:  # noqa: BLE001 - a wrong guess shows itself in any way
+        # A wrong guess shows itself in any way.
+        except Exception as error:  # noqa: BLE001
             failure = failure or error
     assert failure is not None
     raise failure
-
-
-__all__ = ["CONFIG_MAPPING", "MAPPINGS", "auto_classes", "build", "outputs", "working_inputs"]

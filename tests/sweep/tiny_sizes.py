@@ -1,4 +1,4 @@
-"""The numbers of a tiny model: what a config field of a given name becomes, and what single config classes demand beyond."""
+"""The numbers of a tiny model: what a config field of a given name becomes, and what single config classes demand."""
 
 import re
 from typing import Any
@@ -21,7 +21,8 @@ SIZES = _table(
     (128, "max_position_embeddings n_positions max_seq_len n_ctx model_max_length max_2d_position_embeddings"),
     (128, "max_encoder_position_embeddings max_decoder_position_embeddings context_length"),
     (128, "original_max_position_embeddings"),
-    (64, "max_source_positions max_target_positions max_text_positions max_speech_positions t2u_max_position_embeddings"),
+    (64, "max_source_positions max_target_positions max_text_positions max_speech_positions"),
+    (64, "t2u_max_position_embeddings"),
     (48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner dim_ff dff d_inner ffn_hidden_size"),
     (48, "expert_ffn_hidden_size dense_intermediate_size feed_forward_size intermediate_size_mlp hidden_dim mlp_dim"),
     (48, "shared_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim"),
@@ -43,12 +44,12 @@ SIZES = _table(
     (4, "num_attention_heads n_head n_heads num_heads n_mamba_heads mamba_num_heads linear_num_value_heads"),
     (4, "linear_num_heads num_query_groups num_filters num_groups mamba_dt_rank time_step_rank"),
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
-    (4, "sliding_window sliding_window_size attention_window_size attention_chunk_size"),
+    (4, "sliding_window sliding_window_size attention_window_size attention_chunk_size attention_window"),
     (2, "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads"),
     (2, "encoder_num_key_value_heads decoder_num_key_value_heads cross_num_key_value_heads"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts num_selected_experts top_k"),
     (2, "mamba_expand expand cross_attention_frequency attn_layer_period expert_layer_period layer_group_size"),
-    (2, "global_attn_every_n_layers sliding_window_pattern window_size"),
+    (2, "global_attn_every_n_layers sliding_window_pattern"),
     (1, "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts"),
     (1, "first_k_dense_replace moe_layer_start_index num_dense_layers num_mem_blocks expert_layer_offset"),
     (1, "attn_layer_offset mamba_n_groups n_groups mamba_ngroups"),
@@ -67,6 +68,8 @@ CAP = 64
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
 _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 
 # What single config classes demand beyond the rules, most of it said by their own validation; wherever they stand in a
@@ -74,14 +77,15 @@ _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "BltConfig": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "Blip2QFormerConfig": {"use_qformer_text_input": True},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     # The modelling code reads a field that the config class does not have.
     "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8.0},
-    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "DeepseekV2Config": {"num_experts_per_tok": 2} | _ONE_GROUP,
     "DepthProConfig": {"patch_size": IMAGE},
     # A window of selected keys shorter than the prompt makes the dense model disagree with its own cache.
     "DogeConfig": {"keep_window_size": 128},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2} | _ONE_GROUP,
     "Dots3NoteAudioConfig": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     "Dots3NoteTextConfig": {"num_key_value_heads": 4},
     "Dots3NoteVisionConfig": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
@@ -94,6 +98,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "HrmTextConfig": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3},
     "Mamba2Config": {"num_heads": 8},
+    "MoonshineConfig": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     # No sliding mask is made, but the cache would drop what left the window.
     "MoshiConfig": {"sliding_window": 128},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
@@ -108,6 +113,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "RecurrentGemmaConfig": {"block_types": ("recurrent", "attention")},
     "ReformerConfig": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "SwinConfig": _SWIN,
+    "DonutSwinConfig": _SWIN,
+    "Swinv2Config": _SWIN,
+    "Swin2SRConfig": _SWIN,
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {
         "layers_block_type": _HYBRID,
