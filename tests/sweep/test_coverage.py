@@ -1,4 +1,4 @@
-"""Which model types can be converted: some dozens in every run of the suite, all that transformers has in the slow one."""
+"""Which model types can be converted: dozens in every run of the suite, all that transformers has in the slow one."""
 
 import gc
 import json

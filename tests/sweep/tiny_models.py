@@ -109,7 +109,7 @@ def _values(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, T
     ids = torch.randint(FIRST_ID, LAST_ID, (BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    size = _first(config, ("image_size",), 32)
+    size = _first(config, ("image_size",), 64)
     height, width = (size, size) if isinstance(size, int) else tuple(size.values() if isinstance(size, dict) else size)
     image = (_first(config, ("num_channels", "in_chans"), 3), height, width)
     num_bins = _first(config, ("num_mel_bins", "input_feat_per_channel"), 80)
