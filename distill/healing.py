@@ -93,7 +93,12 @@ def check_data(run: Run) -> None:
 
     Raises:
         DataError: The data of a stage, or those for evaluation, cannot be used.
+        TrainingError: The model is not one that continues text.
     """
+    if run.checkpoint.config.is_encoder_decoder:
+        raise TrainingError(
+            f"{run.checkpoint.source} is an encoder-decoder, which no stage can train: use a recipe without."
+        )
     for stage in run.recipe.stages:
         next(run.stream(stage).sequences(stage.sequence_length))
     _ = run.evaluation_tokens

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..convert.files import is_full
+from ..convert.wording import first_line
 from ..errors import OutputError, TrainingError
 from .packing import Position
 
@@ -138,8 +141,9 @@ class WorkFolder:
                 _flush(file)
             shutil.rmtree(target, ignore_errors=True)
             building.rename(target)
-        except OSError as error:
-            raise OutputError(f"The checkpoint {target} cannot be written: {error.strerror or error}.") from error
+        except (OSError, SafetensorError) as error:
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise OutputError(f"The checkpoint {target} cannot be written: {reason}.") from error
         for _, older in self._checkpoints():
             if older != target:
                 shutil.rmtree(older, ignore_errors=True)
@@ -159,10 +163,9 @@ class WorkFolder:
             state = StageState(**{**raw, "position": Position(**raw["position"])})
             trained, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("trained", "optimizer"))
             return Snapshot(state, trained, optimizer)
-        # safetensors raises its own kind of error, derived from Exception alone, for a damaged file.
-        except Exception as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TrainingError(
-                f"The checkpoint {folder} is damaged: start over with --overwrite ({error})."
+                f"The checkpoint {folder} is damaged: start over with --overwrite ({first_line(error)})."
             ) from error
 
     def remove(self) -> None:
@@ -182,9 +185,13 @@ class WorkFolder:
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         building = self.path / "run.json.partial"
-        building.write_text(json.dumps(run, indent=1), encoding="utf-8")
-        _flush(building)
-        building.replace(self.path / "run.json")
+        try:
+            building.write_text(json.dumps(run, indent=1), encoding="utf-8")
+            _flush(building)
+            building.replace(self.path / "run.json")
+        except OSError as error:
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise OutputError(f"The work folder {self.path} cannot be written: {reason}.") from error
 
 
 def fingerprint(text: str) -> str:

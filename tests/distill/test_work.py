@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from attnconv.distill.metrics import MetricsFile, Record
 from attnconv.distill.packing import Position
 from attnconv.distill.work import StageState, WorkFolder
-from attnconv.errors import TrainingError
+from attnconv.errors import OutputError, TrainingError
 
 IDENTITY = {"recipe": "aaaa", "model": "bbbb"}
 
@@ -108,3 +109,15 @@ def test_a_line_that_a_kill_broke_off_is_dropped_by_cutting(work):
     file.cut(0, 2)
     file.append(record(0, 4))
     assert list(file.records()) == [record(0, 2), record(0, 4)]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(work, monkeypatch):
+    work.save(StageState(0, 4), {"a": torch.zeros(3)}, {})
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("attnconv.distill.work.save_file", full)
+    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
+        work.save(StageState(0, 8), {"a": torch.zeros(3)}, {})
+    assert work.latest().state.step == 4
