@@ -192,3 +192,13 @@ def test_resuming_nothing_starts_at_the_beginning(tmp_path, caplog):
         result = run_conversion(embedded_model_path(), recipe, tmp_path / "model", resume=True)
     assert result.output.is_dir()
     assert "There is no unfinished run" in caplog.text
+
+
+def test_stages_refuse_an_encoder_decoder(tmp_path, tokenizer):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    with pytest.raises(TrainingError, match="is an encoder-decoder, which no stage can train"):
+        run_conversion(tmp_path / "t5", make_recipe(TRANSFER), tmp_path / "model", allow_lossy=True)
