@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..base import Memory
 from ..geometry import Geometry
 from ..registry import register
-from ..window import softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 
@@ -74,7 +74,7 @@ class LolcatsAttention(LinearAttentionModule):
         if self.geometry.causal:
             before = before & causal_mask(num_queries, num_keys, query.device)
         visible = inside if valid is None else inside & valid[:, None, None, :]
-        logits = query @ keys_repeated.transpose(-1, -2) * scaling
+        logits = query @ keys_repeated.transpose(-1, -2) * (scaling * LOG2E)
         window_terms = softmax_terms(logits, visible, values_repeated)
         features, weights = self.naive_products(query, keys, valid)
         weights = weights.masked_fill(~before, 0.0)

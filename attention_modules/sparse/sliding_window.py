@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..registry import register
-from ..window import Sinks, softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, Sinks, softmax_terms, window_mask, windowed_softmax
 
 
 class SlidingWindowOptions(AttentionOptions):
@@ -71,7 +71,7 @@ class SlidingWindowAttention(AttentionModule):
             keys = torch.cat([memory["sink_keys"], keys], 2)
             values = torch.cat([memory["sink_values"], values], 2)
             visible = torch.cat([remembered[:, None, :].expand(-1, num_queries, -1), visible], -1)
-        logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+        logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling * LOG2E)
         numerator, denominator = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
 
