@@ -103,6 +103,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MoshiConfig": {"sliding_window": 128},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
+    # Their query, key and value are one tensor on disk, cut into equal parts.
+    "Nemotron3DiarizationAudioConfig": {"num_key_value_heads": 4},
+    "Nemotron3_5TranscribeAsrAudioConfig": {"num_key_value_heads": 4},
     "NeoMMEConfig": {"head_dim": 16},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,
