@@ -104,6 +104,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     # Their query, key and value are one tensor on disk, cut into equal parts.
+    "Nemotron3_5TranscribeWordTimestampConfig": {"num_key_value_heads": 4},
     "Nemotron3DiarizationAudioConfig": {"num_key_value_heads": 4},
     "Nemotron3_5TranscribeAsrAudioConfig": {"num_key_value_heads": 4},
     "NeoMMEConfig": {"head_dim": 16},
