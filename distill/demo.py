@@ -79,8 +79,18 @@ def run_demo(output: str | Path, *, recipe: Recipe | None = None, progress: Prog
         RecipeError: `quickstart` was changed and is wrong.
     """
     began = time.monotonic()
+    # The tensors of this model are so small that threads would spend their time waiting for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(output, recipe or load_recipe(RECIPE), progress, began)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: str | Path, recipe: Recipe, progress: Progress | None, began: float) -> DemoResult:
     source = embedded_model_path()
-    result = run_conversion(source, recipe or load_recipe(RECIPE), output, overwrite=True, progress=progress)
+    result = run_conversion(source, recipe, output, overwrite=True, progress=progress)
     tokenizer = AutoTokenizer.from_pretrained(source)
     teacher, converted = (
         continuation(AutoModelForCausalLM.from_pretrained(folder), tokenizer, PROMPT)

@@ -20,6 +20,8 @@ from ..convert.swap import converted_modules
 from ..errors import TrainingError
 
 FIRST_ADAPTER = "default"
+# Queries of all heads and layers in a micro-batch; each keeps about 4 KB for its gradients if nothing is recomputed.
+RECOMPUTE_ABOVE = 50_000
 # Adapters go onto the model's own projections, never into the converted attention.
 CORES = r".*\.attnconv(\..*)?"
 
@@ -130,12 +132,19 @@ class Trainee:
 
     @contextmanager
     def as_student(self) -> Iterator[None]:
-        """Within the context the model is in training mode and computes its new attention again for the backward pass.
+        """Within the context the model is in training mode.
 
-        What the maths inside a layer would keep for its gradients is several times what enters and leaves it.
+        Unless the model is small it computes its new attention again for the backward pass: what the maths inside a
+        layer would keep for its gradients is several times what enters and leaves it.
         """
+        num_layers = len(self.cores())
+
+        def attend(call: AttentionCall) -> torch.Tensor:
+            small = call.query[..., 0].numel() * num_layers < RECOMPUTE_ABOVE
+            return call.converted() if small else _recomputed(call)
+
         self.model.train()
-        with attention_tap(self.model, _recomputed):
+        with attention_tap(self.model, attend):
             yield
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
