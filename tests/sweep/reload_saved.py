@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from conversions import difference, sentence
-from tiny_models import outputs
+from sweep_checks import difference, sentence
+from sweep_models import outputs
 
 from attnconv.convert import converted_modules
 

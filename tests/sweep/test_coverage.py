@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conversions import PARTS, Verdict, examine
-from tiny_models import MAPPINGS, auto_classes
+from sweep_checks import PARTS, Verdict, examine
+from sweep_models import MAPPINGS, auto_classes
 
 Verdicts = dict[str, dict[str, Verdict]]
 

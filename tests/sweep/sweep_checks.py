@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import PADDING, auto_classes, build, outputs, working_inputs
+from sweep_models import PADDING, auto_classes, build, outputs, working_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
