@@ -3,7 +3,6 @@
 Usage: python reload_saved.py FOLDER; prints one JSON object, name of the saved folder → what went wrong, or null.
 """
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -44,7 +43,6 @@ def main() -> None:
         # One broken folder must not hide the others.
         except Exception as error:  # noqa: BLE001
             problems[folder.name] = sentence(error)
-        gc.collect()
     print(json.dumps(problems))
 
 

@@ -1,6 +1,5 @@
 """Which model types can be converted: dozens in every run of the suite, all that transformers has in the slow one."""
 
-import gc
 import json
 import os
 import subprocess
@@ -42,7 +41,6 @@ def sweep(types: dict[str, Iterable[str]], folder: Path, repository: Path) -> Ve
         verdicts[mapping] = {}
         for model_type in names:
             verdicts[mapping][model_type] = examine(mapping, model_type, folder)
-            gc.collect()
     program = str(Path(__file__).with_name("reload_saved.py"))
     environment = os.environ | {"PYTHONPATH": str(repository / ".dev")}
     run = subprocess.run([sys.executable, program, str(folder)], env=environment, capture_output=True, text=True)
