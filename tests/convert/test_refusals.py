@@ -172,6 +172,12 @@ def test_a_cache_that_another_model_filled(converted: PreTrainedModel) -> None:
         converted(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
 
 
+def test_a_quantized_cache(converted: PreTrainedModel) -> None:
+    # transformers' own words: a state has no keys and values to quantize.
+    with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
+        converted.generate(IDS, max_new_tokens=2, cache_implementation="quantized", cache_config={"backend": "fp8"})
+
+
 def test_a_mask_that_cannot_be_read(converted: PreTrainedModel) -> None:
     module = next(iter(converted_modules(converted).values()))
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
