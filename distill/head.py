@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import TrainingError
+from ..evaluate.answering import answering
 from .batches import Batch
 
 # Logits held at once, in numbers: 2**23 of them are 32 MB in fp32, and a loss needs about four times that.
@@ -60,7 +61,7 @@ class ModelHead:
         self._output.last_hidden_state = hidden_states
         placeholder = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
         try:
-            with _answering(self.layers, self._output):
+            with answering(self.layers, self._output):
                 logits: torch.Tensor = self.model(input_ids=placeholder, use_cache=False).logits
         finally:
             self._output.last_hidden_state = None
@@ -109,17 +110,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within the context the module answers every call with `output`."""
-    own = module.__dict__.get("forward")
-    module.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -3,16 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
+from .answering import answering
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +165,7 @@ def _sliced_logits(model: PreTrainedModel, input_ids: torch.Tensor, size: int | 
     size = size or max(1, LOGITS_AT_ONCE // (vocabulary * input_ids.shape[0]))
     for start in range(0, input_ids.shape[1], size):
         output.last_hidden_state = hidden[:, start : start + size]
-        with _replaced_forward(base, output):
+        with answering(base, output):
             logits = _logits(model, input_ids[:, start : start + size])
         yield logits
 
@@ -187,24 +185,6 @@ def _head_takes_slices(model: PreTrainedModel) -> bool:
         return False
     scale = whole.nan_to_num().abs().max().item()
     return sliced.shape == whole.shape and torch.allclose(sliced, whole, rtol=0.02, atol=0.02 * scale, equal_nan=True)
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, output: object) -> Iterator[None]:
-    """Within the context the module answers every call with `output`, untouched by its hooks' arguments."""
-    own = module.__dict__.get("forward")
-
-    def answer(*_: Any, **__: Any) -> object:
-        return output
-
-    module.forward = answer
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _predicted_characters(tokenizer: PreTrainedTokenizerBase, window: torch.Tensor) -> int:
