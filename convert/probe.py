@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention_modules.geometry import Geometry
 from ..errors import PlanError
 from .inputs import candidate_inputs
+from .shapes import remembered_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: dict[int, list[dict[str, Any]]] = {}
+
+    def count(self) -> int:
+        """Attention calls so far."""
+        return sum(map(len, self.calls.values()))
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
@@ -177,7 +182,7 @@ def _watch(
     for inputs in candidate_inputs(model, device):
         recorder.calls.clear()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), remembered_shapes(model, recorder.count):
                 model(**inputs)
         except _NeedsDataError:
             raise
