@@ -68,7 +68,9 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
         left_out.update(written_keys(stage, written, f"stages.{stage.kind}."))
     alternatives = {"data", "data.path", "data.hub", "data.embedded", "data.name", "data.field"}
     alternatives |= {"evaluate.path", "evaluate.field"}
-    alternatives |= {f"stages.{kind}.{key}" for kind in ("attention_transfer", "lora") for key in ("steps", "data")}
+    alternatives |= {
+        f"stages.{kind}.{key}" for kind in ("attention_transfer", "lora", "logits") for key in ("steps", "data")
+    }
     assert left_out <= alternatives | {"stages.lora.core_learning_rate"}
 
 
