@@ -1,6 +1,5 @@
 """What makes `AutoModel...from_pretrained` rebuild a converted model, once attnconv is imported."""
 
-import sys
 from collections.abc import Iterable
 from functools import wraps
 from typing import Any
@@ -171,8 +170,3 @@ def _wrap_save_pretrained() -> None:
         return result
 
     setattr(PreTrainedModel, "save_pretrained", save_pretrained)  # noqa: B010
-
-
-def is_registered() -> bool:
-    """Whether `register_hooks` ran in this process."""
-    return "transformers" in sys.modules and getattr(PreTrainedModel, _REGISTERED, False)
