@@ -1,0 +1,127 @@
+"""Intervals around figures by resampling items, the same items for both models where they are paired.
+
+Percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap, 1993, https://doi.org/10.1201/9780429246593.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from .items import Figure, Group, Item, Metric, columns, finite
+
+RESAMPLES = 1_000
+LEVEL = 0.95
+# Numbers held at once: resamples are drawn in batches of this many.
+AT_ONCE = 2**22
+
+Arrays = tuple[NDArray[np.float64], ...]
+
+
+def make_figures(
+    model: Sequence[Item],
+    base: Sequence[Item] | None,
+    metrics: Sequence[Metric],
+    slices: Sequence[Sequence[str]],
+    *,
+    pair: bool = True,
+) -> tuple[Figure, ...]:
+    """Every metric over every slice.
+
+    Args:
+        model: The model's items.
+        base: The base's, if it was measured too.
+        metrics: What to compute.
+        slices: Keys of `group` that split the items; an empty one means no split.
+        pair: Whether equal ids mean the same thing for both models.
+    """
+    figures = []
+    for keys in slices:
+        for group in _groups(model, keys):
+            own, other = _members(model, group), None if base is None else _members(base, group)
+            for metric in metrics:
+                found = _figure(metric, group, own, other, pair)
+                if found is not None:
+                    figures.append(found)
+    return tuple(figures)
+
+
+def _groups(items: Sequence[Item], keys: Sequence[str]) -> list[Group]:
+    """The combinations of group values that occur, in the order of first appearance."""
+    having = [item for item in items if all(key in item.group for key in keys)]
+    return [dict(found) for found in dict.fromkeys(tuple((key, item.group[key]) for key in keys) for item in having)]
+
+
+def _members(items: Sequence[Item], group: Group) -> list[Item]:
+    return [item for item in items if all(item.group.get(key) == value for key, value in group.items())]
+
+
+def _figure(
+    metric: Metric, group: Group, own: Sequence[Item], other: Sequence[Item] | None, pair: bool
+) -> Figure | None:
+    ids, *arrays = columns(own, metric)
+    if not ids:
+        return None
+    model: Arrays = tuple(arrays)
+    shared = {"metric": metric.name, "group": group, "count": len(ids), "better": metric.better}
+    shared |= {"compare": metric.compare, "style": metric.style}
+    value = metric.value(*model)
+    draws = _resample(metric, model)
+    found = {**shared, "model": finite(value), "interval": _interval(draws)}
+    if other is None:
+        return Figure(**found)
+    base_ids, *base_arrays = columns(other, metric)
+    if not base_ids:
+        return Figure(**found)
+    if pair and base_ids != ids and sorted(base_ids) == sorted(ids):
+        order = np.array([base_ids.index(name) for name in ids])
+        base_ids, base_arrays = ids, [array[order] for array in base_arrays]
+    base: Arrays = tuple(base_arrays)
+    paired = pair and base_ids == ids
+    base_value, base_draws = metric.value(*base), _resample(metric, base)
+    if paired:
+        change_draws = _resample(metric, (*model, *base))
+    else:
+        change_draws = None if draws is None or base_draws is None else metric.change(draws, base_draws)
+    return Figure(
+        **found,
+        base=finite(base_value),
+        base_interval=_interval(base_draws),
+        change=finite(metric.change(value, base_value)),
+        change_interval=_interval(change_draws),
+        paired=paired,
+    )
+
+
+def _resample(metric: Metric, arrays: Arrays) -> NDArray[np.float64] | None:
+    """The metric, or its change from one model to the other, over resampled items; None for fewer than two items."""
+    if arrays[0].size < 2:
+        return None
+    statistic: Callable[..., Any] = metric.value
+    if len(arrays) == 4:
+
+        def statistic(total: Any, per: Any, base_total: Any, base_per: Any, axis: int = -1) -> Any:
+            return metric.change(metric.value(total, per, axis), metric.value(base_total, base_per, axis))
+
+    result = stats.bootstrap(
+        arrays,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // arrays[0].size),
+        method="percentile",
+        confidence_level=LEVEL,
+        rng=np.random.default_rng(0),
+    )
+    return np.asarray(result.bootstrap_distribution)
+
+
+def _interval(draws: NDArray[np.float64] | None) -> tuple[float, float] | None:
+    if draws is None or not np.isfinite(draws).all():
+        return None
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return float(low), float(high)

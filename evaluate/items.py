@@ -1,0 +1,117 @@
+"""What a task scores one by one, and how scores become figures: sums over items, so that any subset has its figure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Group = Mapping[str, str | int | float]
+Scale = Literal["linear", "exp"]
+Better = Literal["lower", "higher"]
+Style = Literal["number", "percent"]
+Compare = Literal["ratio", "difference"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was scored: a question, a prompt, a block of text, an attention head.
+
+    Attributes:
+        id: The same for every model that is measured, so that scores can be paired.
+        values: The numbers that metrics add up, such as `{"nll": 310.2, "tokens": 128}`.
+        group: What it belongs to, such as `{"length": 2048, "depth": 0.5}`.
+        note: What a reader may want to see of it, such as the model's answer.
+    """
+
+    id: str
+    values: Mapping[str, float]
+    group: Group = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the values of items become one number: `total` over `per`, summed over items first.
+
+    Attributes:
+        name: What tables call it.
+        total: Key of the numerator in an item's values; items without it do not count.
+        per: Key of the denominator; empty means the number of items.
+        scale: `exp` takes the exponential of the quotient.
+        better: Which way is better.
+        compare: Whether two models are compared by their ratio or their difference.
+        style: `percent` prints 0.25 as 25 %.
+        meaning: One clause for people who do not know it.
+    """
+
+    name: str
+    total: str
+    per: str = ""
+    scale: Scale = "linear"
+    better: Better = "lower"
+    compare: Compare = "difference"
+    style: Style = "number"
+    meaning: str = ""
+
+    def value(self, total: NDArray[np.float64], per: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        """The number for items along `axis`."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            quotient = np.sum(total, axis=axis) / np.sum(per, axis=axis)
+            return np.asarray(np.exp(quotient) if self.scale == "exp" else quotient)
+
+    def change(self, model: Any, base: Any) -> Any:
+        """How a model's number differs from the base's."""
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            return np.divide(model, base) if self.compare == "ratio" else np.subtract(model, base)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a task, for one model or two, with its interval.
+
+    Attributes:
+        metric: Name of the metric.
+        group: Which items it is over; empty means all of them.
+        count: How many items those are.
+        model: The number of the model.
+        interval: 95 % interval of it; None if there are too few items.
+        base: The number of the base, if one was measured.
+        base_interval: 95 % interval of that.
+        change: Ratio or difference of the two, see `compare`.
+        change_interval: 95 % interval of that; from the same resamples of both if their items are `paired`.
+        paired: Whether both models were scored on the same items.
+        better: Which way is better.
+        compare: `ratio` or `difference`.
+        style: How to print it.
+    """
+
+    metric: str
+    group: Group
+    count: int
+    model: float | None
+    interval: tuple[float, float] | None = None
+    base: float | None = None
+    base_interval: tuple[float, float] | None = None
+    change: float | None = None
+    change_interval: tuple[float, float] | None = None
+    paired: bool = False
+    better: Better = "lower"
+    compare: Compare = "difference"
+    style: Style = "number"
+
+
+def columns(items: Sequence[Item], metric: Metric) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
+    """Ids, numerators and denominators of the items that count for a metric."""
+    counted = [item for item in items if metric.total in item.values and (not metric.per or metric.per in item.values)]
+    total = np.array([item.values[metric.total] for item in counted], dtype=np.float64)
+    per = np.array([item.values[metric.per] if metric.per else 1.0 for item in counted], dtype=np.float64)
+    return [item.id for item in counted], total, per
+
+
+def finite(value: Any) -> float | None:
+    """A plain number; None for what JSON has no number for."""
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,1 @@
+"""Evaluation tasks: each file is one kind of question put to a model."""
