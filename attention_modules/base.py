@@ -36,6 +36,10 @@ class AttentionModule(nn.Module, ABC):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
     # Whether the state stays as it is while the context grows.
     is_recurrent: ClassVar[bool] = True
+    # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
+    paths: ClassVar[tuple[str, ...]] = ()
+    # Those of them that are left out at present.
+    left_out: frozenset[str] = frozenset()
 
     def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
         super().__init__()

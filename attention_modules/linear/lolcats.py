@@ -41,6 +41,8 @@ class LolcatsAttention(LinearAttentionModule):
     Paper: https://arxiv.org/abs/2410.10254
     """
 
+    paths = ("window", "linear")
+
     options: LolcatsOptions
 
     def __init__(self, geometry: Geometry, options: LolcatsOptions, implementation: str = "auto") -> None:
@@ -113,7 +115,7 @@ class LolcatsAttention(LinearAttentionModule):
                 causal=True,
             )
             terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], valid, memory)
-            outs.append(divide(*window_terms) if terms is None else self._mix(window_terms, terms))
+            outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
     def _before_window(
@@ -144,7 +146,14 @@ class LolcatsAttention(LinearAttentionModule):
             return nothing, nothing
         return behind[0] + ahead[0].flip(2), behind[1] + ahead[1].flip(2)
 
-    def _mix(self, window_terms: Terms, past_terms: Terms) -> Tensor:
+    def _mix(self, window_terms: Terms, past_terms: Terms | None) -> Tensor:
+        if "linear" in self.left_out:
+            past_terms = None
+        if "window" in self.left_out:
+            # Of the shape of the output, which the terms of nothing at all may not have.
+            window_terms = torch.zeros_like(window_terms[0]), torch.zeros_like(window_terms[1])
+        if past_terms is None:
+            return divide(*window_terms)
         gamma = self.mixing.to(window_terms[0].dtype).sigmoid()[:, None, None]
         return divide(gamma * window_terms[0] + past_terms[0], gamma * window_terms[1] + past_terms[1])
 
