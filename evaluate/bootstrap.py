@@ -4,6 +4,7 @@ Percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap, 19
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,18 +66,25 @@ def _figure(
     if not ids:
         return None
     model: Arrays = tuple(arrays)
-    shared = {"metric": metric.name, "group": group, "count": len(ids), "better": metric.better}
-    shared |= {"compare": metric.compare, "style": metric.style}
-    value = metric.value(*model)
-    draws = _resample(metric, model)
-    found = {**shared, "model": finite(value), "interval": _interval(draws)}
+    value, draws = metric.value(*model), _resample(metric, model)
+    figure = Figure(
+        metric.name,
+        group,
+        len(ids),
+        finite(value),
+        _interval(draws),
+        better=metric.better,
+        compare=metric.compare,
+        style=metric.style,
+    )
     if other is None:
-        return Figure(**found)
+        return figure
     base_ids, *base_arrays = columns(other, metric)
     if not base_ids:
-        return Figure(**found)
+        return figure
     if pair and base_ids != ids and sorted(base_ids) == sorted(ids):
-        order = np.array([base_ids.index(name) for name in ids])
+        place = {name: index for index, name in enumerate(base_ids)}
+        order = np.array([place[name] for name in ids])
         base_ids, base_arrays = ids, [array[order] for array in base_arrays]
     base: Arrays = tuple(base_arrays)
     paired = pair and base_ids == ids
@@ -85,8 +93,8 @@ def _figure(
         change_draws = _resample(metric, (*model, *base))
     else:
         change_draws = None if draws is None or base_draws is None else metric.change(draws, base_draws)
-    return Figure(
-        **found,
+    return replace(
+        figure,
         base=finite(base_value),
         base_interval=_interval(base_draws),
         change=finite(metric.change(value, base_value)),
@@ -96,14 +104,17 @@ def _figure(
 
 
 def _resample(metric: Metric, arrays: Arrays) -> NDArray[np.float64] | None:
-    """The metric, or its change from one model to the other, over resampled items; None for fewer than two items."""
-    if arrays[0].size < 2:
+    """The metric, or its change from one model to the other, over resampled items.
+
+    None for fewer than two items, or if one of them is no number.
+    """
+    if arrays[0].size < 2 or not all(np.isfinite(array).all() for array in arrays):
         return None
     statistic: Callable[..., Any] = metric.value
     if len(arrays) == 4:
 
-        def statistic(total: Any, per: Any, base_total: Any, base_per: Any, axis: int = -1) -> Any:
-            return metric.change(metric.value(total, per, axis), metric.value(base_total, base_per, axis))
+        def statistic(total: Any, per: Any, base_total: Any, base_per: Any, *, axis: int = -1) -> Any:
+            return metric.change(metric.value(total, per, axis=axis), metric.value(base_total, base_per, axis=axis))
 
     result = stats.bootstrap(
         arrays,

@@ -56,7 +56,7 @@ class Metric:
     style: Style = "number"
     meaning: str = ""
 
-    def value(self, total: NDArray[np.float64], per: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    def value(self, total: NDArray[np.float64], per: NDArray[np.float64], *, axis: int = -1) -> NDArray[np.float64]:
         """The number for items along `axis`."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             quotient = np.sum(total, axis=axis) / np.sum(per, axis=axis)

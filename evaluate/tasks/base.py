@@ -13,14 +13,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...convert.checkpoint import Checkpoint
-from ...recipes.fields import Section
+from ...recipes.fields import Count, Section
 from ..items import Item, Metric
 
 Settings = TypeVar("Settings", bound="TaskSettings")
 
 
 class TaskSettings(Section):
-    """A task in a suite; each task's own class adds its keys, `kind` among them."""
+    """A task in a suite; each task's own class adds its keys, `kind` among them.
+
+    Attributes:
+        limit: Items at most, the first ones; None means all.
+    """
+
+    limit: Count | None = None
 
 
 @dataclass(frozen=True)

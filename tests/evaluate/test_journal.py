@@ -1,0 +1,49 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from attnconv.errors import OutputError
+from attnconv.evaluate.journal import Journal
+
+
+def test_it_keeps_what_was_added(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "eval.partial"
+    with Journal(path) as journal:
+        assert "a" not in journal
+        assert not path.parent.exists()
+        journal.add("a", {"x": [1, math.nan]})
+        assert journal["a"] == {"x": [1, None]}
+    with Journal(path) as again:
+        assert "a" in again
+        again.add("b", 2)
+    assert Journal(path).entries == {"a": {"x": [1, None]}, "b": 2}
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "eval.partial"
+    with Journal(path) as journal:
+        journal.add("a", 1)
+    with path.open("a") as file:
+        file.write('{"key": "b", "val')
+    with Journal(path) as journal:
+        assert journal.entries == {"a": 1}
+        journal.add("c", 3)
+    assert Journal(path).entries == {"a": 1, "c": 3}
+
+
+def test_removing(tmp_path: Path) -> None:
+    path = tmp_path / "eval.partial"
+    with Journal(path) as journal:
+        journal.add("a", 1)
+        journal.remove()
+        assert not path.exists()
+        assert "a" not in journal
+        journal.add("b", 1)
+    assert Journal(path).entries == {"b": 1}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with Journal(tmp_path / "file" / "eval.partial") as journal, pytest.raises(OutputError, match="cannot be written"):
+        journal.add("a", 1)

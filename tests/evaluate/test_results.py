@@ -1,0 +1,79 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnconv.convert.checkpoint import open_checkpoint
+from attnconv.errors import DataError, OutputError
+from attnconv.evaluate.results import (
+    describe_model,
+    describe_setup,
+    read_results,
+    results_folder,
+    write_results,
+)
+
+
+def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted, plain = tmp_path / "converted", tmp_path / "plain"
+    for folder in (converted, plain):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (converted / "receipt.json").write_text('{"tool": "attnconv"}')
+    assert results_folder(converted) == converted / "results"
+    assert results_folder(plain) == Path("results/plain")
+    assert results_folder("org/some-model") == Path("results/some-model")
+    assert results_folder("model.Q4_K.gguf") == Path("results/model.Q4_K.gguf")
+    assert results_folder("..") == Path("results/model")
+    assert results_folder(converted, tmp_path / "x") == tmp_path / "x"
+
+
+def test_writing_and_reading(tmp_path: Path) -> None:
+    assert read_results(tmp_path, "eval") is None
+    path = write_results(tmp_path / "new", "eval", {"tasks": {"a": float("inf")}})
+    assert read_results(tmp_path / "new", "eval") == {
+        "tool": "attnconv",
+        "version": 1,
+        "kind": "eval",
+        "tasks": {"a": None},
+    }
+    assert [entry.name for entry in path.parent.iterdir()] == ["eval.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "measure again"),
+        ('{"tool": "other"}', "not written by attnconv"),
+        ('{"tool": "attnconv", "kind": "bench"}', "not written by attnconv"),
+        ('{"tool": "attnconv", "kind": "eval", "version": 99}', "newer version"),
+    ],
+)
+def test_files_that_are_no_results(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_results(tmp_path, "eval")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_results(tmp_path / "file", "eval", {})
+
+
+def test_descriptions(repository: Path) -> None:
+    folder = repository / "distill" / "assets" / "stories260K"
+    about = describe_model(open_checkpoint(folder), torch.bfloat16)
+    assert (about["name"], about["model_type"], about["dtype"], about["converted"]) == (
+        "stories260K",
+        "llama",
+        "bfloat16",
+        False,
+    )
+    assert list(about["digests"]) == ["model.safetensors"]
+    setup = describe_setup(torch.device("cpu"))
+    assert setup["cores"] == os.cpu_count()
+    assert setup["versions"]["torch"] == torch.__version__
+    json.dumps([about, setup])
