@@ -1,6 +1,7 @@
 """The contract every attention method obeys."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .geometry import Geometry
 from .padding import restore_tokens, right_align_order, take_tokens
 from .state import AttentionState
+from .weights import Statistic, response_weights
 
 Memory = dict[str, Tensor]
 
@@ -167,6 +169,50 @@ class AttentionModule(nn.Module, ABC):
         if order is not None and query_valid is not None:
             out = restore_tokens(out, order).masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """What each key weighs in each query's output; a method whose output is not linear in its values overrides it.
+
+        Args:
+            query: `[batch, num_heads, T, head_dim]`.
+            key: `[batch, num_kv_heads, S, head_dim]`.
+            scaling: factor on query-key products.
+            padding_mask: `[batch, S]` bool, True = real token; None when all are.
+            hidden_states: `[batch, T, hidden]`, for methods that route on the layer's input.
+
+        Returns:
+            `[batch, num_heads, T, S]`, fp32 or fp64; rows and columns of padding are zero.
+        """
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        values = key.new_empty(*key.shape[:3], self.geometry.value_dim, dtype=dtype)
+
+        def attend(units: Tensor) -> Tensor:
+            out: Tensor = self(
+                query, key, units, scaling=scaling, padding_mask=padding_mask, hidden_states=hidden_states
+            )
+            return out
+
+        return response_weights(attend, values)
+
+    def statistics(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Mapping[str, Statistic]:
+        """What the method can tell about itself on these tokens, by name; arguments as for `attention_weights`."""
+        return {}
 
     def _forget(self, state: AttentionState, dtype: torch.dtype) -> None:
         if self.tail_tokens is None:

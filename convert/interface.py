@@ -1,7 +1,7 @@
 """The one attention function through which every converted module runs."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention_modules.base import AttentionModule
+from ..attention_modules.weights import Statistic, response_weights
 from ..errors import PlanError
 from .cache import AttnConvCacheLayer
 
@@ -56,7 +57,7 @@ class AttentionCall:
     padding_mask: Tensor | None
     scaling: float
     hidden_states: Tensor | None
-    _base: Callable[[], Tensor] = field(repr=False)
+    _base: Callable[[Tensor], Tensor] = field(repr=False)
 
     def student(self) -> Tensor:
         """The converted attention's output `[batch, num_heads, T, value_dim]`, with gradients to its core only."""
@@ -85,7 +86,34 @@ class AttentionCall:
     @torch.no_grad()
     def teacher(self) -> Tensor:
         """The original attention's output, softcaps, sinks and biases included: `[batch, num_heads, T, value_dim]`."""
-        return self._base()
+        return self._base(self.value)
+
+    @torch.no_grad()
+    def student_weights(self) -> Tensor:
+        """What each key weighs in the converted attention's output: `[batch, num_heads, T, T]`, fp32 or fp64."""
+        return self.core.attention_weights(
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=self.hidden_states,
+        )
+
+    @torch.no_grad()
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What the converted attention tells about itself."""
+        return self.core.statistics(
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=self.hidden_states,
+        )
+
+    @torch.no_grad()
+    def teacher_weights(self) -> Tensor:
+        """The same of the original attention, as exact as the model's dtype; rows of padding mean nothing."""
+        return response_weights(self._base, self.value)
 
 
 Tap = Callable[[AttentionCall], Tensor]
@@ -153,9 +181,10 @@ def attnconv_attention(
     tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
 
-        def base() -> Tensor:
-            function = _base_function(module)
-            out = function(module, query, key, value, attention_mask, scaling=scaling, dropout=0.0, **kwargs)[0]
+        def base(values: Tensor) -> Tensor:
+            (config,) = module.__dict__["_attnconv_config"]
+            function = original_function(module, config)
+            out = function(module, query, key, values, attention_mask, scaling=scaling, dropout=0.0, **kwargs)[0]
             return out.transpose(1, 2)
 
         call = AttentionCall(
@@ -211,9 +240,8 @@ def _refuse_split_sequences() -> None:
         )
 
 
-def _base_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function the module would use if it were not converted."""
-    (config,) = module.__dict__["_attnconv_config"]
+def original_function(module: nn.Module, config: Any) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that a module would use by itself, given its own configuration."""
     name = config._attn_implementation
     if name in (None, "eager", ATTENTION):
         for owner in type(module).__mro__:

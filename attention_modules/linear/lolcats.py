@@ -1,6 +1,7 @@
 """LoLCATs: exact softmax inside a sliding window, linear attention before it, one shared normaliser."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..base import Memory
 from ..geometry import Geometry
 from ..registry import register
+from ..weights import Statistic
 from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
@@ -117,6 +119,29 @@ class LolcatsAttention(LinearAttentionModule):
             terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], valid, memory)
             outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+
+    def statistics(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Mapping[str, Statistic]:
+        """How much of what the heads look at goes through the linear path."""
+        shares = []
+        for row in range(query.shape[0]):
+            # Row by row and without padding, since a window counts real tokens only.
+            keep = slice(None) if padding_mask is None else padding_mask[row]
+            part = query[row : row + 1, :, keep], key[row : row + 1, :, keep]
+            weights = self.attention_weights(*part, scaling=scaling)
+            length = weights.shape[-1]
+            inside = window_mask(length, length, self.window, causal=self.geometry.causal, device=weights.device)
+            shares.append(weights.masked_fill(inside, 0.0).sum(-1)[0])
+        meaning = "share of the normaliser's mass that goes through the linear path, mean over queries"
+        share = Statistic("linear share", meaning, "head", "percent", torch.cat(shares, 1).mean(1))
+        return {share.name: share}
 
     def _before_window(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, memory: Memory
