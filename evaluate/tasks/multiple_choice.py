@@ -1,0 +1,199 @@
+"""Questions with given answers: the model's choice is the answer that it finds likeliest.
+
+The prompts, the way they are cut into tokens and the scores are those of lm-eval's tasks of the same names,
+https://github.com/EleutherAI/lm-evaluation-harness.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ...errors import DataError
+from ..items import Item, Metric
+from ..packaged import data_file
+from ..subjects import positions_of
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .rows import read_rows
+from .scoring import Continuation, encode_pair, log_likelihoods
+
+Style = Literal["piqa", "plain", "letters", "boolq"]
+# By how the data's name begins.
+STYLES: Mapping[str, Style] = {
+    "piqa": "piqa",
+    "openbookqa": "plain",
+    "commonsenseqa": "letters",
+    "commonsense_qa": "letters",
+    "boolq": "boolq",
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class MultipleChoiceSettings(TaskSettings):
+    """Settings of `multiple_choice`.
+
+    Attributes:
+        data: Packaged questions (`piqa`, `openbookqa`, `commonsenseqa`) or a file of JSON lines with question, choices
+            and label (the right choice's index), or with question, passage and label (true or false).
+        style: How a question is put: `piqa` (Question, Answer), `plain` (the answer continues the question), `letters`
+            (lettered answers, of which the letter is scored), `boolq` (passage and question, answered yes or no);
+            None means as the data's name says, else `boolq` for questions with a passage and `piqa` for others.
+    """
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    data: str = "piqa"
+    style: Style | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it is put to a model.
+
+    Attributes:
+        id: Number of its row, from 0.
+        context: The text that the answers continue.
+        choices: The answers, without the space before them.
+        label: Index of the right one.
+    """
+
+    id: str
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    question: Question
+    choices: tuple[Continuation, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(len(choice.key) for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    questions: Sequence[_Encoded]
+    batch_size: int
+
+
+class MultipleChoiceTask(Task[MultipleChoiceSettings]):
+    """The share of questions whose right answer gets the highest log-likelihood of all."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("accuracy", "correct", better="higher", style="percent", meaning="the right answer is the likeliest"),
+        Metric(
+            "normalised accuracy",
+            "correct_normalised",
+            better="higher",
+            style="percent",
+            meaning="the right answer is the likeliest per character",
+        ),
+    )
+
+    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+        """Batches of questions, the longest first."""
+        longest = positions_of(subject.checkpoint)
+        encoded = [
+            _Encoded(
+                question,
+                tuple(
+                    encode_pair(subject.tokenizer, question.context, f" {choice}", longest=longest)
+                    for choice in question.choices
+                ),
+            )
+            for question in load_questions(self.settings.data, self.settings.style, limit=scope.limit)
+        ]
+        encoded.sort(key=lambda question: -question.longest)
+        units = []
+        for start in range(0, len(encoded), scope.batch_size):
+            batch = encoded[start : start + scope.batch_size]
+            tokens = sum(len(key) for question in batch for key in {choice.key for choice in question.choices})
+            units.append(Unit(tokens, _Batch(batch, scope.batch_size)))
+        return units
+
+    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+        """Score the answers of a batch of questions."""
+        batch: _Batch = unit.content
+        flat = [choice for question in batch.questions for choice in question.choices]
+        pad = subject.tokenizer.pad_token_id or 0
+        scores = iter(log_likelihoods(subject.model, flat, batch_size=batch.batch_size, pad=pad))
+        return Outcome(
+            [_item(encoded.question, [next(scores) for _ in encoded.choices]) for encoded in batch.questions]
+        )
+
+
+def _item(question: Question, scores: Sequence[float]) -> Item:
+    normalised = [score / len(choice) for score, choice in zip(scores, question.choices, strict=True)]
+    chosen = _best(scores)
+    others = [score for index, score in enumerate(scores) if index != question.label]
+    values = {
+        "correct": float(chosen == question.label),
+        "correct_normalised": float(_best(normalised) == question.label),
+        "margin": scores[question.label] - max(others),
+    }
+    names = question.choices if max(map(len, question.choices)) <= len("yes") else LETTERS
+    return Item(question.id, values, note=f"{names[chosen]}, {names[_best(normalised)]} per character")
+
+
+def _best(scores: Sequence[float]) -> int:
+    """The first of the highest."""
+    return max(range(len(scores)), key=lambda index: scores[index])
+
+
+def load_questions(data: str, style: Style | None = None, *, limit: int | None = None) -> list[Question]:
+    """Read questions and put them into words.
+
+    Args:
+        data: See `MultipleChoiceSettings`.
+        style: The same.
+        limit: Questions at most, the first ones.
+
+    Raises:
+        DataError: the file cannot be read, or a row is no question.
+    """
+    questions = []
+    name = Path(data).name.lower()
+    style = style or next((own for start, own in STYLES.items() if name.startswith(start)), None)
+    for number, row in enumerate(read_rows(data_file(data), limit=limit)):
+        try:
+            questions.append(_question(str(number), row, style or ("boolq" if "passage" in row else "piqa")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f'Row {number + 1} of {data} is no question: wanted are "question", "choices" (two texts or more) and '
+                f'"label" (index of the right one), or "question", "passage" and "label" (true or false); '
+                f"the trouble is {error}."
+            ) from error
+    if not questions:
+        raise DataError(f"There are no questions in {data}.")
+    return questions
+
+
+def _question(name: str, row: Mapping[str, Any], style: Style) -> Question:
+    text = _text(row["question"])
+    if style == "boolq":
+        context = f"{_text(row['passage'])}\nQuestion: {text}?\nAnswer:"
+        return Question(name, context, ("no", "yes"), _label(row["label"], 2))
+    choices = tuple(_text(choice) for choice in row["choices"])
+    label = _label(row["label"], len(choices))
+    if not 2 <= len(choices) <= len(LETTERS) or not all(choices):
+        raise ValueError(f"{len(choices)} choices, where 2 to {len(LETTERS)} that are not empty are wanted")
+    if style == "plain":
+        return Question(name, text, choices, label)
+    if style == "piqa":
+        return Question(name, f"Question: {text}\nAnswer:", choices, label)
+    lettered = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
+    return Question(name, f"Question: {text.strip()}\n{lettered}Answer:", tuple(LETTERS[: len(choices)]), label)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r}, which is no text")
+    return value
+
+
+def _label(value: object, count: int) -> int:
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise ValueError(f"the label {value!r}, which is no index below {count}")
+    return int(value)
