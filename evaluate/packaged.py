@@ -1,9 +1,9 @@
 """Texts and question sets that come with the package, by name."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import DataError
+from ..recipes.problems import nearest
 
 ASSETS = Path(__file__).parent / "assets"
 SUFFIXES = (".txt.gz", ".jsonl.gz")
@@ -34,14 +34,11 @@ def data_file(data: str) -> Path:
     path = Path(data).expanduser()
     if path.is_file():
         return path
-    names = packaged_names()
-    near = get_close_matches(data.lower(), names, n=1)
-    hint = f'did you mean "{near[0]}"?' if near else f"what comes with the package is {', '.join(names)}."
-    raise DataError(f"There is no file {data} and no packaged data of that name; {hint}")
+    raise DataError(f"There is no file {data} and no packaged data of that name; {nearest(data, packaged_names())}")
 
 
 def _packaged() -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for path in ASSETS.iterdir():
         for suffix in SUFFIXES:
             if path.name.endswith(suffix):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ def perplexity(
     Raises:
         DataError: There are fewer than two tokens to use, or a number is out of its range.
     """
-    windows = _cut_windows(token_ids, context, limit)
+    windows = cut_windows(token_ids, context, limit)
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be at least 1.")
     device = model.device
@@ -78,9 +78,9 @@ def perplexity(
     was_training = model.training
     model.eval()
     try:
-        in_slices = _head_takes_slices(model)
-        for batch in _batches(windows, batch_size):
-            total += float(_negative_log_likelihood(model, batch.to(device), in_slices=in_slices))
+        in_slices = head_takes_slices(model)
+        for batch in stack_windows(windows, batch_size):
+            total += float(token_losses(model, batch.to(device), in_slices=in_slices).sum())
             predicted += batch.shape[0] * (batch.shape[1] - 1)
             done += batch.numel()
             if progress is not None:
@@ -103,7 +103,7 @@ def _result(total: float, predicted: int, characters: int | None) -> PerplexityR
     return PerplexityResult(nll, value, bits, predicted, characters)
 
 
-def _cut_windows(token_ids: torch.Tensor, context: int, limit: int | None) -> list[torch.Tensor]:
+def cut_windows(token_ids: torch.Tensor, context: int, limit: int | None = None) -> list[torch.Tensor]:
     """Windows `[at most context]` of at least two tokens each, in order."""
     if context < 2:
         raise DataError(f"The context is {context} tokens; it must be at least 2.")
@@ -123,7 +123,7 @@ def _cut_windows(token_ids: torch.Tensor, context: int, limit: int | None) -> li
     return windows
 
 
-def _batches(windows: list[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
+def stack_windows(windows: Sequence[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
     """Stack runs of equally long windows: `[at most batch_size, window]`."""
     pending: list[torch.Tensor] = []
     for window in windows:
@@ -134,17 +134,46 @@ def _batches(windows: list[torch.Tensor], batch_size: int) -> Iterator[torch.Ten
     yield torch.stack(pending)
 
 
-def _negative_log_likelihood(model: PreTrainedModel, input_ids: torch.Tensor, *, in_slices: bool) -> torch.Tensor:
-    """Sum over `input_ids` `[batch, T]` of -log p(token | tokens before it), a float64 scalar, in nats."""
-    total = torch.zeros((), dtype=torch.float64, device=input_ids.device)
-    start = 0
-    for logits in _sliced_logits(model, input_ids) if in_slices else [_logits(model, input_ids)]:
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, *, in_slices: bool | None = None) -> torch.Tensor:
+    """-log p(token | tokens before it) of every token but the first of each row.
+
+    Args:
+        model: A causal language model in eval mode.
+        input_ids: `[batch, T]`, on the model's device.
+        in_slices: What `head_takes_slices` says of the model, if it was asked already.
+
+    Returns:
+        `[batch, T - 1]` float64 on the CPU, in nats.
+    """
+    parts, start = [], 0
+    for logits in logit_slices(model, input_ids, in_slices=in_slices):
         targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
         # The last position of the window predicts a token outside it.
         scores = logits[:, : targets.shape[1]].float()
-        total += functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum").to(total)
+        losses = functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
+        parts.append(losses.view(targets.shape).cpu().double())
         start += logits.shape[1]
-    return total
+    return torch.cat(parts, dim=1)
+
+
+def logit_slices(
+    model: PreTrainedModel, input_ids: torch.Tensor, *, in_slices: bool | None = None, size: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield the model's logits of a few positions after another, `[batch, at most size, vocabulary]`.
+
+    The layers run once. Where the model's head can run alone, only a slice of the logits exists at a time.
+
+    Args:
+        model: A causal language model in eval mode.
+        input_ids: `[batch, T]`, on the model's device.
+        in_slices: What `head_takes_slices` says of the model, if it was asked already.
+        size: Positions in a slice; None means as many as `LOGITS_AT_ONCE` allows.
+    """
+    if head_takes_slices(model) if in_slices is None else in_slices:
+        yield from _sliced_logits(model, input_ids, size)
+        return
+    whole = _logits(model, input_ids)
+    yield from whole.split(size or max(1, LOGITS_AT_ONCE // (whole.shape[-1] * whole.shape[0])), dim=1)
 
 
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
@@ -170,7 +199,7 @@ def _sliced_logits(model: PreTrainedModel, input_ids: torch.Tensor, size: int | 
         yield logits
 
 
-def _head_takes_slices(model: PreTrainedModel) -> bool:
+def head_takes_slices(model: PreTrainedModel) -> bool:
     """Whether the logits of a few tokens are the same in slices as all at once."""
     head = model.get_output_embeddings()
     if model.base_model is model or getattr(head, "weight", None) is None:
@@ -187,8 +216,11 @@ def _head_takes_slices(model: PreTrainedModel) -> bool:
     return sliced.shape == whole.shape and torch.allclose(sliced, whole, rtol=0.02, atol=0.02 * scale, equal_nan=True)
 
 
+def characters_before(tokenizer: PreTrainedTokenizerBase, window: torch.Tensor, position: int) -> int:
+    """Characters that the first `position` tokens of a window `[T]` stand for; special tokens stand for none."""
+    return len(tokenizer.decode(window[:position].tolist(), skip_special_tokens=True))
+
+
 def _predicted_characters(tokenizer: PreTrainedTokenizerBase, window: torch.Tensor) -> int:
     """Characters of the text that the window's tokens add to its first one."""
-    whole = tokenizer.decode(window.tolist(), skip_special_tokens=True)
-    first = tokenizer.decode(window[:1].tolist(), skip_special_tokens=True)
-    return len(whole) - len(first)
+    return characters_before(tokenizer, window, window.numel()) - characters_before(tokenizer, window, 1)
