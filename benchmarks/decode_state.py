@@ -25,20 +25,15 @@ def prefill(model, context: int):
     return cache, logits[:, -1:].argmax(-1)
 
 
-def cache_bytes(cache) -> int:
-    """Bytes of everything the cache holds: our layers count their states, the others keys and values."""
-    return sum(
-        layer.nbytes if hasattr(layer, "state") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
-    )
-
-
 def measure(model, steps: int) -> dict[str, object]:
     """Bytes after the prefill, and milliseconds a token; the contexts take turns token by token."""
     import torch
 
+    from attnconv.evaluate.cache_size import held_bytes
+
     with torch.inference_mode():
         runs = [prefill(model, context) for context in CONTEXTS]
-        held = [cache_bytes(cache) for cache, _ in runs]
+        held = [held_bytes(cache) for cache, _ in runs]
         tokens = [token for _, token in runs]
         seconds: list[list[float]] = [[] for _ in CONTEXTS]
         for _ in range(steps):

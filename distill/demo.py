@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.cache import AttnConvCacheLayer
+from ..evaluate.cache_size import held_bytes
 from ..recipes import Recipe, load_recipe
 from .conversion import run_conversion
 from .embedded import embedded_model_path
@@ -120,12 +121,4 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     cache = DynamicCache(config=model.config)
     ids = model.eval().generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
     recurrent = [layer for layer in cache.layers if isinstance(layer, AttnConvCacheLayer)]
-    held = sum(_bytes_of(layer) for layer in cache.layers)
-    return Continuation(str(tokenizer.decode(ids[0], skip_special_tokens=True)), held, len(recurrent))
-
-
-def _bytes_of(layer: Any) -> int:
-    """Bytes of a state, or of keys and values."""
-    if isinstance(layer, AttnConvCacheLayer):
-        return layer.nbytes
-    return int(layer.keys.nbytes + layer.values.nbytes)
+    return Continuation(str(tokenizer.decode(ids[0], skip_special_tokens=True)), held_bytes(cache), len(recurrent))

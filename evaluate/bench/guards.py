@@ -1,0 +1,59 @@
+"""What is better not begun: cases that do not fit the model, the time or the memory."""
+
+import math
+from collections.abc import Sequence
+
+from .cases import DECODE, PREFILL, Case, Piece
+
+
+def refusal(
+    piece: Piece,
+    role: str,
+    earlier: Sequence[Case],
+    *,
+    positions: float,
+    limit: float,
+    available: int | None,
+) -> str | None:
+    """Why a case is left out before it is begun; None if it is not.
+
+    Args:
+        piece: What is to be measured.
+        role: Of which model.
+        earlier: Finished cases.
+        positions: Longest sequence that the model was made for, in tokens.
+        limit: Seconds that one repeat may take.
+        available: Bytes of memory that can be had; None if unknown.
+    """
+    if piece.context > positions:
+        return f"the model was made for {positions:,.0f} positions"
+    own = [case for case in earlier if case.role == role and case.batch == piece.batch]
+    if piece.measure == DECODE:
+        for case in own:
+            if case.measure == PREFILL and case.context == piece.context and case.skipped is not None:
+                return case.skipped
+    shorter = [case for case in own if case.measure == piece.measure and case.context < piece.context]
+    for case in shorter:
+        if case.skipped is not None:
+            return f"not tried, since {case.context:,} tokens were left out: {_root(case.skipped)}"
+    return None if piece.measure == DECODE else _estimate(piece, shorter, limit, available)
+
+
+def _root(reason: str) -> str:
+    """The first cause of a chain of cases not tried."""
+    return reason.rsplit("were left out: ", 1)[-1]
+
+
+def _estimate(piece: Piece, shorter: Sequence[Case], limit: float, available: int | None) -> str | None:
+    """From the next shorter length: time may grow with the square, memory grows at least in proportion."""
+    last = max(shorter, key=lambda case: case.context, default=None)
+    if last is None or last.median is None:
+        return None
+    ratio = piece.context / last.context
+    seconds = last.median * ratio**2
+    if seconds > limit:
+        return f"one repeat may take {seconds:,.0f} s, more than the {limit:,.3g} s allowed"
+    needed = (last.peak_bytes or 0) * ratio
+    if needed > (math.inf if available is None else available):
+        return f"it needs at least {needed / 2**30:,.1f} GiB more memory, and {(available or 0) / 2**30:,.1f} are free"
+    return None

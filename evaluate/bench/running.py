@@ -1,0 +1,309 @@
+"""Running a benchmark: pieces one after another, each journaled, then one document."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from ...errors import TrainingError
+from ..journal import Journal
+from ..results import BENCHMARK, describe_model, describe_setup, read_results, results_folder, write_results
+from ..subjects import find_device
+from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, pieces_of
+from .clock import Clock, Stopwatch
+from .crossover import crossovers
+from .guards import refusal
+from .memory import available_bytes, give_back
+from .models import Contestant, ModelRunner, open_contestant, ordinary_tokens, random_prompt
+from .turns import DecodeLane, Lane, PrefillLane, TrainingLane, take_turns
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = f"{BENCHMARK}.partial"
+MAX_SECONDS = 120.0
+
+Progress = Callable[[int, int, str], None]
+TrainingStep = Callable[[torch.Tensor], object]
+
+
+class TrainingCases(Protocol):
+    """Makes training steps; healing knows how, which measuring does not know of."""
+
+    def __call__(self, model: PreTrainedModel) -> TrainingStep:
+        """Prepare a converted model, which is used for nothing else afterwards.
+
+        Returns:
+            One step on token ids `[batch, T]`; it leaves the weights as they are and no gradients behind.
+
+        Raises:
+            TrainingError: There is nothing to train.
+        """
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The answer of `run_bench`.
+
+    Attributes:
+        document: What the file holds; see `evaluate.results`.
+        path: The file.
+    """
+
+    document: Mapping[str, Any]
+    path: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self.document, "path": str(self.path)}
+
+
+def run_bench(
+    source: str,
+    *,
+    against: str | None = None,
+    contexts: Sequence[int] = (512, 2048, 8192),
+    batches: Sequence[int] = (1,),
+    repeats: int = 5,
+    decode_tokens: int = 32,
+    dtype: str = "auto",
+    device: str | None = None,
+    training_contexts: Sequence[int] = (512, 2048),
+    max_seconds: float = MAX_SECONDS,
+    output: str | Path | None = None,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    training: TrainingCases | None = None,
+    clock: Clock = time.perf_counter,
+) -> BenchResult:
+    """Measure a model's speed and memory by length and batch size, and those of another in turns with it.
+
+    A prompt of random tokens goes through the model in one piece (`prefill`), then token by token (`decode`); a
+    converted model can also be timed in training (`transfer`). Both models stay loaded and take turns. What does not
+    fit the model's positions, the memory or the time is left out, with the reason. What an interrupted run measured is
+    not measured again.
+
+    Args:
+        source: A local folder, Hub id or `.gguf` file of a causal language model, converted or not.
+        against: The model to compare with.
+        contexts: Lengths of the prompt, in tokens.
+        batches: Sequences at once.
+        repeats: How often each prefill and training step is timed, at least 1.
+        decode_tokens: How many steps of decoding are timed, at least 1.
+        dtype: One of `subjects.DTYPES`; auto is that of each checkpoint.
+        device: Where to run; None means a GPU if there is one.
+        training_contexts: Lengths of the training sequences, in tokens; they have no effect without `training`.
+        max_seconds: What one repeat may take, in seconds.
+        output: Folder for the results; None means as `results_folder` says.
+        restart: Forget what an interrupted run measured.
+        trust_remote_code: Whether models that bring their own code may run it.
+        progress: Called with (pieces done, pieces in all, what is being done).
+        training: Makes the training steps of a converted model; without it there are none.
+        clock: What tells the time, in seconds.
+
+    Raises:
+        CheckpointError: A model cannot be read, or is no causal language model.
+        DataError: A setting is none of those allowed.
+        OutputError: The results cannot be written.
+    """
+    settings = BenchSettings.checked(
+        contexts=contexts,
+        batches=batches,
+        repeats=repeats,
+        decode_tokens=decode_tokens,
+        dtype=dtype,
+        training_contexts=training_contexts,
+        max_seconds=max_seconds,
+    )
+    where = find_device(device)
+    sources = {BASE: against, MODEL: source}
+    contestants = [
+        open_contestant(role, name, dtype=dtype, trust_remote_code=trust_remote_code)
+        for role, name in sources.items()
+        if name is not None
+    ]
+    _warn_of_two_dtypes(contestants)
+    about = {contestant.role: describe_model(contestant.checkpoint, contestant.dtype) for contestant in contestants}
+    setup = describe_setup(where)
+    folder = results_folder(source, output)
+    with Journal(folder / JOURNAL) as journal:
+        if restart:
+            journal.remove()
+        identity = _identity(settings, about, setup)
+        bench = _Bench(settings, contestants, Stopwatch(where, clock), training, journal, identity)
+        cases = bench.run(progress)
+        document = {
+            "model": about[MODEL],
+            "base": about.get(BASE),
+            "setup": setup,
+            "settings": asdict(settings),
+            "cases": [case.to_dict() for case in cases],
+            "crossover": crossovers(cases),
+        }
+        path = write_results(folder, BENCHMARK, document)
+        journal.remove()
+    return BenchResult(read_results(folder, BENCHMARK) or {}, path)
+
+
+def _warn_of_two_dtypes(contestants: Sequence[Contestant]) -> None:
+    dtypes = [str(contestant.dtype).removeprefix("torch.") for contestant in contestants]
+    if len(set(dtypes)) > 1:
+        logger.warning("The base runs in %s and the model in %s: give a dtype to compare like with like.", *dtypes)
+
+
+def _identity(settings: BenchSettings, about: Mapping[str, Mapping[str, Any]], setup: Mapping[str, Any]) -> str:
+    """What must be the same for a finished piece to count: models, machine, versions and how it was measured."""
+    facts = {
+        "settings": {name: getattr(settings, name) for name in ("repeats", "decode_tokens", "max_seconds")},
+        "models": {
+            role: (sorted(model["digests"].values()), model["dtype"], model["converted"], model["model_type"])
+            for role, model in about.items()
+        },
+        "setup": {name: setup[name] for name in ("device", "gpu", "cpu", "threads", "versions")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class _Bench:
+    """A benchmark that is under way."""
+
+    settings: BenchSettings
+    contestants: Sequence[Contestant]
+    watch: Stopwatch
+    training: TrainingCases | None
+    journal: Journal
+    identity: str
+    cases: list[Case] = field(default_factory=list)
+    step: TrainingStep | str | None = None
+
+    def run(self, progress: Progress | None) -> list[Case]:
+        """All cases, those of an interrupted run among them."""
+        converted = self.contestants[-1].checkpoint.is_converted
+        pieces = pieces_of(self.settings, training=self.training is not None and converted)
+        kept = sum(self._key(piece) in self.journal for piece in pieces)
+        if kept:
+            logger.warning("Going on after an interruption: %d of %d pieces are measured already.", kept, len(pieces))
+        try:
+            for done, piece in enumerate(pieces):
+                if progress is not None:
+                    progress(done, len(pieces), str(piece))
+                self.cases += self._finished(piece)
+            if progress is not None:
+                progress(len(pieces), len(pieces), "done")
+        finally:
+            self._unload()
+        return self.cases
+
+    def _finished(self, piece: Piece) -> list[Case]:
+        """The cases of a piece, from the journal or measured now."""
+        key = self._key(piece)
+        if key not in self.journal:
+            self.journal.add(key, [case.to_dict() for case in self._measured(piece)])
+        return [Case.from_dict(values) for values in self.journal[key]]
+
+    def _key(self, piece: Piece) -> str:
+        return f"{self.identity}/{piece.measure}/{piece.batch}/{piece.context}"
+
+    def _measured(self, piece: Piece) -> list[Case]:
+        roles = [item for item in self.contestants if piece.measure != TRANSFER or item.role == MODEL]
+        refused = {item.role: self._refusal(piece, item) for item in roles}
+        able = [item for item in roles if refused[item.role] is None]
+        measured: dict[str, Case] = {}
+        if able:
+            prompt, note = self._prompt(piece, able)
+            with _mode(piece):
+                measured = {case.role: case for case in self._turns(piece, able, prompt)}
+            if note is not None:
+                measured = {role: replace(case, note=case.note or note) for role, case in measured.items()}
+        return [
+            Case.left_out(piece, role, reason) if reason is not None else measured[role]
+            for role, reason in refused.items()
+        ]
+
+    def _refusal(self, piece: Piece, contestant: Contestant) -> str | None:
+        available = available_bytes(self.watch.device)
+        reason = refusal(
+            piece,
+            contestant.role,
+            self.cases,
+            positions=contestant.positions,
+            limit=self.settings.max_seconds,
+            available=available,
+        )
+        if reason is None and piece.measure == DECODE and contestant.positions <= self._steps:
+            reason = f"{self._steps} steps of decoding do not fit into {contestant.positions:,.0f} positions"
+        return reason
+
+    @property
+    def _steps(self) -> int:
+        return DecodeLane.warm_up + self.settings.decode_tokens
+
+    @cached_property
+    def _tokens(self) -> torch.Tensor:
+        return ordinary_tokens([item.checkpoint for item in self.contestants])
+
+    def _prompt(self, piece: Piece, able: Sequence[Contestant]) -> tuple[torch.Tensor, str | None]:
+        """The tokens of a piece, the same for all models, and what is to be said about them."""
+        length, note = piece.context, None
+        if piece.measure == DECODE:
+            room = min(item.positions for item in able) - self._steps
+            if room < length:
+                length = int(room)
+                note = f"decoding began after {length:,} tokens, so that it ends within the model's positions"
+        return random_prompt(self._tokens, context=length, batch=piece.batch).to(self.watch.device), note
+
+    def _turns(self, piece: Piece, able: Sequence[Contestant], prompt: torch.Tensor) -> list[Case]:
+        repeats, limit = self.settings.repeats, self.settings.max_seconds
+        lanes: list[Lane]
+        if piece.measure == TRANSFER:
+            step = self._training_step()
+            if isinstance(step, str):
+                return [Case.left_out(piece, MODEL, step)]
+            lanes = [TrainingLane(MODEL, step, prompt)]
+        else:
+            self._load()
+            kind: type[PrefillLane] | type[DecodeLane] = PrefillLane
+            if piece.measure == DECODE:
+                kind, repeats, limit = DecodeLane, self.settings.decode_tokens, limit / self.settings.decode_tokens
+            lanes = [kind(item.role, ModelRunner(item.model), prompt) for item in able]
+        take_turns(lanes, self.watch, repeats=repeats, limit=limit)
+        return [lane.case(piece) for lane in lanes]
+
+    def _load(self) -> None:
+        for item in self.contestants:
+            if item.loaded is None:
+                item.load(self.watch.device)
+
+    def _unload(self) -> None:
+        self.step = None
+        for item in self.contestants:
+            item.loaded = None
+        give_back(self.watch.device)
+
+    def _training_step(self) -> TrainingStep | str:
+        """The training step, or why there is none."""
+        if self.step is None:
+            assert self.training is not None
+            # Training turns the new attention to fp32 and wants tensors that no inference mode has touched.
+            self._unload()
+            try:
+                self.step = self.training(self.contestants[-1].load(self.watch.device))
+            except TrainingError as error:
+                self.step = str(error)
+        return self.step
+
+
+@contextmanager
+def _mode(piece: Piece) -> Iterator[None]:
+    with torch.inference_mode(piece.measure != TRANSFER):
+        yield
