@@ -1,0 +1,134 @@
+"""From what heads look at to what their layers could become: a method, its options and the reason, as a recipe."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import yaml
+
+from ...recipes import load_recipe, recipe_text
+from .measures import NUM_SINKS
+from .profiles import Diagnosis, LayerProfile
+
+# Share of retrieval heads from which a layer keeps softmax. They are few and the ones that a fixed-size state cannot
+# stand in for (https://arxiv.org/abs/2410.10819); one head in five leaves most layers of most models free to change.
+KEPT_RETRIEVAL_SHARE = 0.2
+# Part of the context within which windows must lie: beyond, a window is not told apart from seeing everything.
+WINDOW_PART = 4
+# Windows are powers of two from this on, so that layers with about the same need share a rule.
+SMALLEST_WINDOW = 16
+LINEAR_METHODS = ("lolcats", "hedgehog")
+LINE = 110
+
+_Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerAdvice:
+    """What a layer could become.
+
+    Attributes:
+        layer: Its number, as recipes count layers.
+        name: Its name in the model.
+        method: A registered method; `softmax` means to keep it.
+        options: Options of the method.
+        reason: Why, in one clause.
+    """
+
+    layer: int
+    name: str
+    method: str
+    options: _Options = field(default_factory=dict)
+    reason: str = ""
+
+
+def recommend(diagnosis: Diagnosis) -> list[LayerAdvice]:
+    """Advise on every self-attention layer.
+
+    A layer keeps softmax where many of its heads retrieve, where it is narrow by itself and where it cannot be
+    converted; becomes a sliding window where a narrow one holds what each of its heads looks at; and LoLCATs otherwise.
+    """
+    # The options of the shipped recipe, whose healing is meant for them.
+    linear = load_recipe("lolcats").attention[0].options
+    advice = [_advise(layer, diagnosis.context // WINDOW_PART, linear) for layer in diagnosis.layers]
+    advice += [LayerAdvice(layer.index, layer.name, "softmax", reason=layer.reason) for layer in diagnosis.skipped]
+    return sorted(advice, key=lambda one: one.layer)
+
+
+def _advise(layer: LayerProfile, widest: int, linear: _Options) -> LayerAdvice:
+    count = len(layer.heads)
+    retrieval = layer.role_counts["retrieval"]
+    if layer.native_window is not None:
+        reason = f"it sees no more than {layer.native_window} tokens by itself"
+        return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
+    if retrieval >= KEPT_RETRIEVAL_SHARE * count:
+        best = max(head.induction or 0.0 for head in layer.heads)
+        reason = (
+            f"{retrieval} of {count} heads retrieve, the best with {best:.0%} of its attention on what it looks for"
+        )
+        return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
+    needed = math.ceil(max(head.window_90 for head in layer.heads))
+    window = max(SMALLEST_WINDOW, 1 << (needed - 1).bit_length())
+    note = f"; {retrieval} of {count} heads retrieve" if retrieval else ""
+    if window <= widest and not retrieval:
+        reason = f"the first {NUM_SINKS} tokens and the {needed} newest hold 90 % of every head's attention"
+        options: _Options = {"window": window, "num_sinks": NUM_SINKS}
+        return LayerAdvice(layer.index, layer.name, "sliding_window", options, reason)
+    wide = sum(head.window_90 > widest for head in layer.heads)
+    reason = f"{wide} of {count} heads need more than {widest} tokens for 90 % of their attention{note}"
+    if not wide:
+        reason = f"narrow heads, but not all of them can do with a window{note}"
+    return LayerAdvice(layer.index, layer.name, "lolcats", dict(linear), reason)
+
+
+def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source: str | None = None) -> str:
+    """Write advice as a recipe, with the reasons as comments and the healing of `lolcats` where a layer becomes linear.
+
+    Args:
+        advice: What `recommend` returned.
+        name: The recipe's name.
+        source: The model that it is for, to be named in the description.
+    """
+    linear = any(one.method in LINEAR_METHODS for one in advice)
+    methods = [method for method in dict.fromkeys(one.method for one in advice) if method != "softmax"]
+    purpose = f"Advice from a diagnosis{f' of {source}' if source else ''}: {', '.join(methods) or 'softmax kept'}."
+    head = yaml.safe_dump({"name": name, "description": purpose}, sort_keys=False, allow_unicode=True, width=10_000)
+    rules = ["# Rules: the first that matches a layer wins; a layer without a match keeps its softmax.", "attention:"]
+    for _, same in groupby(advice, key=lambda one: (one.method, sorted(one.options.items()))):
+        rules += _rule(list(same))
+    blocks = _blocks(recipe_text("lolcats" if linear else "sliding-window"))
+    rest = [blocks[key] for key in ("data", "stages", "evaluate", "output") if key in blocks]
+    return "\n\n".join([head.strip(), "\n".join(rules), *rest]) + "\n"
+
+
+def _rule(members: Sequence[LayerAdvice]) -> list[str]:
+    first, last = members[0].layer, members[-1].layer
+    lines = [
+        f"  {line}"
+        for one in members
+        for line in textwrap.wrap(
+            f"{one.layer}: {one.reason}.", LINE, initial_indent="# ", subsequent_indent="#    ", break_on_hyphens=False
+        )
+    ]
+    rule: dict[str, Any] = {"layers": str(first) if first == last else f"{first}-{last}", "method": members[0].method}
+    if members[0].options:
+        rule["options"] = dict(members[0].options)
+    text = yaml.safe_dump([rule], sort_keys=False)
+    return [*lines, *(f"  {line}" for line in text.splitlines())]
+
+
+def _blocks(text: str) -> dict[str, str]:
+    """The top-level keys of a shipped recipe with what belongs to them, comments above included."""
+    blocks: dict[str, str] = {}
+    key = ""
+    for paragraph in text.strip().split("\n\n"):
+        heads = [line.partition(":")[0] for line in paragraph.splitlines() if line[:1].isalpha()]
+        if heads:
+            key = heads[0]
+            blocks[key] = paragraph
+        elif key:
+            blocks[key] = f"{blocks[key]}\n\n{paragraph}"
+    return blocks
