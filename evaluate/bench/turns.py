@@ -11,7 +11,7 @@ import torch
 from ..cache_size import held_bytes
 from .cases import Case, Piece
 from .clock import Stopwatch
-from .memory import give_back
+from .memory import give_back, trim
 from .models import ModelRunner
 
 
@@ -131,7 +131,7 @@ def take_turns(lanes: Sequence[Lane], watch: Stopwatch, *, repeats: int, limit: 
         repeats: Turns that count.
         limit: Seconds that one turn may take; a lane whose warm-up takes longer is left out.
     """
-    give_back(watch.device)
+    trim()
     try:
         for lane in lanes:
             _unless_memory_runs_out(lane, lane.prepare, watch)
