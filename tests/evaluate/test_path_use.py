@@ -1,0 +1,101 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnconv import convert_model, load_recipe
+from attnconv.attention_modules.paths import leaving_out
+from attnconv.distill.embedded import embedded_model_path
+from attnconv.evaluate import load_tokens, perplexity
+from attnconv.evaluate.bootstrap import make_figures
+from attnconv.evaluate.items import Item
+from attnconv.evaluate.packaged import packaged_file
+from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.path_use import PathUseSettings, PathUseTask, planned_paths
+
+BASE = str(embedded_model_path())
+
+
+def converted(folder: Path, method: str, **options: object) -> Subject:
+    convert_model(AutoModelForCausalLM.from_pretrained(BASE), method, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    subject = open_subject("model", str(folder))
+    load_subject(subject, device="cpu")
+    return subject
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return converted(tmp_path_factory.mktemp("lolcats"), "lolcats", window=32)
+
+
+def score(subject: Subject, scope: Scope = Scope(), **settings: object) -> list[Item]:  # noqa: B008
+    task = PathUseTask(PathUseSettings(**settings))
+    with torch.inference_mode():
+        return [item for unit in task.units(subject, scope) for item in task.measure(subject, unit).items]
+
+
+def test_equals_perplexity_with_and_without_each_path(subject: Subject) -> None:
+    items = score(subject, tokens=500, context=200)
+    stream = load_tokens(packaged_file("book"), subject.tokenizer, context=200, limit=500)
+    figures = make_figures(items, None, PathUseTask.metrics, PathUseTask.slices)
+    assert [figure.group for figure in figures] == [{"left out": "window"}, {"left out": "linear"}]
+    intact = perplexity(subject.model, stream, context=200)
+    for figure in figures:
+        with leaving_out(subject.model, figure.group["left out"]):
+            without = perplexity(subject.model, stream, context=200)
+        assert figure.model == pytest.approx(without.perplexity / intact.perplexity, rel=1e-5)
+        assert abs(figure.model - 1) > 0.01
+        own = [item for item in items if item.group == figure.group]
+        assert sum(item.values["tokens"] for item in own) == intact.tokens
+        for key, expected in [("nll", without), ("nll_intact", intact)]:
+            total = math.fsum(item.values[key] for item in own)
+            assert total == pytest.approx(expected.nll * expected.tokens, rel=1e-6)
+    assert items[0].id == "window 0, 1-127, without window"
+    assert len({item.id for item in items}) == len(items) == 10
+
+
+def test_the_model_is_whole_again(subject: Subject) -> None:
+    first = score(subject, tokens=128, context=64)
+    assert score(subject, tokens=128, context=64) == first
+    assert all(not core.left_out for core in subject.model.modules() if hasattr(core, "left_out"))
+
+
+def test_a_path_that_nothing_goes_through_has_no_use(subject: Subject) -> None:
+    # The window sees as far back as these texts go.
+    items = score(subject, tokens=64, context=32)
+    linear = [item.values["excess"] for item in items if item.group == {"left out": "linear"}]
+    assert linear == pytest.approx([0.0, 0.0], abs=1e-3)
+
+
+def test_batches_limits_and_work(subject: Subject) -> None:
+    one, many = (score(subject, Scope(None, size), tokens=300, context=64) for size in (1, 4))
+    assert sorted(item.id for item in one) == sorted(item.id for item in many)
+    assert {item.id for item in score(subject, Scope(2, 1), tokens=300, context=64)} == {
+        item.id for item in one if item.id.startswith(("window 0", "window 1"))
+    }
+    units = PathUseTask(PathUseSettings(tokens=300, context=64)).units(subject, Scope(None, 4))
+    assert [unit.tokens for unit in units] == [3 * 256, 3 * 44]
+
+
+def test_a_model_without_paths_has_nothing_to_leave_out(tmp_path: Path) -> None:
+    base = open_subject("base", BASE)
+    assert planned_paths(base.checkpoint.config) == ()
+    single = converted(tmp_path, "sliding_window", window=16)
+    for subject in (base, single):
+        assert PathUseTask(PathUseSettings()).units(subject, Scope()) == []
+
+
+def test_layers_with_other_methods_stay_as_they_are(tmp_path: Path) -> None:
+    recipe = load_recipe("lolcats")
+    rules = [rule.model_copy(update={"layers": "1,3", "options": {"window": 16}}) for rule in recipe.attention]
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    convert_model(model, recipe.model_copy(update={"attention": rules})).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    subject = open_subject("model", str(tmp_path))
+    load_subject(subject, device="cpu")
+    assert planned_paths(subject.checkpoint.config) == ("window", "linear")
+    assert {item.group["left out"] for item in score(subject, tokens=128, context=64)} == {"window", "linear"}
