@@ -26,6 +26,7 @@ STYLES: Mapping[str, Style] = {
     "commonsense_qa": "letters",
     "boolq": "boolq",
 }
+YES_NO = ("no", "yes")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -133,7 +134,7 @@ def _item(question: Question, scores: Sequence[float]) -> Item:
         "correct_normalised": float(_best(normalised) == question.label),
         "margin": scores[question.label] - max(others),
     }
-    names = question.choices if max(map(len, question.choices)) <= len("yes") else LETTERS
+    names = YES_NO if question.choices == YES_NO else LETTERS
     return Item(question.id, values, note=f"{names[chosen]}, {names[_best(normalised)]} per character")
 
 
@@ -174,7 +175,7 @@ def _question(name: str, row: Mapping[str, Any], style: Style) -> Question:
     text = _text(row["question"])
     if style == "boolq":
         context = f"{_text(row['passage'])}\nQuestion: {text}?\nAnswer:"
-        return Question(name, context, ("no", "yes"), _label(row["label"], 2))
+        return Question(name, context, YES_NO, _label(row["label"], 2))
     choices = tuple(_text(choice) for choice in row["choices"])
     label = _label(row["label"], len(choices))
     if not 2 <= len(choices) <= len(LETTERS) or not all(choices):
