@@ -107,16 +107,17 @@ def watching(model: nn.Module, watcher: Watcher, names: Collection[str]) -> Iter
     with ExitStack() as stack:
         for name in names:
             module = modules[name]
-            watched = _converted(module, watcher) if is_converted(module) else _original(module, name, watcher)
+            watched = _converted(module, name, watcher) if is_converted(module) else _original(module, name, watcher)
             stack.enter_context(watched)
         yield
 
 
 @contextmanager
-def _converted(module: nn.Module, watcher: Watcher) -> Iterator[None]:
+def _converted(module: nn.Module, name: str, watcher: Watcher) -> Iterator[None]:
+    # The name in this very model: a loaded one knows its modules by their names in the part without the head.
     def tap(call: AttentionCall) -> Tensor:
         output = call.converted()
-        watcher(WatchedCall(call.name, call.core, output, call.student_weights, call.statistics))
+        watcher(WatchedCall(name, call.core, output, call.student_weights, call.statistics))
         return output
 
     module.__dict__["_attnconv_tap"] = tap

@@ -1,0 +1,161 @@
+"""How close a converted model's attention is to its base's: weights head by head, outputs layer by layer."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...convert.watch import AttentionLayer
+from ...recipes.fields import Count, CountOrZero, Text
+from ..diagnostics.compare import LayerComparison, comparable_layers, compare_layers
+from ..items import Item, Metric
+from ..packaged import data_file
+from ..perplexity import cut_windows
+from ..textdata import TwoOrMore, comparable_base, fitting_context
+from ..textfile import load_tokens
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+
+logger = logging.getLogger(__name__)
+
+# Digits of the weights of a map, which nobody sees more of.
+MAP_DIGITS = 4
+
+
+class FidelitySettings(TaskSettings):
+    """Attention beside the base's on windows of a text.
+
+    Attributes:
+        data: Name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
+        field: The key that holds the text in each JSON line.
+        windows: Windows of the text.
+        context: Tokens in a window; less where the model has fewer positions.
+        map_heads: Heads whose maps are kept: those with the largest divergence, some in the middle, the smallest.
+        map_size: Rows and columns of a map; longer windows are shrunk to it, keeping the largest weight of each cell.
+    """
+
+    kind: Literal["fidelity"] = "fidelity"
+    data: Text = "book"
+    field: Text = "text"
+    windows: Count = 4
+    context: TwoOrMore = 256
+    map_heads: CountOrZero = 6
+    map_size: TwoOrMore = 48
+
+
+class FidelityTask(Task[FidelitySettings]):
+    """Both models run freely, so that a layer's figures hold what the layers before it did to its input."""
+
+    needs_base = True
+    metrics = (
+        Metric("attention KL", "kl", "one", meaning="nats between the attention weights of base and model, by query"),
+        Metric(
+            "output error",
+            "error",
+            "power",
+            meaning="squared difference of the attention outputs over the base's square; 1 is as far off as zeros",
+        ),
+    )
+    slices = (("layer",), ("layer", "head"))
+
+    def __init__(self, settings: FidelitySettings) -> None:
+        super().__init__(settings)
+        # Finding layers means running a model without its weights, once for all windows.
+        self._layers: WeakKeyDictionary[PreTrainedModel, tuple[AttentionLayer, ...]] = WeakKeyDictionary()
+
+    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+        """One window each."""
+        if subject.base is not None:
+            comparable_base(subject, 0)
+        settings = self.settings
+        windows = settings.windows if scope.limit is None else min(settings.windows, scope.limit)
+        context = fitting_context(subject, settings.context)
+        path = data_file(settings.data)
+        ids = load_tokens(path, subject.tokenizer, context=context, field=settings.field, limit=windows * context)
+        return [Unit(window.numel(), (number, window)) for number, window in enumerate(cut_windows(ids, context))]
+
+    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+        """Compare every layer on one window."""
+        number, window = unit.content
+        base = comparable_base(subject, window.numel())
+        layers = self._comparable(base.model, subject.model)
+        size = self.settings.map_size
+        compared = list(compare_layers(base.model, subject.model, window[None], layers, map_size=size))
+        items = [item for layer in compared for item in _items(number, layer)]
+        shown = min(size, window.numel())
+        extra = {
+            "maps": _maps(compared, self.settings.map_heads),
+            "size": shown,
+            "tokens": token_texts(subject.tokenizer, window) if window.numel() == shown else None,
+            "statistics": [statistic for layer in compared for statistic in _statistics(layer)],
+        }
+        return Outcome(items, extra)
+
+    def _comparable(self, base: PreTrainedModel, model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+        if model not in self._layers:
+            self._layers[model], skipped = comparable_layers(base, model)
+            for name, reason in skipped.items():
+                logger.warning("%s is not compared with the base's: %s.", name, reason)
+        return self._layers[model]
+
+
+def _items(window: int, compared: LayerComparison) -> list[Item]:
+    layer = compared.layer.index
+    prefix = f"window {window}, layer {layer}"
+    heads = [
+        Item(f"{prefix}, head {head}", {"kl": kl, "one": 1.0}, {"layer": layer, "head": head})
+        for head, kl in enumerate(compared.kl.tolist())
+    ]
+    return [*heads, Item(prefix, {"error": compared.error, "power": compared.power}, {"layer": layer})]
+
+
+def _maps(compared: Sequence[LayerComparison], count: int) -> list[Mapping[str, Any]]:
+    """Maps of some heads, the one that differs most first."""
+    heads = [(kl, layer, head) for layer in compared for head, kl in enumerate(layer.kl.tolist())]
+    heads.sort(key=lambda one: -one[0])
+    return [
+        {
+            "layer": layer.layer.name,
+            "layer_index": layer.layer.index,
+            "head": head,
+            "kl": kl,
+            "teacher": _rows(layer.base_map[head]),
+            "student": _rows(layer.model_map[head]),
+        }
+        for kl, layer, head in (heads[place] for place in spread(len(heads), count))
+    ]
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` places of a list: a third of them at its start, a third in the middle, a third at its end."""
+    count = min(length, count)
+    first, last = -(-count // 3), count // 3
+    middle = count - first - last
+    begin = (length - middle) // 2
+    return [*range(first), *range(begin, begin + middle), *range(length - last, length)]
+
+
+def _rows(weights: torch.Tensor) -> list[list[float]]:
+    return [[round(weight, MAP_DIGITS) for weight in row] for row in weights.tolist()]
+
+
+def _statistics(compared: LayerComparison) -> list[Mapping[str, Any]]:
+    return [
+        {
+            "layer": compared.layer.name,
+            "layer_index": compared.layer.index,
+            "name": statistic.name,
+            "meaning": statistic.meaning,
+            "style": statistic.style,
+            "per": statistic.per,
+            "values": statistic.values.tolist(),
+        }
+        for statistic in compared.statistics
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, window: torch.Tensor) -> list[str]:
+    """What each token of a window stands for."""
+    return [str(tokenizer.decode([token])) for token in window.tolist()]
