@@ -3,13 +3,14 @@
 What needs torch is imported inside the commands, so that `--help` answers at once.
 """
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import __version__
+from .cli_measure import measure_app
+from .cli_options import Device, Model, Overrides, TrustRemoteCode
 from .cli_recipes import recipes_app
 from .cli_session import AsJson, CommandGroup, Session, examples, print_json, session_of
 
@@ -21,26 +22,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog=examples("attnconv demo", "attnconv convert org/model --recipe lolcats --output my-model"),
 )
+app.add_typer(measure_app)
 app.add_typer(recipes_app, name="recipes")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a Hub id, or a .gguf file.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
-]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code a model brings.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the best there is, if left out.")]
 Private = Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")]
-
-
-class Dtype(str, Enum):
-    """Dtypes a model can be evaluated in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _print_version(wanted: bool) -> None:
@@ -160,54 +146,6 @@ def methods(name: Annotated[str | None, typer.Argument(metavar="NAME", help="Onl
     if name is not None and name not in available():
         raise typer.BadParameter(f"there is no method {name}; the methods are {', '.join(available())}")
     show_methods([get_method(known) for known in ([name] if name else available())])
-
-
-@app.command(
-    name="eval",
-    epilog=examples(
-        "attnconv eval my-model --against org/model --text book.txt",
-        "attnconv eval my-model --text wiki.jsonl.gz --field body --tokens 20000 --json",
-    ),
-)
-def evaluate(
-    ctx: typer.Context,
-    model: Model,
-    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file, which may end in .gz.")],
-    against: Annotated[str | None, typer.Option(metavar="BASE", help="A model to compare with.")] = None,
-    field: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use.")] = 5120,
-    context: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens in a window; 1024 if left out, or what the model takes."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype to load in; auto is that of the checkpoint.")] = Dtype.auto,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure perplexity and bits per character on a text file."""
-    session = session_of(ctx)
-    session.silence_libraries()
-    from .cli_progress import progress_bar
-    from .cli_views import show_comparison
-    from .evaluate.comparison import compare
-
-    with progress_bar("evaluating", quiet=session.quiet) as progress:
-        comparison = compare(
-            [model] if against is None else [against, model],
-            text=text,
-            field=field,
-            tokens=tokens,
-            context=context,
-            dtype=dtype.value,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        print_json(comparison.to_dict())
-    else:
-        show_comparison(comparison)
 
 
 @app.command(epilog=examples("attnconv push my-model user/my-model", "attnconv push my-model user/my-model --private"))

@@ -24,6 +24,29 @@ def progress_bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, in
 
 
 @contextmanager
+def measuring_progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields what to call with (done, in all, what is being done): a bar on a terminal, a line for each new thing."""
+    console = make_console(stderr=True)
+    if quiet:
+        yield lambda done, total, text: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+    else:
+        said = ""
+
+        def say(done: int, total: int, text: str) -> None:
+            nonlocal said
+            if text and text != said:
+                said = text
+                typer.echo(f"{100 * done / max(total, 1):3.0f} % {text}", err=True)
+
+        yield say
+
+
+@contextmanager
 def conversion_progress(*, quiet: bool) -> "Iterator[ConversionProgress]":
     """What `run_conversion` tells its progress to."""
     from .distill import Silent, TerminalProgress

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .attention_modules import Geometry, MethodInfo
     from .distill import ConversionResult
     from .distill.demo import DemoResult
-    from .evaluate.comparison import Comparison
     from .evaluate.inspection import Inspection, ModuleGroup
     from .recipes import Recipe
 
@@ -132,24 +131,6 @@ def show_recipes(recipes: Iterable["Recipe"]) -> None:
     for recipe in recipes:
         table.add_row(recipe.name, recipe.description)
     console.print(table)
-
-
-def show_comparison(comparison: "Comparison") -> None:
-    """Perplexities side by side; from the second row on with the ratio to the first."""
-    console = make_console()
-    first = comparison.measurements[0].result
-    several = len(comparison.measurements) > 1
-    table = make_table(["model", "dtype", ">perplexity", ">bits/char", *([">ratio"] if several else [])])
-    for row in comparison.measurements:
-        bits = row.result.bits_per_character
-        ratio = [f"{row.result.perplexity / first.perplexity:.3f}"] if several else []
-        cells = [row.model, row.dtype, f"{row.result.perplexity:.3f}", "-" if bits is None else f"{bits:.4f}"]
-        table.add_row(*cells, *ratio)
-    console.print(table)
-    counts = f"{first.tokens:,} tokens predicted in windows of {comparison.context:,}"
-    console.print(f"{comparison.text}: {counts}")
-    if not comparison.same_tokens:
-        console.print("The models cut the text into different tokens: compare bits/char, not perplexity.")
 
 
 def show_conversion(result: "ConversionResult") -> None:

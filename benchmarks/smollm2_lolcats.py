@@ -45,9 +45,11 @@ def main() -> None:
         conversion = run_command(command)
         print(conversion.stdout)
         window = ["--text", text, "--tokens", str(TOKENS), "--context", str(CONTEXT), "--dtype", "bfloat16"]
+        window += ["--output", Path(scratch) / "results"]
         evaluated = run_command(attnconv_command("-q", "eval", output, "--against", model, *window, "--json"))
         receipt = json.loads((output / "receipt.json").read_text(encoding="utf-8"))
-    teacher, converted = (row["result"]["perplexity"] for row in json.loads(evaluated.stdout)["measurements"])
+    (task,) = json.loads(evaluated.stdout)["tasks"].values()
+    measured = next(row for row in task["figures"] if row["metric"] == "perplexity" and not row["group"])
     write_result(
         "smollm2_lolcats",
         settings={
@@ -58,8 +60,8 @@ def main() -> None:
             "changes": {**SETTINGS, **dict(change.split("=", 1) for change in arguments.changes)},
         },
         results={
-            "teacher": teacher,
-            "converted": converted,
+            "teacher": measured["base"],
+            "converted": measured["model"],
             "stages": receipt.get("metrics"),
             "conversion_seconds": conversion.seconds,
             "peak_bytes": conversion.peak_bytes,

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..convert.wording import first_line
 from ..errors import DataError
 from ..recipes import DataSection
 from .embedded import embedded_model_path, embedded_tokens
@@ -141,7 +142,7 @@ def _rows(section: DataSection, source: str) -> Iterator[dict[str, Any]]:
         raise
     # `datasets` and what it reads with raise errors of a dozen kinds, most of them for a wrong name or no network.
     except Exception as error:
-        raise DataError(f"{source} cannot be opened: {_first_line(error)}") from error
+        raise DataError(f"{source} cannot be opened: {first_line(error)}.") from error
     while True:
         try:
             row = next(rows)
@@ -149,7 +150,7 @@ def _rows(section: DataSection, source: str) -> Iterator[dict[str, Any]]:
             return
         # As above: a truncated archive, text that is no JSON or a lost connection each have their own kind of error.
         except Exception as error:
-            raise DataError(f"{source} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"{source} cannot be read: {first_line(error)}.") from error
         yield row
 
 
@@ -166,8 +167,3 @@ def _builder(path: Path) -> tuple[str, str]:
             f"The data file {path} is of no known kind; use {', '.join(BUILDERS)}, also with .gz behind it."
         )
     return builder, str(path.resolve())
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).strip().split("\n")[0].rstrip(".")
-    return f"{message or type(error).__name__}."

@@ -59,7 +59,7 @@ def load_subject(subject: Subject, *, dtype: str = "auto", device: str | None = 
 
 def unload(subject: Subject) -> None:
     """Let go of a subject's weights."""
-    subject.loaded = subject.base = None
+    subject.loaded = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -140,6 +140,8 @@ def _child(annotation: Any, part: int | str) -> Any:
         return None if field is None else field.annotation
     if isinstance(part, int) and get_origin(annotation) in (list, tuple):
         return get_args(annotation)[0]
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1]
     return None
 
 

@@ -18,7 +18,7 @@ import attnconv
 
 ROOMS = {"attention_modules", "convert", "distill", "evaluate", "recipes"}
 NAME = f"attnconv-{attnconv.__version__}"
-DATA = {".yaml", ".json", ".npz", ".safetensors", ".md", ".typed", ".txt", ".model"}
+DATA = {".yaml", ".json", ".npz", ".safetensors", ".md", ".typed", ".txt", ".model", ".gz", ".html", ".css", ".js"}
 # The names a user may rely on; a change here belongs in the changelog.
 PUBLIC = [
     "Geometry",

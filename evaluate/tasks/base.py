@@ -52,7 +52,7 @@ class Subject:
         checkpoint: Its files.
         tokenizer: Its tokenizer.
         loaded: The model itself while it is in memory, in evaluation mode.
-        base: What it is compared with, loaded too, for tasks with `needs_base`.
+        base: What it is compared with, if there is such a model; loaded too for tasks with `needs_base`.
     """
 
     role: str
@@ -108,8 +108,10 @@ class Task(ABC, Generic[Settings]):
     # Whether items are pieces of the token stream, so that models can be paired only if their tokens are the same.
     counts_tokens: ClassVar[bool] = False
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    # Splits of the items for which figures are computed, besides all of them together.
+    # Keys of groups that split the items; figures are computed for each part.
     slices: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # Whether all items together have figures too.
+    overall: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

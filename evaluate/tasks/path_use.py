@@ -38,6 +38,7 @@ class PathUseTask(Task[PathUseSettings]):
         ),
     )
     slices = (("left out",),)
+    overall = False
 
     def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
         """Batches of windows; none for a model that has no paths."""

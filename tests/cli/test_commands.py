@@ -56,7 +56,7 @@ def test_version(run: Run) -> None:
         (["convert", "m", "-r", "r", "-o", "o", "--resume", "--overwrite"], "exclude each other"),
         (["convert", "m", "-r", "r", "-o", "o", "--private"], "--push"),
         (["inspect", "m", "--set", "a=1"], "--recipe"),
-        (["eval", "m"], "--text"),
+        (["eval", "m", "--harness-path", "folder"], "--harness TASKS"),
         (["eval", "m", "--text", "t", "--tokens", "1"], "2"),
         (["eval", "m", "--text", "t", "--dtype", "int8"], "bfloat16"),
         (["methods", "lolcat"], "lolcats"),
@@ -195,13 +195,40 @@ def test_what_is_piped_is_plain(run: Run, teacher: str) -> None:
 def test_eval(run: Run, teacher: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time, there was a little girl named Lily. She loved to play outside.\n" * 20)
-    result = run("eval", teacher, "--text", text, "--against", teacher, "--tokens", "200", "--context", "64")
-    assert result.exit_code == 0
+    common = ["--text", text, "--tokens", "200", "--output", tmp_path / "results"]
+    result = run("eval", teacher, "--against", teacher, "--context", "64", *common)
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.count(teacher) == 2
-    assert "1.000" in result.stdout
-    document = json.loads(run("eval", teacher, "--text", text, "--tokens", "200", "--json").stdout)
-    assert document["context"] == 512
-    assert document["measurements"][0]["result"]["tokens"] == 199
+    assert "1.000 x" in result.stdout
+    assert "loading" in result.stderr
+    # The window is cut to what the model has positions for.
+    document = json.loads(run("eval", teacher, *common, "--json").stdout)
+    (figure,) = (row for row in document["tasks"]["text"]["figures"] if row["metric"] == "perplexity")
+    assert figure["base"] is None
+    stored = json.loads((tmp_path / "results" / "eval.json").read_text())
+    assert sum(stored["tasks"]["text"]["items"]["model"]["values"]["tokens"]) == 199
+
+
+def test_eval_says_how_to_go_on(run: Run, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attnconv.evaluate.engine.load_subject", interrupt)
+    result = run("eval", teacher, "--output", tmp_path)
+    assert result.exit_code == 130
+    assert "run the same command again to go on" in result.stderr
+
+
+def test_eval_with_a_suite_and_a_text(run: Run, teacher: str, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.yaml"
+    suite.write_text("tasks: {tale: {kind: perplexity, data: book, tokens: 256, context: 64, buckets: [32]}}")
+    text = tmp_path / "other.txt"
+    text.write_text("Lily saw a big red ball. " * 20)
+    result = run("eval", teacher, "--suite", suite, "--text", text, "--tokens", "100", "--output", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "position 32-64" in result.stdout
+    document = json.loads((tmp_path / "eval.json").read_text())
+    assert list(document["tasks"]) == ["tale", "other"]
 
 
 def test_push(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,11 @@ def test_a_recipe_with_training(run: Run, teacher: str, tmp_path: Path) -> None:
     text.write_text("Once upon a time, there was a little girl named Lily.\n" * 20)
     compared = run("eval", output, "--against", teacher, "--text", text, "--tokens", "128", "--json")
     document = json.loads(compared.stdout)
-    assert [row["converted"] for row in document["measurements"]] == [False, True]
-    assert document["same_tokens"]
+    assert [document[role]["converted"] for role in ("base", "model")] == [False, True]
+    (figure,) = (row for row in document["tasks"]["text"]["figures"] if row["metric"] == "perplexity")
+    assert figure["paired"]
+    assert figure["change"] == pytest.approx(figure["model"] / figure["base"])
+    assert document["path"] == str(output / "results" / "eval.json")
 
 
 def test_convert_and_push(run: Run, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
