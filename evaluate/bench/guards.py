@@ -45,15 +45,24 @@ def _root(reason: str) -> str:
 
 
 def _estimate(piece: Piece, shorter: Sequence[Case], limit: float, available: int | None) -> str | None:
-    """From the next shorter length: time may grow with the square, memory grows at least in proportion."""
-    last = max(shorter, key=lambda case: case.context, default=None)
-    if last is None or last.median is None:
+    """What the shorter lengths foretell: time by their trend, memory at least in proportion."""
+    if not shorter:
         return None
+    last = max(shorter, key=lambda case: case.context)
     ratio = piece.context / last.context
-    seconds = last.median * ratio**2
+    seconds = (last.median or 0.0) * ratio ** _growth(shorter)
     if seconds > limit:
         return f"one repeat may take {seconds:,.0f} s, more than the {limit:,.3g} s allowed"
     needed = (last.peak_bytes or 0) * ratio
     if needed > (math.inf if available is None else available):
         return f"it needs at least {needed / 2**30:,.1f} GiB more memory, and {(available or 0) / 2**30:,.1f} are free"
     return None
+
+
+def _growth(shorter: Sequence[Case]) -> float:
+    """The power of the length by which time grows, from the two longest; 2, which is softmax, if there is only one."""
+    times = sorted((case.context, case.median) for case in shorter if case.median)[-2:]
+    if len(times) < 2:
+        return 2.0
+    (short, before), (long, after) = times
+    return min(2.0, max(1.0, math.log(after / before) / math.log(long / short)))

@@ -285,10 +285,12 @@ class _Bench:
                 item.load(self.watch.device)
 
     def _unload(self) -> None:
+        held = any(item.loaded is not None for item in self.contestants)
         self.step = None
         for item in self.contestants:
             item.loaded = None
-        give_back(self.watch.device)
+        if held:
+            give_back(self.watch.device)
 
     def _training_step(self) -> TrainingStep | str:
         """The training step, or why there is none."""

@@ -22,6 +22,7 @@ from attnconv.recipes import Recipe
 
 CPU = torch.device("cpu")
 QUICK = {"contexts": (16, 48), "repeats": 2, "decode_tokens": 3, "device": "cpu"}
+ONE = {**QUICK, "contexts": (8,)}
 BASE = str(embedded_model_path())
 
 
@@ -112,7 +113,7 @@ class TestWholeRuns:
 
     def test_an_unconverted_model_alone(self, tmp_path) -> None:
         made = []
-        result = run_bench(BASE, output=tmp_path, **{**QUICK, "repeats": 1, "decode_tokens": 1}, training=made.append)
+        result = run_bench(BASE, output=tmp_path, **{**ONE, "repeats": 1, "decode_tokens": 1}, training=made.append)
         assert result.document["base"] is None
         assert result.document["crossover"] == {"prefill": [], "decode": [], "memory": []}
         assert not made
@@ -130,7 +131,7 @@ class TestWholeRuns:
                 self.now += 0.25
                 return self.now
 
-        result = run_bench(BASE, output=tmp_path, clock=Clock(), **QUICK)
+        result = run_bench(BASE, output=tmp_path, clock=Clock(), **ONE)
         assert {value for row in result.document["cases"] for value in row["seconds"]} == {0.25}
         assert cases_of(result.document, measure="decode")[0]["ms_per_token"] == 250
 
@@ -141,7 +142,7 @@ class TestWholeRuns:
             assert not model.training
             return lambda ids: lengths.append(tuple(ids.shape))
 
-        result = run_bench(converted, output=tmp_path, training=training, training_contexts=(24, 8, 600), **QUICK)
+        result = run_bench(converted, output=tmp_path, training=training, training_contexts=(24, 8, 600), **ONE)
         rows = cases_of(result.document, measure="transfer")
         assert [(row["role"], row["context"], row["batch"]) for row in rows] == [
             ("model", 8, 1),
@@ -158,7 +159,7 @@ class TestWholeRuns:
         def training(model):
             raise TrainingError("There is nothing to train.")
 
-        result = run_bench(converted, output=tmp_path, training=training, training_contexts=(8, 16), **QUICK)
+        result = run_bench(converted, output=tmp_path, training=training, training_contexts=(8, 16), **ONE)
         reasons = [row["skipped"] for row in cases_of(result.document, measure="transfer")]
         assert reasons[0] == "There is nothing to train."
         assert reasons[1].endswith(reasons[0])
@@ -206,7 +207,7 @@ class TestInterruption:
             if done == 1:
                 raise KeyboardInterrupt
 
-        options = {"source": converted, "output": tmp_path, **QUICK}
+        options = {"source": converted, "output": tmp_path, **ONE}
         with pytest.raises(KeyboardInterrupt):
             run_bench(progress=interrupt, **options)
         run_bench(**{**options, **change})
@@ -243,7 +244,7 @@ class TestRefusals:
 
     def test_two_dtypes_are_said(self, converted, tmp_path, caplog) -> None:
         LlamaForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-        run_bench(converted, against=str(tmp_path / "half"), output=tmp_path, **{**QUICK, "contexts": (8,)})
+        run_bench(converted, against=str(tmp_path / "half"), output=tmp_path, **ONE)
         assert "base runs in bfloat16 and the model in float32" in caplog.text
 
 

@@ -29,6 +29,19 @@ class TestGuards:
         assert self.refuse(Piece("decode", 2048, 1), earlier, limit=79) is None
         assert refusal(Piece("prefill", 2048, 1), "base", [earlier], positions=9e9, limit=79, available=None) is None
 
+    def test_time_follows_the_trend(self) -> None:
+        piece = Piece("prefill", 8192, 1)
+
+        def reason(first, second):
+            earlier = [case(context=2048, seconds=(second,)), case(context=512, seconds=(first,))]
+            return self.refuse(piece, *earlier, limit=1)
+
+        # Linear: 40 s; quadratic 160 s, and never more than that; faster with length is not believed.
+        assert "40 s" in reason(2.5, 10.0)
+        assert "80 s" in reason(1.25, 10.0)
+        assert "160 s" in reason(0.1, 10.0)
+        assert "40 s" in reason(20.0, 10.0)
+
     def test_memory_grows_at_least_in_proportion(self) -> None:
         earlier = case(context=512, peak_bytes=2**30)
         piece = Piece("prefill", 2048, 1)
@@ -148,6 +161,17 @@ class TestPeakMemory:
         finally:
             memory_module._keeps_high_water_mark.cache_clear()
         assert peak_meter(torch.device("meta")) is None
+
+    def test_of_a_gpu_is_what_torch_handed_out(self, monkeypatch) -> None:
+        told = []
+        device = torch.device("cuda", 0)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", told.append)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1700)
+        meter = peak_meter(device)
+        meter.start()
+        assert told == [device]
+        assert meter.stop() == 700
 
     def test_without_a_meter_there_is_a_note(self) -> None:
         found = case(peak_bytes=None)
