@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from attnconv.evaluate.bench.cases import Case, Piece
 from attnconv.evaluate.bench.clock import Stopwatch
 from attnconv.evaluate.bench.guards import refusal
 from attnconv.evaluate.bench.memory import ResidentPeak, SampledPeak, peak_meter
-from attnconv.evaluate.bench.turns import Lane, take_turns
+from attnconv.evaluate.bench.models import ModelRunner
+from attnconv.evaluate.bench.turns import DecodeLane, Lane, take_turns
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,17 @@ class TestTurns:
         lane = Greedy("model", [])
         take_turns([lane], Stopwatch(CPU), repeats=1, limit=60)
         assert lane.skipped == f"out of memory when asking for {2**52} bytes"
+
+    def test_without_a_cache_there_is_no_decoding(self) -> None:
+        class Forgetful:
+            def forward(self, input_ids, past_key_values, use_cache):
+                return SimpleNamespace(logits=torch.zeros(1, input_ids.shape[1], 5))
+
+            __call__ = forward
+
+        lane = DecodeLane("model", ModelRunner(Forgetful()), torch.arange(8)[None])
+        take_turns([lane], Stopwatch(CPU), repeats=2, limit=60)
+        assert lane.case(Piece("decode", 8, 1)).skipped == "the model returns no cache to continue from"
 
     def test_other_errors_are_raised(self) -> None:
         with pytest.raises(RuntimeError, match="shapes"):
