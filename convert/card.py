@@ -29,6 +29,8 @@ PIPELINES = {
     "AutoModelForImageTextToText": "image-text-to-text",
 }
 """What the Hub calls the task of an auto class."""
+HOW_IT_WAS_MADE = "## How it was made"
+REPORT_START, REPORT_END = "<!-- attnconv:report -->", "<!-- /attnconv:report -->"
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What of the base's own card stays true of a conversion of it."""
 
@@ -61,7 +63,7 @@ def make_card(
 
     methods = Counter(entry.method for entry in plan.converted)
     addresses = list(dict.fromkeys([*(get_method(method).paper for method in methods), *papers]))
-    auto_class = _auto_class(checkpoint)
+    auto_class = _auto_class(checkpoint.config.model_type, checkpoint.architecture)
     metadata: dict[str, Any] = {"pipeline_tag": PIPELINES.get(auto_class), **base_metadata(checkpoint.path)}
     data = ModelCardData(
         base_model=checkpoint.repo_id,
@@ -75,7 +77,7 @@ def make_card(
         "## Load it",
         _loading(name, auto_class),
         *_measured(receipt),
-        "## How it was made",
+        HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",
         f"```yaml\n{recipe_yaml.strip()}\n```",
         f"```sh\n{receipt.command}\n```",
@@ -99,10 +101,48 @@ def base_metadata(folder: Path) -> dict[str, Any]:
     return {key: data[key] for key in CARRIED_OVER if data.get(key) is not None}
 
 
-def _auto_class(checkpoint: Checkpoint) -> str:
+def loading(name: str, model_type: str, architecture: str) -> str:
+    """The Python that loads a converted model.
+
+    Args:
+        name: the model's name, such as that of its folder.
+        model_type: its configuration's model type.
+        architecture: its class in transformers.
+    """
+    return _snippet(name, _auto_class(model_type, architecture))
+
+
+def with_report(card: str, section: str) -> str:
+    """A card with a section of measurements between two markers; one that is there already is replaced.
+
+    Args:
+        card: the text of `README.md`.
+        section: the section with its heading.
+
+    Returns:
+        The card's text; outside of the markers it is as it was.
+
+    Raises:
+        ValueError: the card has one of the two markers only, or has them twice.
+    """
+    counts = card.count(REPORT_START), card.count(REPORT_END)
+    body = f"{REPORT_START}\n{section.strip()}\n{REPORT_END}"
+    if counts == (0, 0):
+        place = card.find(f"\n{HOW_IT_WAS_MADE}\n") + 1
+        if not place:
+            return f"{card.rstrip()}\n\n{body}\n"
+        return f"{card[:place]}{body}\n\n{card[place:]}"
+    before, _, rest = card.partition(REPORT_START)
+    _, found, after = rest.partition(REPORT_END)
+    if counts != (1, 1) or not found:
+        raise ValueError(f"it needs {REPORT_START} and {REPORT_END} once each, in this order, or neither of them.")
+    return f"{before}{body}{after}"
+
+
+def _auto_class(model_type: str, architecture: str) -> str:
     """The auto class that a reader of the card would load the model with."""
-    names = auto_classes(checkpoint.config.model_type, checkpoint.architecture)
-    fitting = [name for name, model_class in names.items() if model_class == checkpoint.architecture]
+    names = auto_classes(model_type, architecture)
+    fitting = [name for name, model_class in names.items() if model_class == architecture]
     known = [name for name in PIPELINES if name in fitting]
     return (known or [name for name in fitting if name != "AutoModelForPreTraining"] or ["AutoModel"])[0]
 
@@ -134,12 +174,16 @@ def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> 
 def _loading(name: str, auto_class: str) -> str:
     return (
         "```sh\npip install attnconv\n```\n\n"
-        "```python\n"
+        f"```python\n{_snippet(name, auto_class)}\n```\n\n"
+        "With `trust_remote_code=True` the import is not needed, the package is."
+    )
+
+
+def _snippet(name: str, auto_class: str) -> str:
+    return (
         "import attnconv  # without it, transformers refuses to load this model\n"
         f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("{name}")\n'
-        "```\n\n"
-        "With `trust_remote_code=True` the import is not needed, the package is."
+        f'model = {auto_class}.from_pretrained("{name}")'
     )
 
 

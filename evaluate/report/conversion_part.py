@@ -1,0 +1,71 @@
+"""What was converted: the strip of layers, methods and new parameters."""
+
+from functools import partial
+
+from ...attention_modules.registry import get_method
+from .blocks import Cell, Chart, Charts, Section, Table, section, texts
+from .formats import count_cell, options, ranges
+from .gathering import UNCHANGED, ConvertedModule, Report
+from .heatmaps import method_colors, strip_chart
+
+
+def conversion_section(report: Report) -> Section | None:
+    """Which layers became what."""
+    if not report.modules:
+        return None
+    return section("converted", "What was converted", [_strip(report), _table(report)])
+
+
+def layers_of(report: Report) -> list[str]:
+    """The method of each layer of the model, `unchanged` where it is the base's own."""
+    found = {
+        module.entry.layer_idx if module.entry.layer_idx is not None else place: module.entry.method
+        for place, module in enumerate(report.modules)
+    }
+    count = max(report.num_layers or 0, max(found, default=-1) + 1)
+    return [found.get(layer, UNCHANGED) for layer in range(count)]
+
+
+def _strip(report: Report) -> Charts:
+    layers = layers_of(report)
+    heads = report.num_heads or report.modules[0].entry.geometry.num_heads
+    colors = method_colors(list(dict.fromkeys(layers)), UNCHANGED)
+    places = [f"{method} in {ranges([i for i, name in enumerate(layers) if name == method])}" for method in colors]
+    description = f"{len(layers)} layers of {heads} heads, coloured by their attention: {'; '.join(places)}."
+    chart = Chart("layers", "Attention by layer and head", description, partial(strip_chart, layers, heads, colors))
+    return Charts((chart,))
+
+
+def _table(report: Report) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for method, modules in report.methods.items():
+        for settings, members in _alike(modules).items():
+            rows.append(
+                (
+                    Cell(method),
+                    Cell(get_method(method).summary),
+                    Cell(_places(members)),
+                    count_cell(len(members)),
+                    Cell(settings),
+                    count_cell(sum(module.parameters for module in members)),
+                )
+            )
+    kept = [layer for layer, method in enumerate(layers_of(report)) if method == UNCHANGED]
+    if kept:
+        rows.append((*texts(UNCHANGED, "as in the base", ranges(kept)), count_cell(len(kept)), Cell(""), count_cell(0)))
+    columns = ("attention", "what it is", "layers", "modules", "options", "new parameters")
+    return Table("Methods", columns, tuple(rows))
+
+
+def _alike(modules: list[ConvertedModule]) -> dict[str, list[ConvertedModule]]:
+    """Modules by their options in words."""
+    found: dict[str, list[ConvertedModule]] = {}
+    for module in modules:
+        found.setdefault(options(module.entry.options), []).append(module)
+    return found
+
+
+def _places(modules: list[ConvertedModule]) -> str:
+    indices = [module.entry.layer_idx for module in modules]
+    known = [index for index in indices if index is not None]
+    return ranges(known) if len(known) == len(indices) else ", ".join(module.entry.name for module in modules)

@@ -1,0 +1,265 @@
+"""The files that a report is made of, checked when they are read, so that no page is made from half a file."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from ...errors import DataError
+from ..items import Better, Compare, Scale, Style
+
+
+def _number(value: Any) -> Any:
+    """What JSON writers put in place of a number that is none."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pair(value: Any) -> Any:
+    return None if isinstance(value, list | tuple) and None in value else value
+
+
+Number = Annotated[float | None, BeforeValidator(_number)]
+Interval = Annotated[tuple[float, float] | None, BeforeValidator(_pair)]
+
+
+class Document(BaseModel):
+    """A part of a file; what newer versions add to it is passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+
+class ModelRow(Document):
+    """What identifies a model."""
+
+    source: str = ""
+    name: str = ""
+    model_type: str | None = None
+    dtype: str | None = None
+    converted: bool = False
+    bytes: int | None = None
+    digests: dict[str, str] = {}
+
+
+class FigureRow(Document):
+    """One figure; see `evaluate.items.Figure`."""
+
+    metric: str
+    group: dict[str, str | int | float] = {}
+    count: int
+    model: Number = None
+    interval: Interval = None
+    base: Number = None
+    base_interval: Interval = None
+    change: Number = None
+    change_interval: Interval = None
+    paired: bool = False
+    better: Better = "lower"
+    compare: Compare = "difference"
+    style: Style = "number"
+
+
+class MetricRow(Document):
+    """One metric; see `evaluate.items.Metric`."""
+
+    name: str
+    total: str
+    per: str = ""
+    scale: Scale = "linear"
+    better: Better = "lower"
+    compare: Compare = "difference"
+    style: Style = "number"
+    meaning: str = ""
+
+
+class ItemColumns(Document):
+    """The scores of one model, by column."""
+
+    ids: list[str] = []
+    groups: list[dict[str, str | int | float]] = []
+    values: dict[str, list[Number]] = {}
+
+
+class TaskRow(Document):
+    """One task of `eval.json`."""
+
+    kind: str
+    settings: dict[str, Any] = {}
+    limit: int | None = None
+    seconds: dict[str, Number] = {}
+    time: str = ""
+    metrics: list[MetricRow] = []
+    figures: list[FigureRow] = []
+    items: dict[str, ItemColumns] = {}
+    extras: dict[str, list[Any]] = {}
+
+
+class EvaluationFile(Document):
+    """`eval.json`."""
+
+    model: ModelRow
+    base: ModelRow | None = None
+    setup: dict[str, Any] = {}
+    suite: str | None = None
+    tasks: dict[str, TaskRow] = {}
+
+
+class CaseRow(Document):
+    """One measurement of `bench.json`."""
+
+    measure: str
+    role: Literal["model", "base"]
+    context: int
+    batch: int = 1
+    seconds: list[Number] = []
+    median: Number = None
+    low: Number = None
+    high: Number = None
+    tokens_per_second: Number = None
+    ms_per_token: Number = None
+    peak_bytes: int | None = None
+    cache_bytes: int | None = None
+    skipped: str | None = None
+
+
+class CrossoverRow(Document):
+    """From which context on the model is ahead of its base."""
+
+    batch: int = 1
+    context: Number = None
+    low: Number = None
+    high: Number = None
+    note: str = ""
+
+
+class BenchmarkFile(Document):
+    """`bench.json`."""
+
+    model: ModelRow
+    base: ModelRow | None = None
+    setup: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    cases: list[CaseRow] = []
+    crossover: dict[str, list[CrossoverRow]] = {}
+
+
+class ReceiptFile(Document):
+    """`receipt.json`."""
+
+    source: str = ""
+    repo_id: str | None = None
+    revision: str | None = None
+    inputs: dict[str, str] = {}
+    plan: dict[str, Any] = {}
+    start_distance: dict[str, Number] = {}
+    metrics: list[dict[str, Any]] = []
+    command: str = ""
+    created: str = ""
+    versions: dict[str, str] = {}
+
+
+class RecordRow(Document):
+    """One line of `metrics.jsonl`."""
+
+    index: int
+    stage: str
+    step: int
+    tokens: int
+    loss: Number = None
+    learning_rate: Number = None
+    grad_norm: Number = None
+    tokens_per_second: Number = None
+    layers: dict[str, Number] = {}
+
+
+class MapRow(Document):
+    """One head's attention in base and model."""
+
+    layer: str = ""
+    layer_index: int
+    head: int
+    kl: Number = None
+    teacher: list[list[Number]]
+    student: list[list[Number]]
+
+
+class StatisticRow(Document):
+    """What a method says about itself in one layer."""
+
+    layer: str = ""
+    layer_index: int
+    name: str
+    meaning: str = ""
+    style: Style = "number"
+    per: str = "layer"
+    values: list[Number]
+
+
+class FidelityExtra(Document):
+    """What the fidelity task keeps of a window of text."""
+
+    maps: list[MapRow] = []
+    size: int | None = None
+    tokens: list[str] | None = None
+    statistics: list[StatisticRow] = []
+
+
+Kind = TypeVar("Kind", bound=Document)
+
+
+def parse(kind: type[Kind], value: Mapping[str, Any], path: Path) -> Kind:
+    """Check a file's content.
+
+    Raises:
+        DataError: it is not what this package writes.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+
+
+def parse_extras(task: TaskRow, path: Path) -> list[FidelityExtra]:
+    """The extras of a fidelity task.
+
+    Raises:
+        DataError: they are not what this package writes.
+    """
+    try:
+        return TypeAdapter(list[FidelityExtra]).validate_python(task.extras.get("model", []))
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+
+
+def read_records(path: Path) -> list[RecordRow]:
+    """The lines of a `metrics.jsonl`; none if there is no file. A last line without its end is left out.
+
+    Raises:
+        DataError: a line is damaged.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
+        try:
+            records.append(RecordRow.model_validate(json.loads(line)))
+        except ValidationError as error:
+            raise _damaged(path, error, f"line {number}: ") from None
+        except ValueError as error:
+            raise DataError(f"{path} is damaged, line {number}: {error}; remove the line, or the file.") from None
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _damaged(path: Path, error: ValidationError, where: str = "") -> DataError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return DataError(f"{path} is damaged ({where}{place}: {first['msg']}): remove it, or make it again.")

@@ -1,0 +1,207 @@
+"""Everything that a folder says about a conversion, read once and checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...attention_modules import create
+from ...convert.config_file import CONFIG_FILE, SECTION
+from ...convert.files import RECEIPT_FILE, is_ours
+from ...convert.jsonfiles import read_json
+from ...convert.plan import Plan, PlanEntry
+from ...errors import CheckpointError, DataError, PlanError
+from ..results import BENCHMARK, EVALUATION, FOLDER, read_results
+from .documents import (
+    BenchmarkFile,
+    EvaluationFile,
+    FidelityExtra,
+    ReceiptFile,
+    RecordRow,
+    TaskRow,
+    parse,
+    parse_extras,
+    read_records,
+)
+
+METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
+UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True)
+class ConvertedModule:
+    """One converted attention module.
+
+    Attributes:
+        entry: What the plan says of it.
+        parameters: Its new parameters.
+    """
+
+    entry: PlanEntry
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about a conversion, or about another model that was measured.
+
+    Attributes:
+        folder: The conversion's folder, or the folder of results.
+        results: Where measurements are, and the report goes.
+        name: What to call it.
+        base: What to call its base; empty if nothing says.
+        config: The model's configuration; empty for a model that was only measured.
+        modules: The converted modules, in the model's order.
+        receipt: How it was made.
+        recipe: The recipe as it was run.
+        records: What healing reported as it went.
+        evaluation: Quality.
+        fidelity: Maps and statistics of the fidelity tasks, by task.
+        benchmark: Speed and memory.
+    """
+
+    folder: Path
+    results: Path
+    name: str
+    base: str
+    config: dict[str, Any]
+    modules: tuple[ConvertedModule, ...]
+    receipt: ReceiptFile | None
+    recipe: str
+    records: tuple[RecordRow, ...]
+    evaluation: EvaluationFile | None
+    fidelity: dict[str, list[FidelityExtra]]
+    benchmark: BenchmarkFile | None
+
+    @property
+    def is_conversion(self) -> bool:
+        """Whether the folder is that of a converted model."""
+        return self.folder != self.results
+
+    @property
+    def parameters(self) -> int:
+        """New parameters in all."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def methods(self) -> dict[str, list[ConvertedModule]]:
+        """The converted modules of each method, in order of first appearance."""
+        found: dict[str, list[ConvertedModule]] = {}
+        for module in self.modules:
+            found.setdefault(module.entry.method, []).append(module)
+        return found
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the model, if its configuration says."""
+        text = self.config.get("text_config") or self.config
+        layers = text.get("num_hidden_layers")
+        return layers if isinstance(layers, int) else None
+
+    @property
+    def num_heads(self) -> int | None:
+        """Query heads of a layer, if the configuration says."""
+        text = self.config.get("text_config") or self.config
+        heads = text.get("num_attention_heads")
+        return heads if isinstance(heads, int) else None
+
+    def tasks(self, *kinds: str) -> dict[str, TaskRow]:
+        """The evaluated tasks of some kinds; all without one."""
+        tasks = self.evaluation.tasks if self.evaluation else {}
+        return {name: task for name, task in tasks.items() if not kinds or task.kind in kinds}
+
+
+def gather(folder: Path) -> Report:
+    """Read a conversion's folder with its results, or a folder with results of any other model.
+
+    Raises:
+        DataError: there is nothing to report on, or a file is damaged.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}: give the output of `attnconv convert`.")
+    ours = is_ours(folder)
+    results = folder / FOLDER if ours else folder
+    evaluation, benchmark = _results(results, EVALUATION), _results(results, BENCHMARK)
+    if not ours and evaluation is None and benchmark is None:
+        raise DataError(
+            f"{folder} holds neither a conversion nor measurements: give the output of `attnconv convert`, "
+            "or a folder with eval.json or bench.json."
+        )
+    measured_evaluation = parse(EvaluationFile, evaluation, results / "eval.json") if evaluation else None
+    measured_benchmark = parse(BenchmarkFile, benchmark, results / "bench.json") if benchmark else None
+    config = _json(folder / CONFIG_FILE) if ours else {}
+    found = _json(folder / RECEIPT_FILE) if ours else {}
+    receipt = parse(ReceiptFile, found, folder / RECEIPT_FILE) if found else None
+    measured = measured_evaluation or measured_benchmark
+    base = _base_name(receipt, measured)
+    name = folder.resolve().name
+    return Report(
+        folder=folder,
+        results=results,
+        name=measured.model.name or name if measured is not None and not ours else name,
+        base=base,
+        config=config,
+        modules=_modules(config, receipt, folder) if ours else (),
+        receipt=receipt,
+        recipe=_recipe(folder / RECIPE_FILE) if ours else "",
+        records=tuple(read_records(folder / METRICS_FILE)) if ours else (),
+        evaluation=measured_evaluation,
+        fidelity=_fidelity(measured_evaluation, results / "eval.json"),
+        benchmark=measured_benchmark,
+    )
+
+
+def _results(folder: Path, kind: str) -> dict[str, Any] | None:
+    return read_results(folder, kind) if folder.is_dir() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise DataError(f"{error} It belongs to the conversion: make that again.") from error
+
+
+def _recipe(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _base_name(receipt: ReceiptFile | None, measured: EvaluationFile | BenchmarkFile | None) -> str:
+    """The base as people call it: a Hub id, or the last part of a path."""
+    if receipt is not None and (receipt.repo_id or receipt.source):
+        return receipt.repo_id or Path(receipt.source).name
+    return measured.base.name if measured is not None and measured.base is not None else ""
+
+
+def _modules(config: dict[str, Any], receipt: ReceiptFile | None, folder: Path) -> tuple[ConvertedModule, ...]:
+    """The converted modules, from the configuration or, where that is a native model's, from the receipt."""
+    in_config = SECTION in config
+    section = config.get(SECTION) or (receipt.plan if receipt else None)
+    if not section:
+        return ()
+    path = folder / (CONFIG_FILE if in_config else RECEIPT_FILE)
+    try:
+        entries = Plan.from_config(section).entries
+        with torch.device("meta"):
+            cores = [create(entry.method, entry.geometry, **entry.options) for entry in entries]
+    except PlanError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: its plan cannot be read ({error}); convert again.") from error
+    return tuple(
+        ConvertedModule(entry, sum(tensor.numel() for tensor in core.parameters()))
+        for entry, core in zip(entries, cores, strict=True)
+    )
+
+
+def _fidelity(evaluation: EvaluationFile | None, path: Path) -> dict[str, list[FidelityExtra]]:
+    tasks = evaluation.tasks if evaluation else {}
+    return {name: parse_extras(task, path) for name, task in tasks.items() if task.kind == "fidelity"}

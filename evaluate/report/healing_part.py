@@ -1,0 +1,117 @@
+"""Healing: losses of the stages, errors of the layers, and what the receipt says was measured on the way."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
+from .charts import Axis, Mark, Series, line_chart
+from .documents import Number, RecordRow
+from .drawing import BASE, COLORS, MODEL
+from .formats import amount_cell, count_cell, number
+from .gathering import Report
+
+LOSSES = {
+    "attention_transfer": "attention transfer loss",
+    "lora": "next-token loss, nats",
+    "logits": "KL from the teacher, nats",
+}
+ZEROS = "as far off as zeros"
+
+
+def healing_section(report: Report) -> Section | None:
+    """How the model became what it is."""
+    stages = [list(lines) for _, lines in groupby(report.records, key=lambda record: record.index)]
+    charts = [_loss_chart(lines) for lines in stages if any(line.loss is not None for line in lines)]
+    layers = _layer_errors(report.records)
+    blocks: list[Block | None] = [_moments(report)]
+    if charts or layers:
+        blocks.append(Charts((*charts, *([_layer_chart(layers)] if layers else []))))
+    blocks += [_record_table(report.records), _layer_table(layers)]
+    if report.receipt is not None and report.receipt.start_distance:
+        said = "; ".join(
+            f"{key.replace('_', ' ')} {number(value)}" for key, value in report.receipt.start_distance.items()
+        )
+        blocks.append(Text(f"Distance from the base right after the swap, before any healing: {said}.", small=True))
+    return section("healing", "Healing, stage by stage", blocks)
+
+
+def _moments(report: Report) -> Table | None:
+    """The receipt's own measurements: the teacher, right after the swap, after each stage."""
+    rows = report.receipt.metrics if report.receipt else []
+    if not rows:
+        return None
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
+    names = {"bits_per_character": "bits/char", "tokens": "trained tokens", "tokens_per_second": "tokens/s"}
+    cells = tuple(
+        (Cell(str(row.get("stage", "")).replace("_", " ")), *(_value(row, key) for key in keys)) for row in rows
+    )
+    columns = ("after", *(names.get(key, key.replace("_", " ")) for key in keys))
+    return Table("Measured during the conversion", columns, cells)
+
+
+def _value(row: Mapping[str, Any], key: str) -> Cell:
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        return Cell(str(value))
+    return count_cell(value) if isinstance(value, int) else amount_cell(value)
+
+
+def _loss_chart(lines: Sequence[RecordRow]) -> Chart:
+    known = [(line.tokens, line.loss) for line in lines if line.loss is not None]
+    tokens, losses = [row[0] for row in known], [row[1] for row in known]
+    first = lines[0]
+    series = [Series(first.stage, tokens, losses, COLORS[first.index % len(COLORS)])]
+    kind = LOSSES.get(first.stage, "loss")
+    description = f"{kind} from {number(losses[0])} to {number(losses[-1])} over {tokens[-1]:,} tokens."
+    axes = Axis("training tokens"), Axis(kind, log=True)
+    name = f"Stage {first.index + 1}: {first.stage.replace('_', ' ')}"
+    return Chart(f"loss-{first.index}", name, description, partial(line_chart, series, *axes))
+
+
+def _layer_errors(records: Sequence[RecordRow]) -> dict[str, dict[str, Number]]:
+    """Errors of the layers in the first and in the last record that have them, by moment."""
+    having = [record for record in records if any(value is not None for value in record.layers.values())]
+    chosen = [having[0], having[-1]] if len(having) > 1 else having
+    return {f"after {record.tokens:,} tokens": record.layers for record in chosen}
+
+
+def _layer_chart(moments: Mapping[str, Mapping[str, Number]]) -> Chart:
+    series = []
+    for (label, layers), color in zip(moments.items(), (BASE, MODEL), strict=False):
+        rows = [(place, value) for place, value in enumerate(layers.values()) if value is not None]
+        series.append(Series(label, [row[0] for row in rows], [row[1] for row in rows], color))
+    axes = Axis("converted layer", whole=True), Axis("relative squared error", log=True)
+    marks = [Mark(1.0, ZEROS)] if any(value > 0.5 for line in series for value in line.ys) else []
+    worst = max(series[-1].ys)
+    description = f"Relative squared error of each layer's attention output; the largest is {number(worst)} at the end."
+    drawer = partial(line_chart, series, *axes, marks=marks)
+    return Chart("layer-errors", "Output error of each converted layer", description, drawer)
+
+
+def _record_table(records: Sequence[RecordRow]) -> Table | None:
+    if not records:
+        return None
+    rows = tuple(
+        (
+            Cell(f"{record.index + 1}: {record.stage.replace('_', ' ')}"),
+            count_cell(record.step),
+            count_cell(record.tokens),
+            amount_cell(record.loss),
+            amount_cell(record.learning_rate),
+            amount_cell(record.grad_norm),
+            amount_cell(record.tokens_per_second),
+        )
+        for record in records
+    )
+    columns = ("stage", "step", "tokens", "loss", "learning rate", "gradient norm", "tokens/s")
+    return Table("Every line of metrics.jsonl", columns, rows, collapsed=True)
+
+
+def _layer_table(moments: Mapping[str, Mapping[str, Number]]) -> Table | None:
+    if not moments:
+        return None
+    names = list(dict.fromkeys(name for layers in moments.values() for name in layers))
+    rows = tuple((Cell(name), *(amount_cell(layers.get(name)) for layers in moments.values())) for name in names)
+    return Table("Output error of each layer", ("module", *moments), rows, collapsed=True)

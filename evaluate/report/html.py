@@ -1,0 +1,32 @@
+"""A page as one HTML file that needs nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from .blocks import Chart, Page
+from .drawing import drawing_style, to_svg
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render_html(page: Page) -> str:
+    """The whole page: styles, script and pictures inside."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=select_autoescape(("html",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    with drawing_style():
+        pictures = {chart.id: _picture(chart) for chart in page.charts}
+    return environment.get_template("report.html").render(page=page, pictures=pictures)
+
+
+def _picture(chart: Chart) -> Any:
+    from markupsafe import Markup
+
+    # Written by an XML library, which has escaped all text in it.
+    return Markup(to_svg(chart.draw(), chart.id, chart.title, chart.description))
