@@ -82,7 +82,8 @@ def relative_entropy(weights: Tensor, *, causal: bool) -> Tensor:
 
 
 def _entropies(weights: Tensor) -> Tensor:
-    return torch.special.entr(normalised(weights)).sum(-1)
+    surprise: Tensor = torch.special.entr(normalised(weights))
+    return surprise.sum(-1)
 
 
 def sink_mass(weights: Tensor, num_sinks: int = NUM_SINKS) -> Tensor:

@@ -34,8 +34,7 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     causal = all(layer.causal for layer in diagnosis.layers)
     columns = 1 + max(layer.index for layer in diagnosis.layers)
     rows = max(len(layer.heads) for layer in diagnosis.layers)
-    shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", COLOR])
-    shades.set_bad(MISSING)
+    shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", COLOR]).with_extremes(bad=MISSING)
     figure = Figure(figsize=(11, 2 * min(4.5, max(2.2, 1.4 + 0.16 * rows))), layout="constrained")
     for place, (measure, title, meaning, top) in enumerate((*PANELS[:3], PANELS[3] if causal else AHEAD)):
         panel = figure.add_subplot(2, 2, place + 1)
@@ -58,7 +57,7 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
             spine.set_edgecolor("#dddddd")
         bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05)
         bar.set_label(meaning, fontsize=8)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     figure.savefig(path, dpi=150)
 
 
