@@ -93,8 +93,10 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand the new tokens on; the attention function stores their final form."""
         if self.keys is None:
-            # Some models look at the shape of what is cached.
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            # Some models look at the shape of what is cached. A slice would keep the whole prompt's memory.
+            self.keys, self.values = (
+                states.new_empty((*states.shape[:2], 0, *states.shape[3:])) for states in (key_states, value_states)
+            )
         return key_states, value_states
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:

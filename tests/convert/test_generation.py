@@ -140,6 +140,15 @@ def test_the_returned_cache_is_ours_and_does_not_grow(decoder: PreTrainedModel) 
     assert sizes[0] == sizes[1]
 
 
+def test_the_cache_does_not_hold_on_to_the_prompt(decoder: PreTrainedModel) -> None:
+    cache = generate(decoder, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    for layer in cache.layers:
+        if isinstance(layer, AttnConvCacheLayer):
+            # Tensors without elements that are views of a large one would keep all of its memory.
+            assert layer.keys.untyped_storage().nbytes() == 0
+            assert layer.values.untyped_storage().nbytes() == 0
+
+
 class NoStream:
     """Stands in for the CUDA streams on which an offloading cache moves layers."""
 
