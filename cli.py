@@ -3,6 +3,7 @@
 What needs torch is imported inside the commands, so that `--help` answers at once.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,9 @@ def convert(
 
 
 @app.command(
-    epilog=examples("attnconv inspect org/model --recipe lolcats", "attnconv inspect ./model -r my-recipe.yaml --json")
+    epilog=examples(
+        "attnconv inspect org/model --recipe lolcats", "attnconv inspect ./model --diagnose book --output advised.yaml"
+    )
 )
 def inspect(
     ctx: typer.Context,
@@ -118,13 +121,31 @@ def inspect(
         typer.Option("--recipe", "-r", help="Show what this recipe would do."),
     ] = None,
     overrides: Overrides = None,
+    diagnose: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Load the model, measure its heads on a text (or `book`), and advise."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of that text to use.")] = 4096,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="YAML", help="Write the advice as a recipe.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what was measured, layer by head.")] = None,
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's attention and what a recipe would make of it, without loading weights."""
     if overrides and recipe is None:
         raise typer.BadParameter("--set needs --recipe")
-    session_of(ctx).silence_libraries()
+    if diagnose is not None and recipe is not None:
+        raise typer.BadParameter("--diagnose and --recipe exclude each other")
+    if diagnose is None and (output or picture):
+        raise typer.BadParameter("--output and --picture need --diagnose FILE")
+    session = session_of(ctx)
+    session.silence_libraries()
+    if diagnose is not None:
+        _diagnose(session, model, diagnose, tokens, output, picture, device, trust_remote_code, as_json)
+        return
     from .cli_views import show_inspection
     from .evaluate.inspection import inspect_model
     from .recipes import load_recipe
@@ -135,6 +156,39 @@ def inspect(
         print_json(inspection.to_dict())
     else:
         show_inspection(inspection)
+
+
+def _diagnose(
+    session: Session,
+    model: str,
+    text: str,
+    tokens: int,
+    output: Path | None,
+    picture: Path | None,
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    from .cli_progress import progress_bar
+    from .cli_results import show_diagnosis
+    from .evaluate.diagnostics import advice_yaml, diagnose_model, plot_diagnosis, recommend
+    from .evaluate.results import write_text
+
+    with progress_bar("diagnosing", quiet=session.quiet) as progress:
+        diagnosis = diagnose_model(
+            model, text=text, tokens=tokens, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+    advice = recommend(diagnosis)
+    if output is not None:
+        write_text(output, advice_yaml(advice, name=output.stem, source=model))
+    if picture is not None:
+        plot_diagnosis(diagnosis, picture)
+    if as_json:
+        print_json({**diagnosis.to_dict(), "advice": [asdict(one) for one in advice]})
+        return
+    show_diagnosis(diagnosis, advice)
+    if output is not None:
+        typer.echo(f"The recipe is in {output}: attnconv convert {model} --recipe {output} --output DIR")
 
 
 @app.command(epilog=examples("attnconv methods", "attnconv methods lolcats"))

@@ -170,7 +170,7 @@ def bench(
             progress=progress,
         )
     if as_json:
-        print_json({**result.document, "path": str(result.path)})
+        print_json(result.to_dict())
     else:
         show_bench(result)
 

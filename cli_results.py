@@ -1,11 +1,13 @@
 """What the measuring commands print."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .cli_views import make_console, make_table
+from .cli_views import format_bytes, make_console, make_table
 
 if TYPE_CHECKING:
+    from .evaluate.bench import BenchResult
+    from .evaluate.diagnostics import Diagnosis, LayerAdvice
     from .evaluate.engine import Evaluation
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
@@ -93,3 +95,78 @@ def _compared(tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for task in tasks.values():
         if task["kind"] == "perplexity":
             yield from (figure for figure in task["figures"] if figure["base"] is not None)
+
+
+def show_bench(result: "BenchResult") -> None:
+    """Medians with quartiles, side by side, and where the model overtakes its base."""
+    from .evaluate.bench import bench_rows, crossover_sentences, setup_sentence
+
+    console = make_console()
+    rows = bench_rows(result.document)
+    two = any(row.base is not None for row in rows)
+    columns = ["", ">tokens", ">batch", *([">base"] if two else []), ">model", *([">speed-up"] if two else [])]
+    table = make_table([*columns, *([">base's cache"] if two else []), ">cache", ">peak memory"])
+    for row in rows:
+        cells = [row.measure, f"{row.context:,}", f"{row.batch}"]
+        base = row.base or {}
+        compared = [_times(row.speedup), _bytes(base.get("cache_bytes"))] if two else []
+        cells += [*([_time(base)] if two else []), _time(row.model), *compared]
+        table.add_row(*cells, _bytes(row.model.get("cache_bytes")), _bytes(row.model.get("peak_bytes")))
+    console.print(table)
+    console.print()
+    for sentence in crossover_sentences(result.document):
+        console.print(sentence)
+    for row in rows:
+        for role, case in (("base", row.base), ("model", row.model)):
+            if case is not None and case["skipped"]:
+                console.print(f"left out: {row.measure} of the {role}, {row.context:,} tokens: {case['skipped']}")
+    console.print(setup_sentence(result.document))
+    console.print(f"All figures are in {result.path}.")
+
+
+def _time(case: Mapping[str, Any]) -> str:
+    """`40 ms [38 to 45]`; per token for decoding."""
+    if not case or case["median"] is None:
+        return "-"
+    unit, factor = ("ms", 1e3) if case["measure"] == "decode" or case["median"] < 1 else ("s", 1.0)
+    middle, low, high = (format_value(factor * case[key], "number") for key in ("median", "low", "high"))
+    return f"{middle} {unit} [{low} to {high}]"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f} x"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
+
+
+def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> None:
+    """What each layer's heads look at, and what the layer could become."""
+    from .evaluate.diagnostics.roles import MEANINGS
+
+    console = make_console()
+    advised = {one.layer: one for one in advice}
+    table = make_table(["layer", "heads", ">span", ">90 % within", ">entropy", ">first tokens", ">induction", "advice"])
+    for layer in diagnosis.layers:
+        roles = ", ".join(f"{count} {role}" for role, count in layer.role_counts.items() if count)
+        widest = max(head.window_90 for head in layer.heads)
+        induction = [head.induction for head in layer.heads if head.induction is not None]
+        figures = [f"{layer.mean('mean_distance'):.0f}", f"{widest:.0f}", f"{layer.mean('entropy'):.2f}"]
+        figures += [f"{layer.mean('sink_mass'):.0%}", f"{max(induction):.0%}" if induction else "-"]
+        one = advised.get(layer.index)
+        table.add_row(str(layer.index), roles, *figures, "" if one is None else _advice(one))
+    console.print(table)
+    texts = f"{diagnosis.tokens:,} tokens of {diagnosis.text} in windows of {diagnosis.context:,}"
+    console.print(f"\n{texts}. Means over heads, except the widest 90 % window and the best induction head.")
+    for role, count in diagnosis.role_counts.items():
+        if count:
+            console.print(f"{role}: {count} heads; {MEANINGS[role]}")
+    console.print("\nWhy:")
+    for one in advice:
+        console.print(f"  {one.layer}: {one.method}: {one.reason}")
+
+
+def _advice(one: "LayerAdvice") -> str:
+    window = one.options.get("window")
+    return f"{one.method}, window {window}" if window is not None else one.method

@@ -76,6 +76,21 @@ def write_results(folder: Path, kind: str, document: Mapping[str, Any]) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    building = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building.write_text(text, encoding="utf-8")
+        building.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def describe_model(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """What identifies a model in results: as it was named, its type, and the digest of each weight file."""
     return {

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Positions scored as one item: neighbouring tokens are alike, so that intervals need pieces longer than a token.
 BLOCK = 128
 # Tokens in one forward pass at most, unless a single window is longer.
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 4096
 
 TwoOrMore = Annotated[int, BeforeValidator(whole_number), Field(ge=2)]
 
