@@ -84,10 +84,14 @@ def find_device(device: str | None) -> torch.device:
     Raises:
         DataError: there is no such device.
     """
+    available = torch.cuda.device_count()
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device or ("cuda" if available else "cpu"))
     except RuntimeError as error:
         raise DataError(f"There is no device {device!r}: use cpu, cuda or cuda:0.") from error
+    if found.type == "cuda" and (found.index or 0) >= available:
+        raise DataError(f"torch finds {available} CUDA devices here, so {device!r} cannot be used: use cpu.")
+    return found
 
 
 def positions_of(checkpoint: Checkpoint) -> float:

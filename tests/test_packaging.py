@@ -133,7 +133,7 @@ def test_requirements_are_lower_bounds_that_the_tested_versions_meet(repository)
     assert tested["torch"] == "2.13.0"
     extras = project(repository)["project"]["optional-dependencies"]
     assert set(extras) == {"gguf", "eval", "dev"}
-    every = project(repository)["project"]["dependencies"] + extras["gguf"] + extras["dev"]
+    every = project(repository)["project"]["dependencies"] + extras["eval"] + extras["gguf"] + extras["dev"]
     for requirement in map(Requirement, every):
         if requirement.name == "attnconv":
             continue

@@ -186,6 +186,8 @@ def test_refusals(teacher: str, suite: Suite, tmp_path: Path) -> None:
         run_evaluation(teacher, suite, dtype="int8", output=tmp_path)
     with pytest.raises(DataError, match="no device"):
         run_evaluation(teacher, suite, device="abacus", output=tmp_path)
+    with pytest.raises(DataError, match="CUDA devices"):
+        run_evaluation(teacher, suite, device="cuda:99", output=tmp_path)
     bare = tmp_path / "bare"
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(bare)
     with pytest.raises(CheckpointError, match="no tokenizer"):
