@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -163,11 +164,10 @@ def wrap(subject: Subject, batch_size: int) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within the context lm-eval and what it uses neither log nor draw progress bars."""
-    from tqdm import tqdm
-
+    tqdm: Any = import_module("tqdm").tqdm
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
-    original: Any = tqdm.__init__
+    original = tqdm.__init__
 
     def disabled(self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **{**options, "disable": True})
@@ -175,11 +175,11 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     # lm-eval hands no switch through to all of its bars.
-    setattr(tqdm, "__init__", disabled)  # noqa: B010
+    tqdm.__init__ = disabled
     try:
         yield
     finally:
-        setattr(tqdm, "__init__", original)  # noqa: B010
+        tqdm.__init__ = original
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -175,7 +175,7 @@ class RetrievalTask(Task[RetrievalSettings]):
         for number, row in enumerate(read_rows(path)):
             prompt, answers = row.get("prompt"), row.get("answer")
             answers = [answers] if isinstance(answers, str) else answers
-            if not isinstance(prompt, str) or not _are_texts(answers):
+            if not isinstance(prompt, str) or not isinstance(answers, list) or not _are_texts(answers):
                 raise DataError(f'Row {number + 1} of {path} has no text under "prompt" or none under "answer".')
             ids = encode(subject.tokenizer, prompt)
             group: dict[str, str | int | float] = {"task": "file"}
@@ -191,8 +191,8 @@ class RetrievalTask(Task[RetrievalSettings]):
         return _evenly(kept)[:limit]
 
 
-def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(value, str) and value for value in values)
+def _are_texts(values: Sequence[object]) -> bool:
+    return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
 def _check_dropped(subject: Subject, wanted: Sequence[int], kept: Sequence[int], positions: float, what: str) -> None:
