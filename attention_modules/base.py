@@ -1,7 +1,7 @@
 """The contract every attention method obeys."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -201,6 +201,15 @@ class AttentionModule(nn.Module, ABC):
             return out
 
         return response_weights(attend, values)
+
+    def weights_by_row(
+        self, query: Tensor, key: Tensor, *, scaling: float, padding_mask: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The weights of each row of the batch as if it were alone: `[num_heads, T, T]`, T its real tokens."""
+        for row in range(query.shape[0]):
+            keep = slice(None) if padding_mask is None else padding_mask[row]
+            part = query[row : row + 1, :, keep], key[row : row + 1, :, keep]
+            yield self.attention_weights(*part, scaling=scaling)[0]
 
     def statistics(
         self,

@@ -1,11 +1,13 @@
 """The attention weights of any method, and what a method can tell about its own work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .window import window_mask
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ def response_weights(attend: Callable[[Tensor], Tensor], values: Tensor) -> Tens
         out = attend(units.expand(values.shape).contiguous())
         columns.append(out[..., : length - start].to(torch.promote_types(out.dtype, torch.float32)))
     return torch.cat(columns, -1)
+
+
+def share_outside(rows: Iterable[Tensor], window: int, *, causal: bool) -> Tensor:
+    """Mass of the weights on keys outside a sliding window, mean over the queries of all rows: `[heads]`.
+
+    Args:
+        rows: the weights `[heads, T, T]` of each row of a batch.
+        window: newest tokens that are inside, the query itself included; when not causal, as many on either side.
+        causal: whether keys after the query are hidden.
+    """
+    masses = []
+    for weights in rows:
+        length = weights.shape[-1]
+        inside = window_mask(length, length, window, causal=causal, device=weights.device)
+        masses.append(weights.masked_fill(inside, 0.0).sum(-1))
+    return torch.cat(masses, 1).mean(1)
 
 
 def density(weights: Tensor, *, causal: bool) -> Statistic:

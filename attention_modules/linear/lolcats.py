@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..base import Memory
 from ..geometry import Geometry
 from ..registry import register
-from ..weights import Statistic
+from ..weights import Statistic, share_outside
 from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
@@ -130,17 +130,10 @@ class LolcatsAttention(LinearAttentionModule):
         hidden_states: Tensor | None = None,
     ) -> Mapping[str, Statistic]:
         """How much of what the heads look at goes through the linear path."""
-        shares = []
-        for row in range(query.shape[0]):
-            # Row by row and without padding, since a window counts real tokens only.
-            keep = slice(None) if padding_mask is None else padding_mask[row]
-            part = query[row : row + 1, :, keep], key[row : row + 1, :, keep]
-            weights = self.attention_weights(*part, scaling=scaling)
-            length = weights.shape[-1]
-            inside = window_mask(length, length, self.window, causal=self.geometry.causal, device=weights.device)
-            shares.append(weights.masked_fill(inside, 0.0).sum(-1)[0])
+        rows = self.weights_by_row(query, key, scaling=scaling, padding_mask=padding_mask)
+        outside = share_outside(rows, self.window, causal=self.geometry.causal)
         meaning = "share of the normaliser's mass that goes through the linear path, mean over queries"
-        share = Statistic("linear share", meaning, "head", "percent", torch.cat(shares, 1).mean(1))
+        share = Statistic("linear share", meaning, "head", "percent", outside)
         return {share.name: share}
 
     def _before_window(

@@ -1,11 +1,14 @@
 """Attention sinks plus a sliding window, exact softmax inside: training-free."""
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..registry import register
+from ..weights import Statistic, share_outside
 from ..window import LOG2E, Sinks, softmax_terms, window_mask, windowed_softmax
 
 
@@ -52,6 +55,22 @@ class SlidingWindowAttention(AttentionModule):
             return memory
         sinks = self._sinks(memory, keys, values, valid)
         return {"sink_keys": sinks.keys, "sink_values": sinks.values, "sink_valid": sinks.valid}
+
+    def statistics(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Mapping[str, Statistic]:
+        """How much of what the heads look at are sinks that the window has left behind."""
+        rows = self.weights_by_row(query, key, scaling=scaling, padding_mask=padding_mask)
+        outside = share_outside(rows, self.options.window, causal=self.geometry.causal)
+        meaning = "share of the attention on first tokens that are out of the window, mean over queries"
+        share = Statistic("sink share", meaning, "head", "percent", outside)
+        return {share.name: share}
 
     def attend_naive(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory

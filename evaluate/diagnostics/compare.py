@@ -46,7 +46,8 @@ class LayerComparison:
 def attention_divergence(base: Tensor, model: Tensor) -> Tensor:
     """KL(base || model) of attention weights in nats, mean over queries, in fp32 or better.
 
-    Both logarithms are of weights of at least `EPSILON`, so that equal weights give zero.
+    Each row counts by its proportions, whatever it adds up to: learned sinks, which take mass away from all keys alike,
+    do not show. Both logarithms are of weights of at least `EPSILON`, so that equal weights give zero.
 
     Args:
         base: `[..., T, S]`.

@@ -35,7 +35,7 @@ def diagnose_model(
     text: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     field: str = "text",
-    tokens: int = 8192,
+    tokens: int = 4096,
     context: int = 512,
     window: int = 64,
     device: str | None = None,

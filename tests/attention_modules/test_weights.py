@@ -79,6 +79,16 @@ def test_lolcats_is_its_oracle_and_says_its_linear_share() -> None:
         assert (module.statistics(query, key, scaling=SCALING)["linear share"].values == 0).all()
 
 
+def test_a_window_says_how_much_its_sinks_get() -> None:
+    module, query, key = core("sliding_window", window=5, num_sinks=2), draw(40, 4), draw(40, 2)
+    weights = module.attention_weights(query, key, scaling=SCALING)
+    share = module.statistics(query, key, scaling=SCALING)["sink share"]
+    # The window of queries 0 to 4 holds the first token, that of query 5 the second.
+    by_hand = (weights[:, :, 5:, 0].sum(-1) + weights[:, :, 6:, 1].sum(-1)) / 40
+    torch.testing.assert_close(share.values, by_hand.mean(0))
+    assert (core("sliding_window", num_sinks=0).statistics(query, key, scaling=SCALING)["sink share"].values == 0).all()
+
+
 def test_padding_has_no_weight_and_no_say() -> None:
     module, query, key = core("lolcats", window=5), draw(40, 4), draw(40, 2)
     mask = torch.ones(2, 40, dtype=torch.bool)

@@ -146,6 +146,7 @@ def test_extras_are_what_reports_draw(subject: Subject) -> None:
     shares = {(row["layer_index"], row["name"]): row["values"] for row in extra["statistics"]}
     assert [key for key in shares if key[1] == "linear share"] == [(0, "linear share"), (1, "linear share")]
     assert all(0 < value < 1 for value in shares[0, "linear share"])
+    assert all(0 < value < 1 for value in shares[2, "sink share"])
     # 40 tokens, of which 8 and the first two are seen.
     visible = sum(min(8, position + 1) + min(2, max(0, position - 7)) for position in range(40))
     assert shares[2, "density"] == pytest.approx([visible / (40 * 41 / 2)] * 8)
