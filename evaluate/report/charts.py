@@ -103,9 +103,9 @@ def line_chart(
             label=line.label,
         )
         _intervals(panel, line, bars=few)
-    _scale(panel, "x", x, [value for line in series for value in line.xs])
+    scale(panel, "x", x, [value for line in series for value in line.xs])
     ends = [end for line in series for end in (*line.lows, *line.highs) if end is not None]
-    _scale(panel, "y", y, [*(value for line in series for value in line.ys), *ends])
+    scale(panel, "y", y, [*(value for line in series for value in line.ys), *ends])
     panel.grid(visible=True, axis="y")
     panel.tick_params(length=0)
     for mark in marks:
@@ -118,7 +118,7 @@ def line_chart(
     return figure
 
 
-def dot_chart(dots: Sequence[Dot], *, middle: float, label: str, log: bool) -> "Figure":
+def dot_chart(dots: Sequence[Dot], *, middle: float | None, label: str, log: bool) -> "Figure":
     """A row for each change: its name and number above, dot and interval below; a line where nothing changed."""
     figure, panel = new_figure(0.75 + 0.46 * len(dots))
     colors = {"good": COLORS[2], "bad": COLORS[4]}
@@ -129,9 +129,14 @@ def dot_chart(dots: Sequence[Dot], *, middle: float, label: str, log: bool) -> "
         panel.plot([dot.value], [row], "o", color=color, markersize=6.5)
         _caption(panel, dot.label, row, at=0, color=INK)
         _caption(panel, dot.text, row, at=1, color=color if dot.tone else MUTED)
-    panel.axvline(middle, color=MUTED, linewidth=1, linestyle=DOTTED, zorder=0)
-    values = [middle, *(dot.value for dot in dots), *(end for dot in dots for end in dot.interval or ())]
-    _scale(panel, "x", Axis(label, log=log), values)
+    if middle is not None:
+        panel.axvline(middle, color=MUTED, linewidth=1, linestyle=DOTTED, zorder=0)
+    values = [
+        *([] if middle is None else [middle]),
+        *(dot.value for dot in dots),
+        *(end for dot in dots for end in dot.interval or ()),
+    ]
+    scale(panel, "x", Axis(label, log=log), values)
     panel.margins(x=0.06)
     panel.set_ylim(len(dots) - 0.65, -0.75)
     panel.set_yticks([])
@@ -159,8 +164,8 @@ def _intervals(panel: "Axes", line: Series, *, bars: bool) -> None:
     panel.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=line.color, elinewidth=1.4, capsize=3)
 
 
-def _scale(panel: "Axes", name: str, axis: Axis, values: Sequence[float]) -> None:
-    """Plain numbers on an axis, logarithmic where asked for and worth it."""
+def scale(panel: "Axes", name: str, axis: Axis, values: Sequence[float], *, from_zero: bool = True) -> None:
+    """Plain numbers on an axis, logarithmic where asked for and worth it; else a y axis may begin at zero."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     side = panel.xaxis if name == "x" else panel.yaxis
@@ -178,25 +183,28 @@ def _scale(panel: "Axes", name: str, axis: Axis, values: Sequence[float]) -> Non
     side.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value) if axis.bytes else short(value)))
     if linear:
         side.set_major_locator(MaxNLocator(5, integer=axis.whole))
-        if name == "y" and not axis.log and low >= 0:
+        if name == "y" and from_zero and not axis.log and low >= 0:
             panel.set_ylim(bottom=0)
         return
-    side.set_major_locator(FixedLocator(_log_ticks(low, high, binary=axis.bytes or axis.whole)))
+    # Names of bytes are wide.
+    most = 4 if axis.bytes and name == "x" else 6
+    ticks = _log_ticks(low, high, most, binary=axis.bytes or axis.whole)
+    side.set_major_locator(FixedLocator(ticks if len(ticks) > 2 else MaxNLocator(4).tick_values(low, high)))
     side.set_minor_locator(NullLocator())
 
 
-def _log_ticks(low: float, high: float, *, binary: bool) -> list[float]:
-    """At most six round numbers between the ends of a logarithmic axis."""
+def _log_ticks(low: float, high: float, most: int, *, binary: bool) -> list[float]:
+    """Round numbers between the ends of a logarithmic axis, `most` of them."""
     if binary:
         exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
         ticks = [2.0**exponent for exponent in exponents]
     else:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
-        if len([tick for tick in ticks if low <= tick <= high]) > 6:
-            ticks = [10.0**decade for decade in decades]
-    inside = [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1] or [low, high]
-    stride = -(-len(inside) // 6)
+        whole = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+        ticks = whole if len(whole) > 2 else ticks
+    inside = [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
+    stride = -(-len(inside) // most) or 1
     return inside[::-1][::stride][::-1]
 
 

@@ -151,8 +151,3 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     building.write_bytes(content)
     building.replace(path)
-
-
-def text_extent(figure: "Figure", text: Any) -> Any:
-    """The box of a text in pixels, as it would be drawn."""
-    return text.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]

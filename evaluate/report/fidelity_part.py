@@ -110,7 +110,8 @@ def _names(layers: Sequence[int]) -> list[str]:
 
 
 def _line_chart(id: str, metric: str, figures: Sequence[FigureRow]) -> Chart:
-    rows = sorted((_layer(figure), figure.model, figure.interval) for figure in figures if figure.model is not None)
+    known = [(_layer(figure), figure.model, figure.interval) for figure in figures if figure.model is not None]
+    rows = sorted(known, key=lambda row: row[0])
     lows = [None if interval is None else interval[0] for _, _, interval in rows]
     highs = [None if interval is None else interval[1] for _, _, interval in rows]
     values = [value for _, value, _ in rows]

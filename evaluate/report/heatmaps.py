@@ -138,6 +138,13 @@ def _key(panel: "Axes", top: float, color: str) -> None:
         shades.add_artist(Rectangle(place, 6, 7, facecolor=color, edgecolor="none", alpha=level / LEVELS))
     ends = [TextArea(text, textprops={"color": MUTED}) for text in ("0", short(float(f"{top:.3g}")))]
     row = HPacker(children=[ends[0], shades, ends[1]], align="center", pad=0, sep=4)
-    corner = {"bbox_to_anchor": (1, 1), "bbox_transform": panel.transAxes}
-    box = AnchoredOffsetbox("lower right", child=row, frameon=False, pad=0.2, borderpad=0, **corner)
+    box = AnchoredOffsetbox(
+        "lower right",
+        child=row,
+        frameon=False,
+        pad=0.2,
+        borderpad=0,
+        bbox_to_anchor=(1, 1),
+        bbox_transform=panel.transAxes,
+    )
     panel.add_artist(box)

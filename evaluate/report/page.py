@@ -192,12 +192,7 @@ def missing_section(report: Report) -> Section | None:
 
 def missing(report: Report) -> list[tuple[str, str]]:
     """What was not measured, each with the command for it."""
-    measured = report.evaluation or report.benchmark
-    folder = shlex.quote(str(report.folder) if report.is_conversion or measured is None else measured.model.source)
-    source = report.receipt.repo_id or report.receipt.source if report.receipt else ""
-    source = source or (measured.base.source if measured is not None and measured.base is not None else "")
-    against = f" --against {shlex.quote(source) if source else 'BASE'}"
-    evaluate = f"attnconv eval {folder}{against} --suite {SUITE}"
+    evaluate, bench = commands(report)
     found: list[tuple[str, str]] = []
     if report.evaluation is None:
         found.append(("quality before and after", evaluate))
@@ -206,10 +201,20 @@ def missing(report: Report) -> list[tuple[str, str]]:
             found.append(("quality of the base, to compare with", evaluate))
         found += [(words, evaluate) for kind, words in WANTED.items() if _lacks(report, kind)]
     if report.benchmark is None:
-        found.append(("speed and memory", f"attnconv bench {folder}{against}"))
+        found.append(("speed and memory", bench))
     elif report.benchmark.base is None:
-        found.append(("speed and memory of the base, to compare with", f"attnconv bench {folder}{against}"))
+        found.append(("speed and memory of the base, to compare with", bench))
     return found
+
+
+def commands(report: Report) -> tuple[str, str]:
+    """The commands that measure quality and speed of a model against its base."""
+    measured = report.evaluation or report.benchmark
+    folder = shlex.quote(str(report.folder) if report.is_conversion or measured is None else measured.model.source)
+    source = report.receipt.repo_id or report.receipt.source if report.receipt else ""
+    source = source or (measured.base.source if measured is not None and measured.base is not None else "")
+    against = f"--against {shlex.quote(source) if source else 'BASE'}"
+    return f"attnconv eval {folder} {against} --suite {SUITE}", f"attnconv bench {folder} {against}"
 
 
 def _lacks(report: Report, kind: str) -> bool:

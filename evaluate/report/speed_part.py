@@ -171,11 +171,11 @@ def _curve(bench: BenchmarkFile, quantity: Quantity, batch: int) -> Chart | None
     series = []
     for role, label, color in ROLES:
         cases = [case for case in _cases(bench, quantity.measure) if (case.role, case.batch) == (role, batch)]
-        rows = sorted(
+        known = [(case, value) for case in cases if (value := quantity.value(case)) is not None]
+        rows = [
             (case.context, value, *quantity.spread(case))
-            for case in cases
-            if (value := quantity.value(case)) is not None
-        )
+            for case, value in sorted(known, key=lambda found: found[0].context)
+        ]
         if rows:
             contexts, values, lows, highs = zip(*rows, strict=True)
             series.append(Series(label, contexts, values, color, lows, highs))

@@ -1,7 +1,7 @@
 """`attnconv report`: a conversion's folder gets its page, the page's Markdown twin, and a summary in its card."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,8 @@ def write_report(
         own_card if new_card is not None else None,
     )
     try:
-        write_atomically(paths.html, html.encode())
-        for name, content in pictures.items():
-            write_atomically(report.results / name, content)
-        _remove_old_pictures(paths.markdown, set(pictures))
-        write_atomically(paths.markdown, markdown.encode())
+        remove_old_pictures(paths.markdown, set(pictures))
+        write_page(paths.html, html, paths.markdown, markdown, pictures)
         if own_card is not None and new_card is not None:
             write_atomically(own_card, new_card.encode())
     except OSError as error:
@@ -107,7 +104,15 @@ def _card_section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def _remove_old_pictures(markdown: Path, current: set[str]) -> None:
+def write_page(html_path: Path, html: str, markdown_path: Path, markdown: str, pictures: Mapping[str, bytes]) -> None:
+    """Write a page and its twin, each file whole or not at all; the twin after the pictures that it shows."""
+    write_atomically(html_path, html.encode())
+    for name, content in pictures.items():
+        write_atomically(markdown_path.parent / name, content)
+    write_atomically(markdown_path, markdown.encode())
+
+
+def remove_old_pictures(markdown: Path, current: set[str]) -> None:
     """Remove the pictures that an earlier report showed and this one does not; others' files stay."""
     if not markdown.is_file():
         return

@@ -1,0 +1,384 @@
+"""`attnconv compare`: several conversions of one base side by side, from the measurements in their folders."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from ..bootstrap import make_figures
+from ..items import Better, Item, Metric, Style
+from ..results import FOLDER
+from .documents import CaseRow, ItemColumns, TaskRow
+from .gathering import Report, gather
+from .page import commands
+
+logger = logging.getLogger(__name__)
+
+# Tasks whose first metric stands for them in a comparison.
+HEADLINES = ("perplexity", "retrieval", "multiple_choice", "agreement", "generation", "harness")
+DECODE, PREFILL, CACHE = "decode", "prefill", "cache"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure that models are compared by.
+
+    Attributes:
+        key: Its name in JSON: `TASK: METRIC`, `decode`, `prefill` or `cache`.
+        label: What tables call it.
+        better: Which way is better.
+        style: How to print it: as a figure of a task, or `seconds`, `ms` or `bytes`.
+        task: The task that it is of; empty for speed.
+    """
+
+    key: str
+    label: str
+    better: Better
+    style: Style | str
+    task: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The task's metric; empty for speed."""
+        return self.key.removeprefix(f"{self.task}: ") if self.task else ""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A model's number in a column, with its 95 % interval if it has one."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """One row.
+
+    Attributes:
+        name: What to call it; unique.
+        folder: Where it is; None for the base.
+        methods: Its methods, with the number of layers of each.
+        parameters: Its new parameters.
+        values: Its numbers by column; those that were not measured are not there.
+    """
+
+    name: str
+    folder: str | None
+    methods: Mapping[str, int]
+    parameters: int
+    values: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a model differs from the best conversion in a column.
+
+    Attributes:
+        column: The column.
+        name: The model.
+        best: The conversion that is best in it.
+        change: Ratio or difference.
+        interval: 95 % interval, from the same resamples of both if `paired`.
+        paired: Whether both were scored on the same items.
+        compare: `ratio` or `difference`.
+        style: How to print it.
+        differs: Whether the interval leaves out no change; None without an interval.
+    """
+
+    column: str
+    name: str
+    best: str
+    change: float | None
+    interval: tuple[float, float] | None
+    paired: bool
+    compare: str
+    style: Style
+    differs: bool | None
+
+
+@dataclass(frozen=True)
+class ConversionComparison:
+    """The answer of `compare_conversions`.
+
+    Attributes:
+        base: Name of the base.
+        rows: The base, if it was measured, then the conversions as they were given.
+        columns: What they are compared by: quality first, then speed and memory.
+        context: The longest context at which all that were timed were timed; None without speed.
+        differences: Between each conversion and the best, by column.
+        remarks: What makes the numbers less comparable, a sentence each.
+        files: The page, its Markdown twin.
+    """
+
+    base: str
+    rows: tuple[ComparedModel, ...]
+    columns: tuple[Column, ...]
+    context: int | None
+    differences: tuple[Difference, ...]
+    remarks: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+
+    @property
+    def quality(self) -> tuple[Column, ...]:
+        """The columns of tasks."""
+        return tuple(column for column in self.columns if column.task)
+
+    @property
+    def speed(self) -> tuple[Column, ...]:
+        """The columns of the benchmark."""
+        return tuple(column for column in self.columns if not column.task)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "files": [str(path) for path in self.files]}
+
+
+def compare_conversions(
+    folders: Sequence[Path], *, output: Path | None = None, metric: str | None = None
+) -> ConversionComparison:
+    """Put conversions of one base side by side, and write a page about it.
+
+    Args:
+        folders: Two or more outputs of `attnconv convert` that were measured.
+        output: The page, or a folder for it; None means `results/compare.html`. Its Markdown twin goes beside it.
+        metric: Key of the column that quality is judged by in the picture of quality against speed, such as
+            `piqa: accuracy`; None means the first, which is perplexity if that was measured.
+
+    Raises:
+        DataError: there are fewer than two, they have different bases, one has no measurements, a file is damaged, or
+            there is no such metric.
+        OutputError: the page cannot be written.
+    """
+    from .comparing_page import write_comparison
+
+    reports = [gather(Path(folder)) for folder in folders]
+    _check(reports)
+    names = _names(reports)
+    quality = _quality_columns(reports)
+    context, speed = _speed_columns(reports)
+    models = [_row(name, report, quality, speed, context) for name, report in zip(names, reports, strict=True)]
+    base_values = _base_values(reports, quality, speed, context)
+    base = next((report.base for report in reports if report.base), BASE)
+    rows = [ComparedModel(base, None, {}, 0, base_values)] if base_values else []
+    comparison = ConversionComparison(
+        base=base,
+        rows=(*rows, *models),
+        columns=(*quality, *speed),
+        context=context,
+        differences=tuple(_differences(dict(zip(names, reports, strict=True)), models, quality)),
+        remarks=tuple(_remarks(reports)),
+    )
+    if metric is not None and metric not in [column.key for column in comparison.quality]:
+        known = ", ".join(column.key for column in comparison.quality) or "none, for no quality was measured"
+        raise DataError(f"There is no metric {metric!r} to compare by; there are: {known}.")
+    page = Path(output).expanduser() if output is not None else Path(FOLDER) / "compare.html"
+    page = page if page.suffix == ".html" else page / "compare.html"
+    return write_comparison(comparison, page, metric=metric)
+
+
+def _check(reports: Sequence[Report]) -> None:
+    if len(reports) < 2:
+        raise DataError("Give two folders or more: a comparison needs conversions to compare.")
+    places = [report.folder.resolve() for report in reports]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice} is given twice: name each conversion once.")
+    for report in reports:
+        if report.evaluation is None and report.benchmark is None:
+            evaluate, bench = commands(report)
+            raise DataError(f"{report.folder} has no measurements: run `{evaluate}`, and `{bench}` for speed.")
+    for how in (_converted_from, _measured_against):
+        known = [(report, digests) for report in reports if (digests := how(report))]
+        other = next((report for report, digests in known if digests != known[0][1]), None)
+        if other is not None:
+            first = known[0][0]
+            said = f"{first.folder} is of {first.base or 'one base'}, {other.folder} of {other.base or 'another'}"
+            raise DataError(f"These are not of one base, as the digests of its weights say: {said}; compare others.")
+
+
+def _converted_from(report: Report) -> list[str]:
+    """Digests of the weights that a conversion was made from."""
+    return sorted(report.receipt.inputs.values()) if report.receipt is not None else []
+
+
+def _measured_against(report: Report) -> list[str]:
+    """Digests of the weights that a conversion was compared with."""
+    bases = [measured.base for measured in (report.evaluation, report.benchmark) if measured is not None]
+    return next((sorted(base.digests.values()) for base in bases if base is not None and base.digests), [])
+
+
+def _names(reports: Sequence[Report]) -> list[str]:
+    """Names of the folders, or as much of their paths as tells them apart."""
+    paths = [report.folder.resolve() for report in reports]
+    depth = 1
+    while depth < 8 and len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def _quality_columns(reports: Sequence[Report]) -> list[Column]:
+    """The first metric of each task that stands for itself, in the order of `HEADLINES`."""
+    found: dict[str, tuple[int, Column]] = {}
+    for report in reports:
+        for name, task in report.tasks(*HEADLINES).items():
+            overall = [figure for figure in task.figures if not figure.group and figure.model is not None]
+            if overall:
+                first = overall[0]
+                key = f"{name}: {first.metric}"
+                column = Column(key, key, first.better, first.style, name)
+                found.setdefault(key, (HEADLINES.index(task.kind), column))
+    return [column for _, column in sorted(found.values(), key=lambda row: row[0])]
+
+
+def _speed_columns(reports: Sequence[Report]) -> tuple[int | None, list[Column]]:
+    """Decoding, reading and cache at the longest context at which all that were timed were timed."""
+    timed = [report.benchmark for report in reports if report.benchmark is not None]
+    contexts = [{case.context for case in bench.cases if _is_timed(case)} for bench in timed]
+    shared = set.intersection(*contexts) if contexts else set()
+    if not shared:
+        return None, []
+    at = f"at {max(shared):,} tokens"
+    columns = [
+        Column(DECODE, f"decoding {at}, ms per token", "lower", "ms"),
+        Column(PREFILL, f"reading {at}, seconds", "lower", "seconds"),
+        Column(CACHE, f"cache {at}", "lower", "bytes"),
+    ]
+    cases = [case for bench in timed for case in bench.cases if case.context == max(shared) and case.batch == 1]
+    return max(shared), [c for c in columns if any(_speed(cases, role, c) for role in ("model", BASE))]
+
+
+def _is_timed(case: CaseRow) -> bool:
+    return case.role == "model" and case.batch == 1 and case.median is not None and case.measure in (DECODE, PREFILL)
+
+
+def _speed(cases: Sequence[CaseRow], role: str, column: Column) -> Value | None:
+    """A model's number in a column of speed, with the quartiles of the repeats for an interval."""
+    for case in cases:
+        if case.role != role or (column.key != CACHE and case.measure != column.key):
+            continue
+        if column.key == CACHE and case.cache_bytes is not None:
+            return Value(float(case.cache_bytes))
+        number = case.ms_per_token if column.key == DECODE else case.median
+        if column.key != CACHE and number is not None:
+            factor = number / case.median if case.median else 0.0
+            ends = None if case.low is None or case.high is None else (factor * case.low, factor * case.high)
+            return Value(number, ends)
+    return None
+
+
+def _row(
+    name: str, report: Report, quality: Sequence[Column], speed: Sequence[Column], context: int | None
+) -> ComparedModel:
+    methods = {method: len(modules) for method, modules in report.methods.items()}
+    values = _values(report, quality, speed, context, role="model")
+    return ComparedModel(name, str(report.folder), methods, report.parameters, values)
+
+
+def _base_values(
+    reports: Sequence[Report], quality: Sequence[Column], speed: Sequence[Column], context: int | None
+) -> dict[str, Value]:
+    """The base's numbers, each from the first folder that has it."""
+    values: dict[str, Value] = {}
+    for report in reports:
+        values = {**_values(report, quality, speed, context, role=BASE), **values}
+    return values
+
+
+def _values(
+    report: Report, quality: Sequence[Column], speed: Sequence[Column], context: int | None, *, role: str
+) -> dict[str, Value]:
+    values = {}
+    for column in quality:
+        task = report.tasks().get(column.task)
+        for figure in task.figures if task is not None else ():
+            number = figure.model if role == "model" else figure.base
+            if not figure.group and f"{column.task}: {figure.metric}" == column.key and number is not None:
+                values[column.key] = Value(number, figure.interval if role == "model" else figure.base_interval)
+    cases = (
+        [case for case in report.benchmark.cases if case.context == context and case.batch == 1]
+        if (report.benchmark is not None)
+        else []
+    )
+    for column in speed:
+        found = _speed(cases, role, column)
+        if found is not None:
+            values[column.key] = found
+    return values
+
+
+def best_of(rows: Sequence[ComparedModel], column: Column) -> ComparedModel | None:
+    """The conversion that is best in a column; None if none was measured."""
+    measured = [row for row in rows if row.folder is not None and column.key in row.values]
+    sign = 1 if column.better == "lower" else -1
+    return min(measured, key=lambda row: sign * row.values[column.key].value, default=None)
+
+
+def _differences(
+    reports: Mapping[str, Report], rows: Sequence[ComparedModel], columns: Sequence[Column]
+) -> list[Difference]:
+    """Each conversion against the best one, from the scores of single items."""
+    found = []
+    for column in columns:
+        best = best_of(rows, column)
+        tasks = {name: task for name, report in reports.items() if (task := report.tasks().get(column.task))}
+        if best is None:
+            continue
+        for name, task in tasks.items():
+            if name != best.name and _same_settings(task, tasks[best.name]):
+                difference = _difference(column, name, task, best.name, tasks[best.name])
+                found += [difference] if difference is not None else []
+    return found
+
+
+def _difference(column: Column, name: str, task: TaskRow, best: str, best_task: TaskRow) -> Difference | None:
+    row = next((row for row in task.metrics if f"{column.task}: {row.name}" == column.key), None)
+    if row is None or "model" not in task.items or "model" not in best_task.items:
+        return None
+    metric = Metric(**row.model_dump())
+    figures = make_figures(_items(task.items["model"]), _items(best_task.items["model"]), [metric], [()])
+    if not figures:
+        return None
+    figure, middle = figures[0], 1.0 if metric.compare == "ratio" else 0.0
+    interval = figure.change_interval
+    differs = None if interval is None else not interval[0] <= middle <= interval[1]
+    return Difference(
+        column.key, name, best, figure.change, interval, figure.paired, metric.compare, metric.style, differs
+    )
+
+
+def _items(columns: ItemColumns) -> list[Item]:
+    items = []
+    for place, id in enumerate(columns.ids):
+        values = {key: numbers[place] for key, numbers in columns.values.items() if place < len(numbers)}
+        known = {key: value for key, value in values.items() if value is not None}
+        items.append(Item(id, known, columns.groups[place] if place < len(columns.groups) else {}))
+    return items
+
+
+def _same_settings(first: TaskRow, second: TaskRow) -> bool:
+    return (first.kind, first.settings, first.limit) == (second.kind, second.settings, second.limit)
+
+
+def _remarks(reports: Sequence[Report]) -> list[str]:
+    """Sentences about tasks with different settings, different machines, and speed that nobody measured."""
+    remarks = []
+    tasks: dict[str, list[TaskRow]] = {}
+    for report in reports:
+        for name, task in report.tasks(*HEADLINES).items():
+            tasks.setdefault(name, []).append(task)
+    unlike = [name for name, found in tasks.items() if any(not _same_settings(task, found[0]) for task in found)]
+    if unlike:
+        remarks.append(f"Measured with different settings, so not comparable: {', '.join(unlike)}.")
+    timed = [report.benchmark for report in reports if report.benchmark is not None]
+    places = {(str(b.setup.get("gpu") or b.setup.get("cpu")), b.setup.get("threads"), b.model.dtype) for b in timed}
+    if len(places) > 1:
+        remarks.append("Speed was measured on different machines, threads or dtypes, so it is not comparable.")
+    untimed = [report for report in reports if report.benchmark is None]
+    if untimed:
+        said = "; ".join(f"`{commands(report)[1]}`" for report in untimed)
+        remarks.append(f"Speed was not measured for {', '.join(r.name for r in untimed)}: run {said}.")
+    return remarks

@@ -1,0 +1,129 @@
+"""Quality against speed: which models no other one beats in both, and a picture of that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .charts import Axis, scale
+from .drawing import BASE, INK, MODEL, MUTED, SURFACE, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Where a name may stand beside its point, in points, with how it is aligned; the first that hits nothing is taken.
+PLACES = (
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (7, 7, "left", "bottom"),
+    (-7, 7, "right", "bottom"),
+    (7, -7, "left", "top"),
+    (-7, -7, "right", "top"),
+    (7, 16, "left", "bottom"),
+    (-7, 16, "right", "bottom"),
+    (7, -16, "left", "top"),
+    (-7, -16, "right", "top"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model.
+
+    Attributes:
+        name: Its name.
+        cost: Seconds or bytes; less is better.
+        quality: The metric.
+        interval: 95 % interval of that, if there is one.
+        is_base: Whether it is the base.
+    """
+
+    name: str
+    cost: float
+    quality: float
+    interval: tuple[float, float] | None = None
+    is_base: bool = False
+
+
+def front(points: Sequence[Point], *, better: str) -> list[Point]:
+    """The points that no other one beats or equals in one thing and beats in the other, by rising cost."""
+    sign = 1 if better == "lower" else -1
+    kept = []
+    for point in points:
+        own = (point.cost, sign * point.quality)
+        others = [(other.cost, sign * other.quality) for other in points]
+        if not any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in others):
+            kept.append(point)
+    return sorted(kept, key=lambda point: point.cost)
+
+
+def pareto_chart(points: Sequence[Point], *, x: Axis, y: Axis, better: str) -> "Figure":
+    """Each model as a point with its name; the front as steps, beyond which no model is."""
+    figure, panel = new_figure(3.3)
+    best = front(points, better=better)
+    panel.plot(
+        [point.cost for point in best],
+        [point.quality for point in best],
+        drawstyle="steps-post",
+        color=MUTED,
+        linewidth=1.2,
+        linestyle=(0, (4, 2)),
+        zorder=1,
+    )
+    for point in points:
+        color = BASE if point.is_base else MODEL
+        if point.interval is not None:
+            panel.plot([point.cost] * 2, point.interval, color=color, linewidth=1.4, alpha=0.6, zorder=2)
+        face = color if point in best else "none"
+        panel.plot([point.cost], [point.quality], "o", markersize=7, color=color, markerfacecolor=face, zorder=3)
+    scale(panel, "x", x, [point.cost for point in points])
+    ends = [end for point in points for end in point.interval or (point.quality,)]
+    scale(panel, "y", y, ends, from_zero=False)
+    panel.margins(x=0.2, y=0.16)
+    panel.grid(visible=True)
+    panel.tick_params(length=0)
+    _name_points(figure, panel, points)
+    return figure
+
+
+def _name_points(figure: "Figure", panel: "Axes", points: Sequence[Point]) -> None:
+    """Put each name beside its point where it covers neither another name nor a point, and stays inside."""
+    figure.draw_without_rendering()
+    frame = panel.get_window_extent()
+    taken: list[Any] = []
+    marks = [panel.transData.transform((point.cost, point.quality)) for point in points]
+    for point in sorted(points, key=lambda point: -point.cost):
+        best = None
+        for right, up, ha, va in PLACES:
+            label = panel.annotate(
+                point.name,
+                (point.cost, point.quality),
+                (right, up),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                color=INK,
+                zorder=4,
+                # Hides the dashed line where it runs behind the name.
+                bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
+            )
+            label.set_in_layout(False)
+            box = label.get_window_extent()
+            hits = sum(box.overlaps(other) for other in taken)
+            hits += sum(bool(box.contains(*mark)) for mark in marks)
+            # A name that leaves the picture is as bad as two that overlap.
+            hits += 2 * (
+                box.x0 < frame.x0 - 30 or box.x1 > figure.bbox.x1 or not frame.y0 <= box.y0 <= box.y1 <= frame.y1
+            )
+            if best is None or hits < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (hits, label, box)
+            else:
+                label.remove()
+            if hits == 0:
+                break
+        if best is not None:
+            taken.append(best[2])
