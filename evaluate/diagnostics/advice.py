@@ -66,22 +66,19 @@ def _advise(layer: LayerProfile, widest: int, linear: _Options) -> LayerAdvice:
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     if retrieval >= KEPT_RETRIEVAL_SHARE * count:
         best = max(head.induction or 0.0 for head in layer.heads)
-        reason = (
-            f"{retrieval} of {count} heads retrieve, the best with {best:.0%} of its attention on what it looks for"
-        )
+        reason = f"{retrieval} of {count} heads retrieve, the best with {100 * best:.0f} % of its attention on what it looks for"
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     needed = math.ceil(max(head.window_90 for head in layer.heads))
-    window = max(SMALLEST_WINDOW, 1 << (needed - 1).bit_length())
-    note = f"; {retrieval} of {count} heads retrieve" if retrieval else ""
-    if window <= widest and not retrieval:
+    if needed <= widest and not retrieval:
         reason = f"the first {NUM_SINKS} tokens and the {needed} newest hold 90 % of every head's attention"
+        window = max(SMALLEST_WINDOW, 1 << (needed - 1).bit_length())
         options: _Options = {"window": window, "num_sinks": NUM_SINKS}
         return LayerAdvice(layer.index, layer.name, "sliding_window", options, reason)
     wide = sum(head.window_90 > widest for head in layer.heads)
-    reason = f"{wide} of {count} heads need more than {widest} tokens for 90 % of their attention{note}"
-    if not wide:
-        reason = f"narrow heads, but not all of them can do with a window{note}"
-    return LayerAdvice(layer.index, layer.name, "lolcats", dict(linear), reason)
+    reasons = [f"{wide} of {count} heads need more than {widest} tokens for 90 % of their attention"] if wide else []
+    if retrieval:
+        reasons.append(f"{retrieval} of {count} heads retrieve, which a window would end")
+    return LayerAdvice(layer.index, layer.name, "lolcats", dict(linear), "; ".join(reasons))
 
 
 def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source: str | None = None) -> str:
