@@ -65,8 +65,10 @@ def _advise(layer: LayerProfile, widest: int, linear: _Options) -> LayerAdvice:
         reason = f"it sees no more than {layer.native_window} tokens by itself"
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     if retrieval >= KEPT_RETRIEVAL_SHARE * count:
-        best = max(head.induction or 0.0 for head in layer.heads)
-        reason = f"{retrieval} of {count} heads retrieve, the best with {100 * best:.0f} % of its attention on what it looks for"
+        best = 100 * max(head.induction or 0.0 for head in layer.heads)
+        reason = (
+            f"{retrieval} of {count} heads retrieve, the best with {best:.0f} % of its attention on what it looks for"
+        )
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     needed = math.ceil(max(head.window_90 for head in layer.heads))
     if needed <= widest and not retrieval:
