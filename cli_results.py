@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .evaluate.bench import BenchResult
     from .evaluate.diagnostics import Diagnosis, LayerAdvice
     from .evaluate.engine import Evaluation
+    from .evaluate.report import ReportFiles
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
 MOST_GROUPS = 6
@@ -170,3 +171,11 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
 def _advice(one: "LayerAdvice") -> str:
     window = one.options.get("window")
     return f"{one.method}, window {window}" if window is not None else one.method
+
+
+def show_report(files: "ReportFiles") -> None:
+    """Where everything is."""
+    console = make_console()
+    console.print(f"The report is in {files.html}, the same as Markdown in {files.markdown}.")
+    if files.card is not None:
+        console.print(f"The model card {files.card} has a summary of it.")
