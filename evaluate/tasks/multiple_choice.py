@@ -4,6 +4,7 @@ The prompts, the way they are cut into tokens and the scores are those of lm-eva
 https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,12 @@ class MultipleChoiceTask(Task[MultipleChoiceSettings]):
 def _item(question: Question, scores: Sequence[float]) -> Item:
     normalised = [score / len(choice) for score, choice in zip(scores, question.choices, strict=True)]
     chosen = _best(scores)
+    # A broken model, which scores nothing, is right about nothing.
+    known = not math.isnan(scores[question.label])
     others = [score for index, score in enumerate(scores) if index != question.label]
     values = {
-        "correct": float(chosen == question.label),
-        "correct_normalised": float(_best(normalised) == question.label),
+        "correct": float(chosen == question.label and known),
+        "correct_normalised": float(_best(normalised) == question.label and known),
         "margin": scores[question.label] - max(others),
     }
     names = YES_NO if question.choices == YES_NO else LETTERS
@@ -139,8 +142,8 @@ def _item(question: Question, scores: Sequence[float]) -> Item:
 
 
 def _best(scores: Sequence[float]) -> int:
-    """The first of the highest."""
-    return max(range(len(scores)), key=lambda index: scores[index])
+    """The first of the highest; what is no number is never the best unless all are none."""
+    return max(range(len(scores)), key=lambda index: (not math.isnan(scores[index]), scores[index]))
 
 
 def load_questions(data: str, style: Style | None = None, *, limit: int | None = None) -> list[Question]:

@@ -141,7 +141,7 @@ class RetrievalTask(Task[RetrievalSettings]):
         settings = self.settings
         haystack = Haystack("\n\n".join(read_documents(data_file(settings.data))))
         lengths = self._lengths(subject)
-        depths = settings.depths if settings.task in AT_DEPTH else (None,)
+        depths = list(dict.fromkeys(settings.depths)) if settings.task in AT_DEPTH else [None]
         cells = [(sample, *cell) for sample in range(settings.samples) for cell in interleave(lengths, depths)]
         questions = []
         room = positions_of(subject.checkpoint) - self.new_tokens

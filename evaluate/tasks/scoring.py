@@ -109,7 +109,7 @@ def log_likelihoods(
     """
     scores = [math.nan] * len(requests)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     for rows in _batches(_rows(requests), batch_size, LOGITS_AT_ONCE // vocabulary, keeps):
         for place, score in _score(model, rows, keeps, pad):
             scores[place] = score

@@ -265,3 +265,13 @@ def test_scores_are_finite_in_half_precision() -> None:
     load_subject(subject, dtype="bfloat16", device="cpu")
     items = run(subject, "piqa", limit=4, batch_size=4)
     assert all(math.isfinite(item.values["margin"]) for item in items)
+
+
+def test_a_broken_model_is_right_about_nothing() -> None:
+    subject = open_subject("model", str(embedded_model_path()))
+    load_subject(subject, device="cpu")
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(torch.nan)
+    items = run(subject, "piqa", limit=6, batch_size=4)
+    assert len(items) == 6
+    assert [value for item in items for name, value in item.values.items() if name != "margin"] == [0.0] * 12
