@@ -161,7 +161,7 @@ def _intervals(panel: "Axes", line: Series, *, bars: bool) -> None:
         [max(0.0, y - low) for y, low in zip(ys, lows, strict=True)],
         [max(0.0, high - y) for y, high in zip(ys, highs, strict=True)],
     ]
-    panel.errorbar(xs, ys, yerr=spread, fmt="none", ecolor=line.color, elinewidth=1.4, capsize=3)
+    panel.errorbar(xs, ys, yerr=spread, fmt="none", color=line.color, ecolor=line.color, elinewidth=1.4, capsize=3)
 
 
 def scale(panel: "Axes", name: str, axis: Axis, values: Sequence[float], *, from_zero: bool = True) -> None:

@@ -73,11 +73,11 @@ def _summary(comparison: ConversionComparison, judged: Column | None) -> list[st
     best = best_of(comparison.rows, judged) if judged is not None else None
     if judged is not None and best is not None:
         base = next((row.values.get(judged.key) for row in comparison.rows if row.folder is None), None)
-        beside = f" (the base has {printed(judged, base.value)})" if base is not None else ""
+        beside = f" (base: {printed(judged, base.value)})" if base is not None else ""
         value = printed(judged, best.values[judged.key].value)
         close = [d.name for d in comparison.differences if d.column == judged.key and d.differs is False]
         told = f"; within chance of it: {', '.join(close)}" if close else ""
-        said.append(f"The best {judged.metric} on {judged.task} has {best.name}, {value}{beside}{told}.")
+        said.append(f"{best.name} has the best {judged.metric} on {judged.task}, {value}{beside}{told}.")
     parts = []
     for column, words in zip(comparison.speed, map(_superlative, comparison.speed), strict=True):
         fastest = best_of(comparison.rows, column)
@@ -85,7 +85,7 @@ def _summary(comparison: ConversionComparison, judged: Column | None) -> list[st
         # Where all are level, none is first.
         if fastest is not None and len(numbers) > 1:
             unit = " ms per token" if column.style == "ms" else ""
-            parts.append(f"{words} {fastest.name}, {printed(column, fastest.values[column.key].value)}{unit}")
+            parts.append(f"{fastest.name} {words}, {printed(column, fastest.values[column.key].value)}{unit}")
     if parts and comparison.context is not None:
         said.append(f"At {comparison.context:,} tokens, {'; '.join(parts)}.")
     return said
@@ -93,9 +93,9 @@ def _summary(comparison: ConversionComparison, judged: Column | None) -> list[st
 
 def _superlative(column: Column) -> str:
     return {
-        DECODE: "the fastest to generate is",
-        PREFILL: "the fastest to read is",
-        CACHE: "the smallest cache has",
+        DECODE: "generates fastest",
+        PREFILL: "reads a prompt fastest",
+        CACHE: "has the smallest cache",
     }[column.key]
 
 
@@ -154,7 +154,7 @@ def _pareto_section(comparison: ConversionComparison, judged: Column | None) -> 
             Chart(
                 f"compare-pareto-{column.key}",
                 f"{judged.label} against {column.key}",
-                f"No model beats those on the dashed line in both: {names}.",
+                f"No model beats those on the line in both: {names}.",
                 partial(pareto_chart, drawn, better=judged.better, **axes),
             )
         )

@@ -69,9 +69,10 @@ def new_figure(height: float, width: float = WIDTH) -> tuple["Figure", "Axes"]:
     """An empty chart, `height` and `width` in inches."""
     # Not through pyplot: its figures are global, and it may look for a screen.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    figure.set_constrained_layout_pads(w_pad=0.02, h_pad=0.03)  # type: ignore[attr-defined]
+    engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03)
+    figure = Figure(figsize=(width, height), layout=engine, facecolor="none")
     axes = figure.add_subplot(1, 1, 1)
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)

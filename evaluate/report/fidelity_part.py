@@ -13,7 +13,7 @@ from .heatmaps import heat_chart
 from .quality_part import figure_table
 
 # Heads whose attention is drawn, the teacher's beside the student's.
-MAPS = 6
+MAPS = 12
 
 
 def fidelity_section(report: Report) -> Section | None:
@@ -142,10 +142,11 @@ def _maps(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
             title = f"{head}: {role}" + (f", KL {number(row.kl)}" if role == "converted" else "")
             charts.append(Chart(f"{_slug(name)}-map-{place}-{role}", title, description, drawer))
         tables.append(_map_table(head, row, chosen.tokens))
-    remark = (
-        f"Attention weights of the first {chosen.size or len(chosen.maps[0].teacher)} places; "
-        "each row is a query, dark is much. Both models are drawn on one scale."
+    size = chosen.size or len(chosen.maps[0].teacher)
+    what = (
+        f"of the first {size} tokens" if chosen.tokens is not None else f"in {size} patches a side, the largest of each"
     )
+    remark = f"Attention weights {what}; each row is a query, dark is much. Both models are drawn on one scale."
     return [Text(remark, small=True), Charts(tuple(charts), paired=True), *tables]
 
 

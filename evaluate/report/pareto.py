@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .charts import Axis, scale
-from .drawing import BASE, INK, MODEL, MUTED, SURFACE, new_figure
+from .drawing import BASE, IDLE, INK, MODEL, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,9 +67,9 @@ def pareto_chart(points: Sequence[Point], *, x: Axis, y: Axis, better: str) -> "
         [point.cost for point in best],
         [point.quality for point in best],
         drawstyle="steps-post",
-        color=MUTED,
-        linewidth=1.2,
-        linestyle=(0, (4, 2)),
+        # Faint, for names are written across it.
+        color=IDLE,
+        linewidth=1.6,
         zorder=1,
     )
     for point in points:
@@ -106,8 +106,6 @@ def _name_points(figure: "Figure", panel: "Axes", points: Sequence[Point]) -> No
                 va=va,
                 color=INK,
                 zorder=4,
-                # Hides the dashed line where it runs behind the name.
-                bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
             )
             label.set_in_layout(False)
             box = label.get_window_extent()

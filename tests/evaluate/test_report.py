@@ -1,0 +1,444 @@
+"""The report of a conversion: made from its files alone, complete, self-contained, and readable everywhere."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnconv.convert.card import REPORT_END, REPORT_START, with_report
+from attnconv.distill import embedded_model_path, plots, run_conversion
+from attnconv.errors import DataError
+from attnconv.evaluate.report import write_report
+from attnconv.evaluate.report.drawing import COLORS
+from attnconv.recipes import Recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+
+from browser import screenshot, visit
+from fake_results import benchmark, model_row, write_fakes
+from pages import SVG, check_page, pictures, read_page
+
+TRANSFER = {"kind": "attention_transfer", "steps": 24, "sequence_length": 32, "batch_size": 1, "learning_rate": 1e-2}
+LORA = {"kind": "lora", "steps": 12, "sequence_length": 32, "learning_rate": 1e-3, "rank": 2, "targets": ["q_proj"]}
+
+
+def convert(folder, *stages, layers="all", method="lolcats", options=None, **sections):
+    recipe = Recipe(
+        name="tiny",
+        attention=[{"layers": layers, "method": method, "options": options or {"window": 8}}],
+        data={"embedded": True},
+        stages=list(stages),
+        **sections,
+    )
+    return run_conversion(embedded_model_path(), recipe, folder, device="cpu").output
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A healed conversion without measurements."""
+    folder = tmp_path_factory.mktemp("converted") / "tiny-lolcats"
+    return convert(folder, TRANSFER, LORA, evaluate={"embedded": True, "tokens": 400, "context": 64})
+
+
+@pytest.fixture(scope="module")
+def measured(original, tmp_path_factory):
+    """The same with measurements and a report."""
+    folder = tmp_path_factory.mktemp("measured") / "tiny-lolcats"
+    shutil.copytree(original, folder)
+    write_fakes(folder / "results", name="tiny-lolcats")
+    (folder / "README.before").write_bytes((folder / "README.md").read_bytes())
+    return write_report(folder), folder
+
+
+@pytest.fixture
+def unmeasured(original, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "tiny-lolcats"))
+
+
+def evaluation_of(folder):
+    return json.loads((folder / "results" / "eval.json").read_text())
+
+
+def shown(value, style):
+    """A number as a reader expects it, whatever the report's own code thinks."""
+    if style == "percent":
+        return f"{100 * value:.1f}%"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "−")
+
+
+def test_the_page_is_whole_self_contained_and_accessible(measured):
+    files, folder = measured
+    assert files.html == folder / "results" / "report.html"
+    page = check_page(files.html)
+    titles = [text for level, text in page.headings if level == 2]
+    assert titles == [
+        "What was converted",
+        "Quality before and after",
+        "Along the context",
+        "Retrieval by length and depth",
+        "Healing, stage by stage",
+        "Attention maps against the base",
+        "What the method does, layer by layer",
+        "Speed and memory",
+        "Receipt",
+    ]
+    assert len(pictures(files.html)) >= 20
+    assert {"summary", "details", "dl", "nav", "main"} <= {tag for tag, _ in page.tags}
+
+
+def test_every_figure_is_there_as_text(measured):
+    files, folder = measured
+    page = read_page(files.html)
+    cells = {cell for rows in page.tables.values() for row in rows for cell in row}
+    words = " ".join(cells)
+    figures = [figure for task in evaluation_of(folder)["tasks"].values() for figure in task["figures"]]
+    assert len(figures) > 60
+    for figure in figures:
+        inner = not figure["group"] and figure["metric"] in ("attention KL", "output error", "perplexity ratio")
+        for key in () if inner else ("model", "base"):
+            if figure[key] is not None:
+                value = shown(figure[key], figure["style"])
+                assert any(cell.split(" ")[0] == value for cell in cells), (figure["metric"], figure["group"], value)
+        for key in () if inner else ("interval", "base_interval"):
+            if figure[key] is not None:
+                assert " to ".join(shown(end, figure["style"]) for end in figure[key]) in words
+
+
+def test_changes_carry_their_verdict(measured):
+    files, folder = measured
+    rows = read_page(files.html).tables["All figures"]
+    assert rows[0] == ["task", "metric", "base", "converted", "change", "verdict", "items"]
+    by_name = {(row[0], row[1]): row for row in rows[1:]}
+    figure = evaluation_of(folder)["tasks"]["book"]["figures"][0]
+    assert by_name["book", "perplexity"][4].startswith(f"×{figure['change']:.4g}")
+    assert by_name["book", "perplexity"][5] == "worse"
+    assert by_name["openbookqa", "accuracy"][5] == "within chance"
+    assert by_name["agreement", "KL divergence"][2] == "-"
+
+
+def test_the_conversion_is_described_from_its_files(measured):
+    files, folder = measured
+    page = read_page(files.html)
+    rows = page.tables["Methods"]
+    assert rows[1][:4] == ["lolcats", "softmax in a sliding window, linear attention before it", "0-4", "5"]
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        added = sum(file.get_tensor(name).numel() for name in file.keys() if ".attnconv." in name)  # noqa: SIM118
+    assert rows[1][-1] == f"{added:,}"
+    assert f"adds {added:,} parameters" in page.words
+    receipt = json.loads((folder / "receipt.json").read_text())
+    for text in (*receipt["inputs"].values(), receipt["created"], receipt["versions"]["torch"], receipt["command"]):
+        assert text in page.words
+    assert (folder / "recipe.yaml").read_text().strip() in page.words
+    assert 'AutoModelForCausalLM.from_pretrained("tiny-lolcats")' in page.words
+
+
+def test_healing_is_shown_stage_by_stage(measured):
+    files, folder = measured
+    page = read_page(files.html)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = page.tables["Every line of metrics.jsonl"][1:]
+    assert [row[3] for row in rows] == [shown(record["loss"], "") for record in records]
+    errors = page.tables["Output error of each layer"]
+    with_layers = [record for record in records if record["layers"]]
+    assert errors[0][1:] == [f"after {with_layers[place]['tokens']:,} tokens" for place in (0, -1)]
+    assert [row[2] for row in errors[1:]] == [shown(value, "") for value in with_layers[-1]["layers"].values()]
+    after = [row[0] for row in page.tables["Measured during the conversion"]]
+    assert after == ["after", "teacher", "swap", "attention transfer", "lora"]
+
+
+def test_maps_and_statistics_are_shown_whatever_they_are_called(measured):
+    files, folder = measured
+    page = read_page(files.html)
+    extra = evaluation_of(folder)["tasks"]["fidelity"]["extras"]["model"][0]
+    last = page.tables["Layer 4, head 7: all weights"][-1]
+    weights = [f"{value:.2f}".lstrip("0") or "0" for value in extra["maps"][1]["student"][-1]]
+    assert last[3].split() == weights
+    for name in ("linear share", "density"):
+        values = [row["values"] for row in extra["statistics"] if row["name"] == name]
+        rows = page.tables[f"{name} of every layer"][1:]
+        assert [row[1:] for row in rows] == [[f"{100 * value:.1f}%" for value in layer] for layer in values]
+    assert [row[0] for row in page.tables["path_use"][1:]] == ["linear", "window"]
+
+
+def test_speed_has_curves_a_crossover_and_all_cases(measured):
+    files, folder = measured
+    page = read_page(files.html)
+    cases = json.loads((folder / "results" / "bench.json").read_text())["cases"]
+    rows = page.tables["All measurements"][1:]
+    assert len(rows) == len(cases)
+    assert rows[-1][-1] == "it would not fit into memory"
+    assert rows[-1][4] == "-"
+    crossover = page.tables["From where on the converted model is ahead"][1][2]
+    assert " ".join(crossover.split()) == "2,167 tokens 2,100 to 2,250"
+    texts = {
+        picture.find(f"{SVG}title").text: [text.text for text in picture.iter(f"{SVG}text")]
+        for picture in pictures(files.html)
+    }
+    assert "equal at 2,167" in texts["Reading a prompt"]
+    assert "equal at 1,200" in texts["Generating a token"]
+    assert not any(text and text.startswith("equal") for text in texts["Memory of the cache"])
+    assert "Reading a prompt of 8,192 tokens is 3.26 times faster" in page.words
+
+
+def test_text_from_files_is_escaped(measured):
+    files, _ = measured
+    text = files.html.read_text()
+    assert "A &lt;fast&gt; processor" in text
+    assert "<fast>" not in text
+    assert "A <fast> processor" in read_page(files.html).words
+    tokens = {row[1] for row in read_page(files.html).tables["Layer 0, head 0: all weights"]}
+    assert {" <b>", " &", r"\n"} <= tokens
+    assert "&lt;fast>" in files.markdown.read_text()
+
+
+def test_nothing_is_said_to_be_missing_when_all_is_there(measured):
+    assert "missing" not in [value for _, value in read_page(measured[0].html).attributes("id")]
+
+
+def test_the_markdown_twin_shows_the_same(measured):
+    files, folder = measured
+    text = files.markdown.read_text()
+    assert files.markdown == folder / "results" / "report.md"
+    page = read_page(files.html)
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [title for level, title in page.headings if level == 2]
+    images = re.findall(r"\]\((images/[\w.-]+)\)", text)
+    assert len(images) == len(pictures(files.html))
+    assert {f"images/{path.name}" for path in (folder / "results" / "images").iterdir()} == set(images)
+    for image in images:
+        assert (folder / "results" / image).read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > sum(len(rows) for rows in page.tables.values()) * 0.9
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_card_gets_a_summary_and_nothing_else_changes(measured):
+    files, folder = measured
+    before, after = (folder / "README.before").read_text(), files.card.read_text()
+    start, end = after.index(REPORT_START), after.index(REPORT_END) + len(REPORT_END)
+    assert after[:start] + after[end:].removeprefix("\n\n") == before
+    inside = after[start:end]
+    assert "[results/report.md](results/report.md)" in inside
+    assert "| book: perplexity | 13.7 |" in inside
+    assert after.index("## Measured against the base") < after.index("## How it was made")
+
+
+def test_a_second_report_is_the_same_to_the_byte(measured):
+    files, folder = measured
+    before = {path: path.read_bytes() for path in (files.html, files.markdown, files.card)}
+    assert write_report(folder) == files
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_without_measurements_the_commands_for_them_are_named(unmeasured):
+    calls = []
+    files = write_report(unmeasured, progress=lambda *state: calls.append(state))
+    page = check_page(files.html)
+    rows = page.tables["What is missing"]
+    base = json.loads((unmeasured / "receipt.json").read_text())["source"]
+    assert [row[0] for row in rows[1:]] == ["quality before and after", "speed and memory"]
+    assert rows[1][1] == f"attnconv eval {unmeasured} --against {base} --suite standard"
+    assert rows[2][1] == f"attnconv bench {unmeasured} --against {base}"
+    titles = [text for level, text in page.headings if level == 2]
+    assert titles == ["What was converted", "Healing, stage by stage", "Not measured", "Receipt"]
+    assert "Perplexity, while converting" in page.words
+    assert (calls[0][:2], calls[-1][:2]) == ((0, 3), (3, 3))
+
+
+def test_parts_of_an_evaluation_may_be_missing(unmeasured):
+    write_fakes(unmeasured / "results", bench=False)
+    path = unmeasured / "results" / "eval.json"
+    document = json.loads(path.read_text())
+    document["base"] = None
+    document["tasks"] = {name: document["tasks"][name] for name in ("piqa", "agreement")}
+    for figure in document["tasks"]["piqa"]["figures"]:
+        figure.update(model=None, interval=None, base=None, base_interval=None, change=None, change_interval=None)
+    path.write_text(json.dumps(document))
+    page = check_page(write_report(unmeasured).html)
+    missing = [row[0] for row in page.tables["What is missing"][1:]]
+    assert "quality of the base, to compare with" in missing
+    assert "attention maps against the base's" in missing
+    assert "accuracy on multiple-choice questions" not in missing
+    assert page.tables["All figures"][1][:3] == ["piqa", "accuracy", "-"]
+
+
+def test_a_page_can_go_elsewhere_and_leave_the_card_alone(unmeasured, tmp_path):
+    before = (unmeasured / "README.md").read_bytes()
+    files = write_report(unmeasured, output=tmp_path / "deep" / "page.html", card=False)
+    assert files.html == tmp_path / "deep" / "page.html"
+    assert files.html.is_file()
+    assert files.markdown.is_file()
+    assert files.card is None
+    assert (unmeasured / "README.md").read_bytes() == before
+    (unmeasured / "README.md").unlink()
+    assert write_report(unmeasured).card is None
+
+
+def test_pictures_that_are_no_longer_shown_go_and_others_stay(unmeasured):
+    write_fakes(unmeasured / "results")
+    (unmeasured / "results" / "eval.json").unlink()
+    images = unmeasured / "results" / "images"
+    write_report(unmeasured)
+    (images / "mine.png").write_bytes(b"mine")
+    assert (images / "prefill-1.png").is_file()
+    (unmeasured / "results" / "bench.json").unlink()
+    write_report(unmeasured)
+    assert not (images / "prefill-1.png").exists()
+    assert (images / "mine.png").read_bytes() == b"mine"
+
+
+def test_layers_that_stay_are_shown_as_they_are(tmp_path):
+    folder = convert(tmp_path / "mixed", layers="0,2", method="sliding_window", options={"window": 16})
+    page = check_page(write_report(folder).html)
+    rows = page.tables["Methods"]
+    assert rows[1][0] == "sliding_window"
+    assert rows[1][2:4] == ["0, 2", "2"]
+    assert rows[2][:4] == ["unchanged", "as in the base", "1, 3-4", "3"]
+    assert "In 2 of the 5 attention layers of stories260K" in page.words
+
+
+def test_measurements_of_any_model_can_be_reported(tmp_path):
+    write_fakes(tmp_path / "plain", name="plain", size=6)
+    files = write_report(tmp_path / "plain")
+    assert files.html == tmp_path / "plain" / "report.html"
+    assert files.card is None
+    page = check_page(files.html)
+    assert page.headings[0] == (1, "plain")
+    assert "What was converted" not in [text for _, text in page.headings]
+
+
+def test_a_benchmark_in_which_nothing_fitted(unmeasured):
+    document = benchmark(model_row("a", converted=True, digest="1"), model_row("b", converted=False, digest="2"))
+    nothing = {"seconds": [], "skipped": "no room"} | dict.fromkeys(
+        ("median", "low", "high", "tokens_per_second", "ms_per_token", "peak_bytes", "cache_bytes")
+    )
+    document["cases"] = [case | nothing for case in document["cases"]]
+    (unmeasured / "results").mkdir()
+    (unmeasured / "results" / "bench.json").write_text(
+        json.dumps({"tool": "attnconv", "version": 1, "kind": "bench", **document})
+    )
+    page = check_page(write_report(unmeasured).html)
+    assert {row[-1] for row in page.tables["All measurements"][1:]} == {"no room"}
+
+
+DAMAGE = {
+    "results/eval.json": [lambda text: text[:-20], lambda text: text.replace('"count": 36', '"count": "many"')],
+    "results/bench.json": [lambda text: "[]", lambda text: text.replace('"role": "model"', '"role": "nobody"')],
+    "receipt.json": [lambda text: text.replace('"versions"', '"versions": 3, "x"')],
+    "metrics.jsonl": [lambda text: "{" + text, lambda text: text.replace('"step"', '"stop"')],
+    "config.json": [lambda text: text.replace('"method": "lolcats"', '"method": "none"')],
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, found in DAMAGE.items() for damage in found])
+def test_damaged_files_are_named(unmeasured, name, damage):
+    write_fakes(unmeasured / "results")
+    path = unmeasured / name
+    path.write_text(damage(path.read_text()))
+    before = (unmeasured / "README.md").read_bytes()
+    with pytest.raises(DataError, match=re.escape(name)) as raised:
+        write_report(unmeasured)
+    assert len(str(raised.value).splitlines()) == 1
+    assert (unmeasured / "README.md").read_bytes() == before
+    assert not (unmeasured / "results" / "report.html").exists()
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(unmeasured):
+    path = unmeasured / "metrics.jsonl"
+    count = len(path.read_text().splitlines())
+    path.write_text(path.read_text() + '{"index": 1, "st')
+    page = read_page(write_report(unmeasured).html)
+    assert len(page.tables["Every line of metrics.jsonl"]) == count + 1
+
+
+def test_what_is_no_conversion_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="neither a conversion nor measurements"):
+        write_report(tmp_path)
+
+
+def test_a_section_replaces_itself_in_a_card():
+    card = "---\ntags: [a]\n---\n\n# Name\n\ntext\r\n\n## How it was made\n\nwith care\n"
+    once = with_report(card, "## One\n")
+    twice = with_report(once, "## Two")
+    assert once.replace(f"{REPORT_START}\n## One\n{REPORT_END}\n\n", "") == card
+    assert twice == once.replace("One", "Two")
+    assert with_report("# Short\n", "x").startswith("# Short\n\n<!--")
+    for broken in (REPORT_START, REPORT_END, f"{REPORT_END}{REPORT_START}", once + once):
+        with pytest.raises(ValueError, match="once each"):
+            with_report(broken, "x")
+
+
+def test_a_card_with_half_a_marker_is_said_and_kept(unmeasured):
+    card = unmeasured / "README.md"
+    card.write_text(card.read_text() + REPORT_START)
+    with pytest.raises(DataError, match="README.md"):
+        write_report(unmeasured)
+    assert not (unmeasured / "results").exists()
+
+
+def test_charts_have_the_colours_of_the_pictures_of_a_run():
+    assert COLORS == plots.COLORS
+
+
+def test_the_answer_is_plain(measured):
+    assert set(dataclasses.asdict(measured[0])) == {"html", "markdown", "card"}
+
+
+LOOK = """
+const texts = [...document.querySelectorAll("svg text")];
+const size = text => parseFloat(getComputedStyle(text).fontSize)
+  * text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width;
+return {
+  width: document.documentElement.scrollWidth, window: innerWidth, small: Math.min(...texts.map(size)),
+  page: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(texts[0]).fill,
+};
+"""
+SORT = """
+const region = [...document.querySelectorAll("[role=region]")].find(r => r.ariaLabel === "All figures");
+const read = column => [...region.querySelectorAll("tbody tr")].map(row => row.cells[column].textContent);
+const buttons = [...region.querySelectorAll("thead button")];
+const before = read(3);
+buttons[3].click(); const up = read(3);
+buttons[3].click(); const down = read(3);
+const state = buttons[3].parentElement.getAttribute("aria-sort");
+buttons[1].click();
+return {before, up, down, state, names: read(1), cleared: buttons[3].parentElement.getAttribute("aria-sort")};
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(360, 800), (1280, 900)])
+def test_a_browser_shows_it_on_phones_and_desks(measured, tmp_path, width, height, scheme):
+    found = visit(measured[0].html, LOOK, width=width, height=height, scheme=scheme, profile=tmp_path)
+    assert found.console == []
+    assert found.answer["width"] <= found.answer["window"] == width
+    assert found.answer["small"] >= 10
+    ground, ink = (sum(map(int, re.findall(r"\d+", found.answer[key])[:3])) for key in ("page", "ink"))
+    assert (ground > ink) == (scheme == "light")
+    picture = tmp_path / "page.png"
+    assert screenshot(measured[0].html, picture, width=width, height=height, scheme=scheme, profile=tmp_path) == []
+    assert picture.stat().st_size > 10_000
+
+
+def test_a_browser_sorts_tables(measured, tmp_path):
+    answer = visit(measured[0].html, SORT, width=1280, height=900, scheme="light", profile=tmp_path).answer
+
+    def value(cell):
+        number = float(cell.split(" ")[0].rstrip("%").replace(",", ""))
+        return number / 100 if "%" in cell.split(" ")[0] else number
+
+    assert sorted(answer["before"]) == sorted(answer["up"])
+    numbers = [value(cell) for cell in answer["up"]]
+    assert numbers == sorted(numbers)
+    assert answer["down"] == answer["up"][::-1]
+    assert answer["state"] == "descending"
+    assert answer["cleared"] is None
+    assert answer["names"] == sorted(answer["names"], key=str.lower)
