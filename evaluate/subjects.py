@@ -58,7 +58,9 @@ def load_subject(subject: Subject, *, dtype: str = "auto", device: str | None = 
 
 
 def unload(subject: Subject) -> None:
-    """Let go of a subject's weights."""
+    """Let go of a subject's weights, if they are in memory."""
+    if subject.loaded is None:
+        return
     subject.loaded = None
     gc.collect()
     if torch.cuda.is_available():

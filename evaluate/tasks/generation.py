@@ -171,13 +171,13 @@ def continue_greedily(
         use_cache=True,
     )
     generate: Any = model.generate
-    with _generation_config(model, config):
+    with generating_by(model, config):
         output = generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Within the context the model's own settings (temperatures, penalties, lengths) cannot mix with these."""
     own = model.generation_config
     model.generation_config = config

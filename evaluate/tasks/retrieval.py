@@ -17,7 +17,7 @@ from ..packaged import data_file
 from ..subjects import positions_of
 from ..textfile import read_documents
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
-from .generation import _generation_config, end_tokens
+from .generation import end_tokens, generating_by
 from .haystack import Haystack, fit, make_prompt
 from .rows import read_rows
 
@@ -273,7 +273,7 @@ def continuations(
         do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
     )
     generate: Any = model.generate
-    with _generation_config(model, config):
+    with generating_by(model, config):
         output = generate(
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ["attention_speed", "decode_state", "demo", "smollm2_lolcats", "stream_memory", "transfer_speed"]
+SCRIPTS = [
+    "attention_speed",
+    "decode_state",
+    "demo",
+    "multiple_choice_check",
+    "smollm2_lolcats",
+    "stream_memory",
+    "transfer_speed",
+]
 
 
 def run(repository: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +40,7 @@ def test_help(repository: Path, script: str) -> None:
     assert f"python benchmarks/{script}.py" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["decode_state", "smollm2_lolcats", "stream_memory", "transfer_speed"])
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("attention_speed", "demo")])
 def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) -> None:
     done = run(repository, script, ATTNCONV_MODELS=str(tmp_path))
     assert done.returncode == 1
