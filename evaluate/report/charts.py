@@ -211,7 +211,7 @@ def _log_ticks(low: float, high: float, most: int, *, binary: bool) -> list[floa
 def _caption(panel: "Axes", text: str, row: int, *, at: int, color: str) -> None:
     """A name above a row of a dot chart, at its left or right end, on a ground that hides the line of no change."""
     panel.annotate(
-        text,
+        shortened(text, 44),
         (at, row),
         (0, 7),
         xycoords=("axes fraction", "data"),
@@ -221,6 +221,12 @@ def _caption(panel: "Axes", text: str, row: int, *, at: int, color: str) -> None
         color=color,
         bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5},
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of `most` letters at most, its middle left out where it is longer."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def _name(names: Sequence[str], value: float) -> str:

@@ -20,6 +20,8 @@ def fidelity_section(report: Report) -> Section | None:
     """KL by layer and head, errors by layer, and maps of single heads."""
     blocks: list[Block | None] = []
     for name, task in report.tasks("fidelity").items():
+        overall = [(name, figure) for figure in task.figures if not figure.group]
+        blocks.append(figure_table("Over all layers", overall) if overall else None)
         grids = _by_place(task, {"layer", "head"})
         lines = _by_place(task, {"layer"})
         charts = [
@@ -43,7 +45,7 @@ def statistics_section(report: Report) -> Section | None:
     for name, extras in report.fidelity.items():
         blocks += _statistics(name, extras)
     for name, task in report.tasks("path_use").items():
-        rows = [(str(next(iter(figure.group.values()))), figure) for figure in task.figures if figure.group]
+        rows = [(", ".join(map(str, figure.group.values())), figure) for figure in task.figures if figure.group]
         if rows:
             meaning = "; ".join(metric.meaning for metric in task.metrics if metric.meaning)
             said = "Path use: what a text costs the model when one path of its attention is left out."
@@ -139,7 +141,7 @@ def _maps(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
             # The first token takes most of many heads' attention; the others would all be white beside it.
             top = _robust_top(row.teacher)
             drawer = partial(heat_chart, grid, x="key token", y="query token", color=color, square=True, top=top)
-            title = f"{head}: {role}" + (f", KL {number(row.kl)}" if role == "converted" else "")
+            title = f"{head}: {role}" + (f", KL {row.kl:.3g}" if row.kl is not None and role == "converted" else "")
             charts.append(Chart(f"{_slug(name)}-map-{place}-{role}", title, description, drawer))
         tables.append(_map_table(head, row, chosen.tokens))
     size = chosen.size or len(chosen.maps[0].teacher)

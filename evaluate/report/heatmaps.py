@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = 12
+# Up to this many heads are drawn one by one in the strip of layers.
+SINGLE_HEADS = 20
 Grid = Sequence[Sequence[float | None]]
 
 
@@ -62,14 +64,14 @@ def strip_chart(layers: Sequence[str], heads: int, colors: Mapping[str, str]) ->
     """Layers from left to right, each with its heads, in the colour of its method."""
     from matplotlib.patches import Patch
 
-    shown = min(heads, 32)
-    figure, panel = new_figure(min(3.0, 0.95 + 0.11 * shown), WIDTH)
+    # All heads of a layer have one method; where there are many, one box stands for all of them.
+    rows = heads if heads <= SINGLE_HEADS else 1
+    figure, panel = new_figure(0.95 + 0.11 * max(rows, 6), WIDTH)
     for method, color in colors.items():
-        grid = [[1.0 if layer == method else None for layer in layers]] * shown
-        _cells(panel, grid, 1.0, color, gap=0.14)
-    _frame(panel, len(layers), shown, (), (), aspect="auto")
+        _cells(panel, [[1.0 if layer == method else None for layer in layers]] * rows, 1.0, color, gap=0.14)
+    _frame(panel, len(layers), rows, (), () if rows == heads else ("",), aspect="auto")
     panel.set_xlabel("layer")
-    panel.set_ylabel("head")
+    panel.set_ylabel("head" if rows == heads else f"{heads} heads")
     handles = [Patch(color=color, label=method) for method, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), frameon=False, handlelength=1)
     return figure

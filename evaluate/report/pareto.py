@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .charts import Axis, scale
+from .charts import Axis, scale, shortened
 from .drawing import BASE, IDLE, INK, MODEL, new_figure
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _name_points(figure: "Figure", panel: "Axes", points: Sequence[Point]) -> No
         best = None
         for right, up, ha, va in PLACES:
             label = panel.annotate(
-                point.name,
+                shortened(point.name, 26),
                 (point.cost, point.quality),
                 (right, up),
                 textcoords="offset points",

@@ -11,7 +11,7 @@ import pytest
 
 from attnconv.convert.card import REPORT_END, REPORT_START, with_report
 from attnconv.distill import embedded_model_path, plots, run_conversion
-from attnconv.errors import DataError
+from attnconv.errors import DataError, OutputError
 from attnconv.evaluate.report import write_report
 from attnconv.evaluate.report.drawing import COLORS
 from attnconv.recipes import Recipe
@@ -99,12 +99,11 @@ def test_every_figure_is_there_as_text(measured):
     figures = [figure for task in evaluation_of(folder)["tasks"].values() for figure in task["figures"]]
     assert len(figures) > 60
     for figure in figures:
-        inner = not figure["group"] and figure["metric"] in ("attention KL", "output error", "perplexity ratio")
-        for key in () if inner else ("model", "base"):
+        for key in ("model", "base"):
             if figure[key] is not None:
                 value = shown(figure[key], figure["style"])
                 assert any(cell.split(" ")[0] == value for cell in cells), (figure["metric"], figure["group"], value)
-        for key in () if inner else ("interval", "base_interval"):
+        for key in ("interval", "base_interval"):
             if figure[key] is not None:
                 assert " to ".join(shown(end, figure["style"]) for end in figure[key]) in words
 
@@ -332,7 +331,7 @@ DAMAGE = {
     "results/bench.json": [lambda text: "[]", lambda text: text.replace('"role": "model"', '"role": "nobody"')],
     "receipt.json": [lambda text: text.replace('"versions"', '"versions": 3, "x"')],
     "metrics.jsonl": [lambda text: "{" + text, lambda text: text.replace('"step"', '"stop"')],
-    "config.json": [lambda text: text.replace('"method": "lolcats"', '"method": "none"')],
+    "config.json": [lambda text: text[:-20], lambda text: text.replace('"method": "lolcats"', '"method": "none"')],
 }
 
 
@@ -355,6 +354,29 @@ def test_a_torn_last_line_of_metrics_is_left_out(unmeasured):
     path.write_text(path.read_text() + '{"index": 1, "st')
     page = read_page(write_report(unmeasured).html)
     assert len(page.tables["Every line of metrics.jsonl"]) == count + 1
+
+
+def test_a_place_that_cannot_be_written_is_said(unmeasured):
+    (unmeasured / "results").write_text("a file")
+    with pytest.raises(OutputError, match="results.*cannot be written"):
+        write_report(unmeasured)
+
+
+def test_many_heads_and_long_names_keep_their_place(unmeasured):
+    config = json.loads((unmeasured / "config.json").read_text())
+    config["num_attention_heads"], config["num_hidden_layers"] = 64, 80
+    (unmeasured / "config.json").write_text(json.dumps(config))
+    write_fakes(unmeasured / "results", name="n" * 60, bench=False, size=6)
+    path = unmeasured / "results" / "eval.json"
+    path.write_text(path.read_text().replace('"openbookqa": {', '"' + "long " * 20 + '$x$": {', 1))
+    page = write_report(unmeasured).html
+    check_page(page)
+    strip, *others = pictures(page)
+    texts = [text.text for picture in others for text in picture.iter(f"{SVG}text") if text.text]
+    assert "64 heads" in [text.text for text in strip.iter(f"{SVG}text")]
+    long = [text for text in texts if text.startswith("long") and "…" in text]
+    assert long
+    assert max(map(len, long)) <= 44
 
 
 def test_what_is_no_conversion_is_refused(tmp_path):

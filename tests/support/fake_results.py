@@ -49,7 +49,7 @@ def model_row(name, *, converted, digest, source=None):
     }
 
 
-def task(kind, model, base, metrics, slices=(), extras=None):
+def task(kind, model, base, metrics, slices=(), extras=None, *, overall=True):
     """One task of eval.json, as the engine writes it."""
 
     def columns(items):
@@ -61,7 +61,7 @@ def task(kind, model, base, metrics, slices=(), extras=None):
             "notes": {},
         }
 
-    figures = make_figures(model, base, metrics, [(), *slices])
+    figures = make_figures(model, base, metrics, [*([()] if overall else []), *slices])
     return {
         "kind": kind,
         "settings": {"kind": kind, "data": "book"},
@@ -194,7 +194,7 @@ def evaluation(model, base, *, loss=0.35, seed=3, layers=5, heads=8, size=16):
             "fidelity": task(
                 "fidelity", fidelity, None, [ATTENTION_KL, OUTPUT_ERROR], [("layer", "head"), ("layer",)], extras
             ),
-            "path_use": task("path_use", paths, None, [PATH_RATIO], [("left out",)]),
+            "path_use": task("path_use", paths, None, [PATH_RATIO], [("left out",)], overall=False),
         },
     }
 
