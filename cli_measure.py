@@ -215,10 +215,13 @@ def report(
 )
 def compare(
     ctx: typer.Context,
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Conversions of the same base.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR DIR ...", help="Conversions of the same base.")],
+    metric: Annotated[
+        str | None, typer.Option(help="What to judge quality by, such as `piqa: accuracy`; perplexity if left out.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")
-    ] = Path("compare.html"),
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The HTML file; results/compare.html.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show several conversions of one base side by side, quality against speed."""
@@ -227,7 +230,7 @@ def compare(
     from .cli_results import show_compared
     from .evaluate.report import compare_conversions
 
-    compared = compare_conversions(folders, output=output)
+    compared = compare_conversions(folders, output=output, metric=metric)
     if as_json:
         print_json(compared.to_dict())
     else:

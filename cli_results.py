@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .evaluate.bench import BenchResult
     from .evaluate.diagnostics import Diagnosis, LayerAdvice
     from .evaluate.engine import Evaluation
-    from .evaluate.report import ReportFiles
+    from .evaluate.report import ConversionComparison, ReportFiles
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
 MOST_GROUPS = 6
@@ -179,3 +179,28 @@ def show_report(files: "ReportFiles") -> None:
     console.print(f"The report is in {files.html}, the same as Markdown in {files.markdown}.")
     if files.card is not None:
         console.print(f"The model card {files.card} has a summary of it.")
+
+
+def show_compared(compared: "ConversionComparison") -> None:
+    """A row for each figure and a column for each model, what the numbers are worth, and where the picture is."""
+    console = make_console()
+    table = make_table(["", *(f">{row.name}" for row in compared.rows)])
+    for column in compared.columns:
+        found = [row.values.get(column.key) for row in compared.rows]
+        table.add_row(column.label, *("-" if one is None else _in_unit(one.value, column.style) for one in found))
+    console.print(table)
+    console.print()
+    for difference in compared.differences:
+        if difference.differs is False:
+            console.print(f"{difference.column}: {difference.name} is not told apart from {difference.best}")
+    for remark in compared.remarks:
+        console.print(remark)
+    console.print(f"The comparison is in {' and '.join(str(path) for path in compared.files)}.")
+
+
+def _in_unit(value: float, style: str) -> str:
+    if style == "bytes":
+        return format_bytes(int(value))
+    return format_value(value, style) + (
+        f" {'s' if style == 'seconds' else style}" if style in ("ms", "seconds") else ""
+    )
