@@ -83,7 +83,7 @@ def new_figure(height: float, width: float = WIDTH) -> tuple["Figure", "Axes"]:
 def to_png(figure: "Figure") -> bytes:
     """The picture as PNG on the light page's ground, without a date."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor=SURFACE, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=160, facecolor=SURFACE, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -13,18 +13,20 @@ if TYPE_CHECKING:
 
 # Where a name may stand beside its point, in points, with how it is aligned; the first that hits nothing is taken.
 PLACES = (
+    (6, 3, "left", "bottom"),
+    (-6, -3, "right", "top"),
+    (6, -3, "left", "top"),
+    (-6, 3, "right", "bottom"),
     (7, 0, "left", "center"),
     (-7, 0, "right", "center"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-    (7, 7, "left", "bottom"),
-    (-7, 7, "right", "bottom"),
-    (7, -7, "left", "top"),
-    (-7, -7, "right", "top"),
-    (7, 16, "left", "bottom"),
-    (-7, 16, "right", "bottom"),
-    (7, -16, "left", "top"),
-    (-7, -16, "right", "top"),
+    (6, 15, "left", "bottom"),
+    (-6, -15, "right", "top"),
+    (6, -15, "left", "top"),
+    (-6, 15, "right", "bottom"),
+    (0, 8, "center", "bottom"),
+    (0, -8, "center", "top"),
+    (6, 27, "left", "bottom"),
+    (6, -27, "left", "top"),
 )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.errors import DataError
 from attnconv.evaluate.bootstrap import make_figures
 from attnconv.evaluate.report import compare_conversions
-from attnconv.evaluate.report.pareto import Point, front
+from attnconv.evaluate.report.charts import Axis
+from attnconv.evaluate.report.drawing import drawing_style
+from attnconv.evaluate.report.pareto import Point, front, pareto_chart
 from attnconv.recipes import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
@@ -243,6 +246,26 @@ def test_the_front_is_what_nothing_beats(found, better):
             for other in found
         )
         assert (point in best) == (not beaten)
+
+
+def test_names_beside_points_do_not_overlap():
+    """Points as close as those of real conversions."""
+    places = [(26.5, 13.7), (9, 19.47), (12.15, 17), (9.9, 19.45), (7.2, 24.7), (17.1, 14.9)]
+    names = [
+        "smollm2-base",
+        "smollm2-lolcats-64",
+        "smollm2-lolcats-128",
+        "smollm2-window",
+        "smollm2-hedgehog",
+        "hybrid",
+    ]
+    crowd = [Point(name, *place) for name, place in zip(names, places, strict=True)]
+    with drawing_style():
+        figure = pareto_chart(crowd, x=Axis("cost", log=True), y=Axis("quality", log=True), better="lower")
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(names)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 LOOK = "return {width: document.documentElement.scrollWidth, window: innerWidth};"
