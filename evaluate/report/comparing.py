@@ -1,16 +1,15 @@
 """`attnconv compare`: several conversions of one base side by side, from the measurements in their folders."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..bootstrap import make_figures
-from ..items import Better, Item, Metric, Style
 from ..results import FOLDER
-from .documents import CaseRow, ItemColumns, TaskRow
+from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
+from .documents import CaseRow, TaskRow
 from .gathering import Report, gather
 from .page import commands
 
@@ -20,84 +19,6 @@ logger = logging.getLogger(__name__)
 HEADLINES = ("perplexity", "retrieval", "multiple_choice", "agreement", "generation", "harness")
 DECODE, PREFILL, CACHE = "decode", "prefill", "cache"
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure that models are compared by.
-
-    Attributes:
-        key: Its name in JSON: `TASK: METRIC`, `decode`, `prefill` or `cache`.
-        label: What tables call it.
-        better: Which way is better.
-        style: How to print it: as a figure of a task, or `seconds`, `ms` or `bytes`.
-        task: The task that it is of; empty for speed.
-    """
-
-    key: str
-    label: str
-    better: Better
-    style: Style | str
-    task: str = ""
-
-    @property
-    def metric(self) -> str:
-        """The task's metric; empty for speed."""
-        return self.key.removeprefix(f"{self.task}: ") if self.task else ""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A model's number in a column, with its 95 % interval if it has one."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class ComparedModel:
-    """One row.
-
-    Attributes:
-        name: What to call it; unique.
-        folder: Where it is; None for the base.
-        methods: Its methods, with the number of layers of each.
-        parameters: Its new parameters.
-        values: Its numbers by column; those that were not measured are not there.
-    """
-
-    name: str
-    folder: str | None
-    methods: Mapping[str, int]
-    parameters: int
-    values: Mapping[str, Value]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How a model differs from the best conversion in a column.
-
-    Attributes:
-        column: The column.
-        name: The model.
-        best: The conversion that is best in it.
-        change: Ratio or difference.
-        interval: 95 % interval, from the same resamples of both if `paired`.
-        paired: Whether both were scored on the same items.
-        compare: `ratio` or `difference`.
-        style: How to print it.
-        differs: Whether the interval leaves out no change; None without an interval.
-    """
-
-    column: str
-    name: str
-    best: str
-    change: float | None
-    interval: tuple[float, float] | None
-    paired: bool
-    compare: str
-    style: Style
-    differs: bool | None
 
 
 @dataclass(frozen=True)
@@ -169,7 +90,7 @@ def compare_conversions(
         rows=(*rows, *models),
         columns=(*quality, *speed),
         context=context,
-        differences=tuple(_differences(dict(zip(names, reports, strict=True)), models, quality)),
+        differences=tuple(find_differences(dict(zip(names, reports, strict=True)), models, quality)),
         remarks=tuple(_remarks(reports)),
     )
     if metric is not None and metric not in [column.key for column in comparison.quality]:
@@ -310,59 +231,6 @@ def _values(
     return values
 
 
-def best_of(rows: Sequence[ComparedModel], column: Column) -> ComparedModel | None:
-    """The conversion that is best in a column; None if none was measured."""
-    measured = [row for row in rows if row.folder is not None and column.key in row.values]
-    sign = 1 if column.better == "lower" else -1
-    return min(measured, key=lambda row: sign * row.values[column.key].value, default=None)
-
-
-def _differences(
-    reports: Mapping[str, Report], rows: Sequence[ComparedModel], columns: Sequence[Column]
-) -> list[Difference]:
-    """Each conversion against the best one, from the scores of single items."""
-    found = []
-    for column in columns:
-        best = best_of(rows, column)
-        tasks = {name: task for name, report in reports.items() if (task := report.tasks().get(column.task))}
-        if best is None:
-            continue
-        for name, task in tasks.items():
-            if name != best.name and _same_settings(task, tasks[best.name]):
-                difference = _difference(column, name, task, best.name, tasks[best.name])
-                found += [difference] if difference is not None else []
-    return found
-
-
-def _difference(column: Column, name: str, task: TaskRow, best: str, best_task: TaskRow) -> Difference | None:
-    row = next((row for row in task.metrics if f"{column.task}: {row.name}" == column.key), None)
-    if row is None or "model" not in task.items or "model" not in best_task.items:
-        return None
-    metric = Metric(**row.model_dump())
-    figures = make_figures(_items(task.items["model"]), _items(best_task.items["model"]), [metric], [()])
-    if not figures:
-        return None
-    figure, middle = figures[0], 1.0 if metric.compare == "ratio" else 0.0
-    interval = figure.change_interval
-    differs = None if interval is None else not interval[0] <= middle <= interval[1]
-    return Difference(
-        column.key, name, best, figure.change, interval, figure.paired, metric.compare, metric.style, differs
-    )
-
-
-def _items(columns: ItemColumns) -> list[Item]:
-    items = []
-    for place, id in enumerate(columns.ids):
-        values = {key: numbers[place] for key, numbers in columns.values.items() if place < len(numbers)}
-        known = {key: value for key, value in values.items() if value is not None}
-        items.append(Item(id, known, columns.groups[place] if place < len(columns.groups) else {}))
-    return items
-
-
-def _same_settings(first: TaskRow, second: TaskRow) -> bool:
-    return (first.kind, first.settings, first.limit) == (second.kind, second.settings, second.limit)
-
-
 def _remarks(reports: Sequence[Report]) -> list[str]:
     """Sentences about tasks with different settings, different machines, and speed that nobody measured."""
     remarks = []
@@ -370,7 +238,7 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         for name, task in report.tasks(*HEADLINES).items():
             tasks.setdefault(name, []).append(task)
-    unlike = [name for name, found in tasks.items() if any(not _same_settings(task, found[0]) for task in found)]
+    unlike = [name for name, found in tasks.items() if any(not same_settings(task, found[0]) for task in found)]
     if unlike:
         remarks.append(f"Measured with different settings, so not comparable: {', '.join(unlike)}.")
     timed = [report.benchmark for report in reports if report.benchmark is not None]

@@ -9,7 +9,8 @@ from ... import __version__
 from ...errors import OutputError
 from .blocks import Block, Cell, Chart, Charts, Page, Section, Table, Text, Tiles, Tone, section, texts
 from .charts import Axis, Dot, dot_chart
-from .comparing import CACHE, DECODE, PREFILL, Column, ComparedModel, ConversionComparison, Difference, Value, best_of
+from .comparing import CACHE, DECODE, PREFILL, ConversionComparison
+from .differences import Column, ComparedModel, Difference, Value, best_of
 from .formats import MISSING, amount, change, change_span, count_cell, duration, number, size, span
 from .html import render_html
 from .markdown import render_markdown

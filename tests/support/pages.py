@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -70,8 +71,13 @@ class PageText(HTMLParser):
 
 
 def read_page(path: Path) -> PageText:
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> PageText:
     page = PageText()
-    page.feed(path.read_text(encoding="utf-8"))
+    page.feed(text)
     page.close()
     return page
 
