@@ -3,6 +3,7 @@
 from .base import AttentionModule, AttentionOptions
 from .geometry import Geometry
 from .linear.hedgehog import HedgehogAttention
+from .linear.linear import LinearAttention
 from .linear.lolcats import LolcatsAttention
 from .registry import MethodInfo, available, create, get_method, register
 from .softmax import SoftmaxAttention
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionState",
     "Geometry",
     "HedgehogAttention",
+    "LinearAttention",
     "LolcatsAttention",
     "MethodInfo",
     "SlidingWindowAttention",

@@ -1,8 +1,8 @@
 """The contract every attention method obeys."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -25,13 +25,18 @@ class AttentionOptions(BaseModel):
 class AttentionModule(nn.Module, ABC):
     """One layer's attention, between the model's own projections.
 
-    A method implements `attend_naive` (the law: every weight written out, O(L^2)) and `attend_torch` (sub-quadratic),
-    and, if it forgets exact tokens, `tail_tokens` and `absorb`. Padding, dtypes and states are handled here.
+    A method implements `attend_naive` (the law: every weight written out, O(L^2), or the recurrence itself, token by
+    token) and `attend_torch` (sub-quadratic), and, if it forgets exact tokens, `tail_tokens` and `absorb`. What it
+    needs of a token besides key and value, such as a gate, comes from `signals`; what it does to the mixed values, such
+    as a norm, belongs into `finish`. Padding, dtypes and states are handled here.
 
     Args:
         geometry: head counts and sizes.
         options: the method's own options.
         implementation: `"auto"`, `"naive"` or `"torch"`; auto takes the fastest that the device has.
+
+    Raises:
+        ValueError: no such implementation, or the method cannot serve such a layer.
     """
 
     name: ClassVar[str] = ""
@@ -50,9 +55,27 @@ class AttentionModule(nn.Module, ABC):
                 f"implementation={implementation!r} is not available for {self.name!r}; "
                 f"choose one of {', '.join(self.implementations)}"
             )
+        misfit = self.misfit(geometry, options)
+        if misfit is not None:
+            raise ValueError(misfit)
         self.geometry = geometry
         self.options = options
         self.implementation = implementation
+
+    @classmethod
+    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+        """Why the method with these options (of its own class) cannot serve such a layer, None if it can."""
+        return None
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether `signals` or `finish` need the layer's input."""
+        return False
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether a query's attention weights are never negative and add up to one."""
+        return True
 
     def reset_parameters(self) -> None:
         """Set every learnable parameter to its start; methods without parameters have nothing to do."""
@@ -66,6 +89,30 @@ class AttentionModule(nn.Module, ABC):
     def memory_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the fp32 accumulators of one sequence, without the batch axis."""
         return {}
+
+    def signals(self, key: Tensor, hidden_states: Tensor | None) -> Memory:
+        """What the method derives from each new token besides its key and value, such as the logarithm of its gate.
+
+        It stays with keys and values wherever they go: `attend_naive`, `attend_torch` and `absorb` of a method with
+        signals take them by name as further arguments.
+
+        Args:
+            key: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
+            hidden_states: `[batch, seq, hidden]`, zero where padding stands; None unless `reads_hidden_states`.
+
+        Returns:
+            tensors `[batch, heads, seq, dim]` by name, of any heads and dim.
+        """
+        return {}
+
+    def finish(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """What follows the mixing of values, for each token by itself; the output need not be linear in it.
+
+        Args:
+            out: `[batch, num_heads, T, value_dim]`, fp32 or fp64.
+            hidden_states: `[batch, T, hidden]`, zero where padding stands; None unless `reads_hidden_states`.
+        """
+        return out
 
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
         """Fold tokens that left the tail into the accumulators.
@@ -136,39 +183,76 @@ class AttentionModule(nn.Module, ABC):
             scaling: factor on query-key products.
             padding_mask: `[batch, S]` bool, True = real token; None when all are.
             state: memory of earlier calls, updated in place.
-            hidden_states: `[batch, T, hidden]`, for methods that route on the layer's input.
+            hidden_states: `[batch, T, hidden]`, for methods that read the layer's input.
 
         Returns:
             `[batch, num_heads, T, value_dim]` in the dtype of `value`; rows of padding are zero.
 
         Raises:
-            ValueError: shapes do not fit the geometry.
+            ValueError: shapes do not fit the geometry, or `hidden_states` are missing.
         """
+        return self._run(query, key, value, scaling, padding_mask, state, hidden_states, finish=True)
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        padding_mask: Tensor | None,
+        state: AttentionState | None,
+        hidden_states: Tensor | None,
+        *,
+        finish: bool,
+    ) -> Tensor:
+        """`forward`, with or without what follows the mixing of values."""
         self._check_shapes(query, key, value, padding_mask, state)
-        length = query.shape[2]
-        query_valid = None if padding_mask is None else padding_mask[:, -length:]
+        query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
         order = None if query_valid is None else right_align_order(query_valid)
         if order is not None:
             query = take_tokens(query, order)
-        if state is not None:
-            keys, values, valid = state.append(key, value, padding_mask)
-            memory = state.memory
-        elif padding_mask is not None:
-            key_order = right_align_order(padding_mask)
-            keys, values = take_tokens(key, key_order), take_tokens(value, key_order)
-            valid, memory = padding_mask.gather(1, key_order), {}
-        else:
-            keys, values, valid, memory = key, value, None, {}
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
         with torch.autocast(query.device.type, enabled=False):
-            dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-            attend = self.attend_naive if self.implementation == "naive" else self.attend_torch
-            out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory)
+            hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
+            signals = self.signals(key.to(dtype), hidden)
+            if state is not None:
+                keys, values, valid, signals = state.append(key, value, padding_mask, signals)
+                memory = state.memory
+            elif padding_mask is not None:
+                key_order = right_align_order(padding_mask)
+                keys, values = take_tokens(key, key_order), take_tokens(value, key_order)
+                signals = {name: take_tokens(t, key_order) for name, t in signals.items()}
+                valid, memory = padding_mask.gather(1, key_order), {}
+            else:
+                keys, values, valid, memory = key, value, None, {}
+            attend: Callable[..., Tensor] = self.attend_naive if self.implementation == "naive" else self.attend_torch
+            out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
             if state is not None:
                 self._forget(state, dtype)
-        if order is not None and query_valid is not None:
-            out = restore_tokens(out, order).masked_fill(~query_valid[:, None, :, None], 0.0)
+            if order is not None:
+                out = restore_tokens(out, order)
+            if finish:
+                out = self.finish(out, hidden)
+        if query_valid is not None:
+            out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
+
+    def _layer_input(
+        self, query: Tensor, key: Tensor, hidden_states: Tensor | None, valid: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The layer's input in the dtype of the maths and without padding, if the method reads it."""
+        if not self.reads_hidden_states:
+            return None
+        expected = (query.shape[0], query.shape[2], self.geometry.hidden_size)
+        given = None if hidden_states is None else tuple(hidden_states.shape)
+        if hidden_states is None or given != expected or key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"{self.name!r} reads the layer's input: hidden_states must have shape {expected} and belong to all "
+                f"{key.shape[2]} keys, but it is {given}"
+            )
+        hidden_states = hidden_states.to(dtype)
+        return hidden_states if valid is None else hidden_states.masked_fill(~valid[..., None], 0.0)
 
     def attention_weights(
         self,
@@ -179,7 +263,7 @@ class AttentionModule(nn.Module, ABC):
         padding_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
     ) -> Tensor:
-        """What each key weighs in each query's output; a method whose output is not linear in its values overrides it.
+        """What each key weighs in what each query mixes of the values, before `finish`.
 
         Args:
             query: `[batch, num_heads, T, head_dim]`.
@@ -195,10 +279,7 @@ class AttentionModule(nn.Module, ABC):
         values = key.new_empty(*key.shape[:3], self.geometry.value_dim, dtype=dtype)
 
         def attend(units: Tensor) -> Tensor:
-            out: Tensor = self(
-                query, key, units, scaling=scaling, padding_mask=padding_mask, hidden_states=hidden_states
-            )
-            return out
+            return self._run(query, key, units, scaling, padding_mask, None, hidden_states, finish=False)
 
         return response_weights(attend, values)
 
@@ -228,8 +309,9 @@ class AttentionModule(nn.Module, ABC):
             return
         evicted = state.evict(self.tail_tokens)
         if evicted is not None:
-            keys, values, valid = evicted
-            state.memory = self.absorb(state.memory, keys.to(dtype), values.to(dtype), valid)
+            keys, values, valid, signals = evicted
+            absorb: Callable[..., Memory] = self.absorb
+            state.memory = absorb(state.memory, keys.to(dtype), values.to(dtype), valid, **signals)
 
     def _check_shapes(
         self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, state: AttentionState | None

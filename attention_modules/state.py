@@ -1,11 +1,14 @@
 """What a method remembers between calls: a short tail of exact tokens and fixed-size accumulators in fp32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from .padding import right_align_order, take_tokens
+
+# Keys, values, validity (None: all real) and signals of some tokens.
+Tail = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
 
 
 class AttentionState:
@@ -38,46 +41,51 @@ class AttentionState:
         """Bytes of all tensors held."""
         return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *self.memory.values()))
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(self, key: Tensor, value: Tensor, valid: Tensor | None, signals: Mapping[str, Tensor]) -> Tail:
         """Add new tokens behind the tail and return the whole tail.
 
         Args:
             key: `[batch, num_kv_heads, new, head_dim]`.
             value: `[batch, num_kv_heads, new, value_dim]`.
             valid: `[batch, new]` bool, True = real token, or None when all are.
+            signals: what else the method knows of each token, `[batch, heads, new, dim]` each.
 
         Returns:
-            keys, values `[batch, num_kv_heads, tail + new, ...]` and valid `[batch, tail + new]` or None.
+            keys, values `[batch, num_kv_heads, tail + new, ...]`, valid `[batch, tail + new]` or None, and the signals.
         """
         batch, _, new, _ = key.shape
         if self._tail and self._tail["keys"].shape[0] != batch:
             raise ValueError(f"the state holds {self._tail['keys'].shape[0]} sequences, but {batch} came in")
         positions = torch.arange(self.seen, self.seen + new, device=key.device).expand(batch, -1)
         ours = torch.ones(batch, new, dtype=torch.bool, device=key.device) if valid is None else valid
-        fresh = {"keys": key, "values": value, "valid": ours, "positions": positions}
+        fresh = {"keys": key, "values": value, "valid": ours, "positions": positions, **signals}
         if self._tail:
-            fresh = {name: torch.cat([self._tail[name], new_part], _axis(name)) for name, new_part in fresh.items()}
+            fresh = {name: torch.cat([self._tail[name], part], _axis(part)) for name, part in fresh.items()}
         self._padded = self._padded or valid is not None
         self._tail = _aligned(fresh) if self._padded else fresh
         self.seen, self._newest = self.seen + new, new
-        return self._tail["keys"], self._tail["values"], self._tail["valid"] if self._padded else None
+        return self._parts(self._tail)
 
-    def evict(self, keep: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def _parts(self, tail: dict[str, Tensor]) -> Tail:
+        signals = {name: t for name, t in tail.items() if name not in ("keys", "values", "valid", "positions")}
+        return tail["keys"], tail["values"], tail["valid"] if self._padded else None, signals
+
+    def evict(self, keep: int) -> Tail | None:
         """Take everything but the last `keep` tokens out of the tail.
 
         With `record_past` the tokens of the latest call stay too.
 
         Returns:
-            keys, values and valid of the tokens that left, oldest first, or None if nothing left.
+            keys, values, valid and signals of the tokens that left, oldest first, or None if nothing left.
         """
         keep += self._newest if self.record_past else 0
         leaving = self.tail_length - keep
         if leaving <= 0:
             return None
-        gone = {name: t.narrow(_axis(name), 0, leaving) for name, t in self._tail.items()}
+        gone = {name: t.narrow(_axis(t), 0, leaving) for name, t in self._tail.items()}
         # A copy, so that the evicted tokens' storage is really given back.
-        self._tail = {name: t.narrow(_axis(name), leaving, keep).clone() for name, t in self._tail.items()}
-        return gone["keys"], gone["values"], gone["valid"] if self._padded else None
+        self._tail = {name: t.narrow(_axis(t), leaving, keep).clone() for name, t in self._tail.items()}
+        return self._parts(gone)
 
     def crop(self, num_tokens: int) -> None:
         """Forget the newest `num_tokens` tokens.
@@ -99,7 +107,7 @@ class AttentionState:
             self._tail = _aligned(self._tail)
         kept = self.tail_length - num_tokens
         start = num_tokens if self._padded else 0
-        self._tail = {name: t.narrow(_axis(name), start, kept) for name, t in self._tail.items()}
+        self._tail = {name: t.narrow(_axis(t), start, kept) for name, t in self._tail.items()}
         self._newest = max(self._newest - num_tokens, 0)
 
     def reset(self) -> None:
@@ -122,10 +130,11 @@ class AttentionState:
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 
-def _axis(name: str) -> int:
-    return 2 if name in ("keys", "values") else 1
+def _axis(tensor: Tensor) -> int:
+    """Where the tokens are counted: validity and positions have neither heads nor channels."""
+    return 2 if tensor.ndim == 4 else 1
 
 
 def _aligned(tail: dict[str, Tensor]) -> dict[str, Tensor]:
     order = right_align_order(tail["valid"])
-    return {name: take_tokens(t, order) if _axis(name) == 2 else t.gather(1, order) for name, t in tail.items()}
+    return {name: take_tokens(t, order) if _axis(t) == 2 else t.gather(1, order) for name, t in tail.items()}

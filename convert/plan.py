@@ -195,9 +195,10 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
     if rule is None or rule.method == "softmax":
         return PlanEntry(module.name, module.layer_idx, "softmax", {}, module.geometry)
     info = get_method(rule.method)
-    options = info.options_class(**rule.options).model_dump(mode="json")
+    parsed = info.options_class(**rule.options)
+    options = parsed.model_dump(mode="json")
     lossy = tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
-    refused = None
+    refused = info.module_class.misfit(module.geometry, parsed)
     if "mask" in module.extras:
         refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
     elif module.calls > 1 and module.geometry.causal:

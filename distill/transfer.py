@@ -29,7 +29,8 @@ class AttentionTransfer(Objective):
         stage: The recipe's stage.
 
     Raises:
-        TrainingError: None of the converted layers has parameters.
+        TrainingError: None of the converted layers has parameters, or the attention weights of one are no
+            distribution, so that `weight_cross_entropy` means nothing for them.
 
     Paper: https://arxiv.org/abs/2410.10254
     """
@@ -40,8 +41,18 @@ class AttentionTransfer(Objective):
         parameters = trainee.core_parameters()
         if not parameters:
             raise TrainingError("The stage attention_transfer has nothing to train: no converted layer has parameters.")
+        self._check_weights()
         self.learning_layers = len({name.split(".attnconv.")[0] for name in parameters})
         self.group = ParameterGroup(parameters, stage.learning_rate)
+
+    def _check_weights(self) -> None:
+        cores = self.trainee.cores().values()
+        unnormalized = next((core.name for core in cores if not core.is_normalized), None)
+        if self.stage.loss.weight_cross_entropy > 0 and unnormalized is not None:
+            raise TrainingError(
+                f"The attention weights of {unnormalized!r} are no distribution, so they cannot be compared with those "
+                "of softmax: set loss.weight_cross_entropy to 0 and loss.output_mse above it."
+            )
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The cores' parameters."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
 from .chunked import add_memory, linear_sums
-from .feature_maps import FeatureMap, FeatureMapName, Initialization
+from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
 
 class LinearOptions(AttentionOptions):
@@ -17,7 +17,7 @@ class LinearOptions(AttentionOptions):
 
     Attributes:
         feature_map: which φ; the two hedgehog forms are different functions.
-        feature_dim: columns of the projection inside φ; None = head_dim.
+        feature_dim: columns of the projection inside φ; None = head_dim, for `taylor` 16.
         state_per: `query_head` learns a key map and keeps a state per query head (the published form), `kv_head` one
             per key/value head, which divides the state by the number of heads that share one.
         initialization: start of the projections.
@@ -32,13 +32,18 @@ class LinearOptions(AttentionOptions):
 class LinearAttentionModule(AttentionModule):
     """Base of the methods that keep `Σ φ(k) vᵀ` and `Σ φ(k)`."""
 
-    def __init__(self, geometry: Geometry, options: LinearOptions, implementation: str = "auto") -> None:
+    def __init__(
+        self, geometry: Geometry, options: LinearOptions, implementation: str = "auto", *, projected: bool = True
+    ) -> None:
         super().__init__(geometry, options, implementation)
-        feature_dim = options.feature_dim or geometry.head_dim
         self.key_heads = geometry.num_heads if options.state_per == "query_head" else geometry.num_kv_heads
+        feature_dim = geometry.head_dim
+        if projected:
+            feature_dim = options.feature_dim or FEATURE_MAPS[options.feature_map].default_dim or feature_dim
 
         def feature_map(heads: int) -> FeatureMap:
-            return FeatureMap(options.feature_map, heads, geometry.head_dim, feature_dim, options.initialization)
+            sizes = heads, geometry.head_dim, feature_dim
+            return FeatureMap(options.feature_map, *sizes, options.initialization, projected=projected)
 
         self.query_map = feature_map(geometry.num_heads)
         self.key_map = feature_map(self.key_heads)

@@ -3,7 +3,7 @@
 A new method joins by adding rows to `ROWS`; `test_every_method_has_a_row` fails until it does.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,12 +18,14 @@ class Row:
     """One method with one set of options.
 
     `degenerate` holds the options under which the method is softmax attention (None: there are none, with the reason).
+    A row that is not `bidirectional` is refused for layers that look both ways.
     """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     degenerate: dict[str, Any] | None = None
     no_degenerate_because: str = ""
+    bidirectional: bool = True
 
     @property
     def id(self) -> str:
@@ -45,7 +47,14 @@ ROWS = [
     Row("lolcats", {"window": 9, "feature_map": "t2r", "feature_dim": 24}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "feature_map": "elu", "initialization": "kaiming"}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "feature_map": "exp", "state_per": "kv_head"}, degenerate=WIDE),
+    Row("lolcats", {"window": 9, "feature_map": "taylor", "feature_dim": 5}, degenerate=WIDE),
+    Row("linear", no_degenerate_because=PURE),
+    Row("linear", {"feature_map": "elu", "projection": "none"}, no_degenerate_because=PURE),
+    Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
+    Row("linear", {"feature_map": "dpfp", "state_per": "kv_head"}, no_degenerate_because=PURE),
+    Row("linear", {"feature_map": "taylor", "feature_dim": 7}, no_degenerate_because=PURE),
 ]
+HIDDEN_SIZE = 12
 GEOMETRIES = [
     Geometry(1, 1, 16, 16),
     Geometry(4, 2, 16, 24),
@@ -55,10 +64,15 @@ GEOMETRIES = [
     Geometry(8, 1, 128, 128),
     Geometry(2, 1, 256, 256),
 ]
-BASE = Geometry(4, 2, 16, 24)
+BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
 LENGTHS = [1, 7, 63, 123]
 
 all_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+rows_and_directions = pytest.mark.parametrize(
+    ("row", "causal"),
+    [(row, causal) for row in ROWS for causal in (True, False) if causal or row.bidirectional],
+    ids=lambda value: value.id if isinstance(value, Row) else "causal" if value else "bidirectional",
+)
 all_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -81,11 +95,16 @@ def tokens(length: int, geometry: Geometry = BASE, batch: int = 2, seed: int = 0
         "query": draw(geometry.num_heads, geometry.head_dim),
         "key": draw(geometry.num_kv_heads, geometry.head_dim),
         "value": draw(geometry.num_kv_heads, geometry.value_dim),
+        # With an axis of heads like the others, so that all are cut, padded and changed alike.
+        "hidden_states": draw(1, HIDDEN_SIZE),
     }
 
 
 def attend(module: AttentionModule, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
-    out: torch.Tensor = module(**inputs, scaling=module.geometry.head_dim**-0.5, **kwargs)
+    heads = {name: t for name, t in inputs.items() if name != "hidden_states"}
+    hidden_states = inputs["hidden_states"].squeeze(1)
+    scaling = module.geometry.head_dim**-0.5
+    out: torch.Tensor = module(**heads, scaling=scaling, hidden_states=hidden_states, **kwargs)
     return out
 
 
@@ -94,7 +113,7 @@ def part(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, to
 
 
 def sdpa(inputs: dict[str, torch.Tensor], *, causal: bool = True) -> torch.Tensor:
-    query, key, value = inputs.values()
+    query, key, value = (inputs[name] for name in ("query", "key", "value"))
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
@@ -103,7 +122,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9)
 
 
 def directed(geometry: Geometry, causal: bool) -> Geometry:
-    return Geometry(geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, geometry.value_dim, causal)
+    return replace(geometry, causal=causal)
 
 
 def test_every_method_has_a_row() -> None:
@@ -111,8 +130,7 @@ def test_every_method_has_a_row() -> None:
     assert all(row.degenerate is not None or row.no_degenerate_because for row in ROWS)
 
 
-@all_rows
-@all_directions
+@rows_and_directions
 @pytest.mark.parametrize("length", [*LENGTHS, 200])
 def test_oracle_forward_and_gradients(row: Row, causal: bool, length: int) -> None:
     compare_gradients(row, directed(BASE, causal), tokens(length))
@@ -132,8 +150,9 @@ def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tenso
         out = attend(module, inputs)
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         # The naive form multiplies by zero where the blocked one skips a term.
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
-        results.append({"out": out, **{n: t.grad for n, t in inputs.items()}, **grads})
+        leaves = {**inputs, **dict(module.named_parameters())}
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+        results.append({"out": out, **grads})
     for name, expected in results[0].items():
         close(results[1][name], expected, 1e-8)
 
@@ -175,8 +194,7 @@ def test_prefill_chunks_and_decode_agree(row: Row, implementation: str, cuts: li
     assert state.seen == 90
 
 
-@all_rows
-@all_directions
+@rows_and_directions
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
 def test_padding_is_absent(row: Row, causal: bool, implementation: str) -> None:
     """Left, right and inner padding, in a batch of mixed lengths: each row as if it were alone."""
@@ -230,6 +248,7 @@ def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: s
     "geometry", GEOMETRIES, ids=lambda g: f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
 )
 def test_geometries(row: Row, geometry: Geometry) -> None:
+    geometry = replace(geometry, hidden_size=HIDDEN_SIZE)
     inputs = tokens(37, geometry)
     expected = attend(build(row, geometry, implementation="naive"), inputs)
     close(attend(build(row, geometry), inputs), expected)
@@ -305,6 +324,7 @@ def test_finite(row: Row, implementation: str) -> None:
     padded[1, :5] = False
     huge = {name: t.clone() for name, t in inputs.items()}
     huge["key"][1, :, :5] = 1e30
+    huge["hidden_states"][1, :, :5] = float("nan")
     constant = {name: torch.ones_like(t) for name, t in inputs.items()}
     large = {name: (t * 1e4).bfloat16().requires_grad_() for name, t in inputs.items()}
     assert attend(module, huge, padding_mask=padded).isfinite().all()
@@ -312,28 +332,31 @@ def test_finite(row: Row, implementation: str) -> None:
     out = attend(module, large)
     out.float().sum().backward()
     assert out.isfinite().all()
-    assert all(t.grad is not None and t.grad.isfinite().all() for t in large.values())
+    read = [t for name, t in large.items() if name != "hidden_states" or module.reads_hidden_states]
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in read)
 
 
 @all_rows
 def test_fresh_parameters_and_options_round_trip(row: Row) -> None:
     module = create(row.method, BASE, **row.options)
+    torch.manual_seed(7)
     again = create(row.method, BASE, **module.options.model_dump(mode="json"))
     assert again.options == module.options
     for parameter in module.parameters():
         parameter.data.fill_(float("nan"))
+    torch.manual_seed(7)
     module.reset_parameters()
-    assert all(parameter.isfinite().all() for parameter in module.parameters())
-    if row.options.get("initialization") != "kaiming":
-        for name, tensor in again.state_dict().items():
-            assert torch.equal(module.state_dict()[name], tensor)
+    for name, tensor in again.state_dict().items():
+        assert tensor.isfinite().all()
+        assert torch.equal(module.state_dict()[name], tensor)
 
 
 @all_rows
 def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
     """2,048 decoded tokens do not drift away from the prefill."""
-    module = build(row, Geometry(2, 1, 16, 16)).bfloat16()
-    inputs = {name: t.bfloat16() for name, t in tokens(2048, Geometry(2, 1, 16, 16), batch=1).items()}
+    geometry = Geometry(2, 1, 16, 16, hidden_size=HIDDEN_SIZE)
+    module = build(row, geometry).bfloat16()
+    inputs = {name: t.bfloat16() for name, t in tokens(2048, geometry, batch=1).items()}
     state, outs = module.new_state(), []
     attend(module, part(inputs, 0, 2000), state=state)
     for t in range(2000, 2048):

@@ -49,6 +49,14 @@ def test_options_are_complete_and_survive_the_config() -> None:
     assert "decoder.0.cross" not in section["modules"]
 
 
+def test_a_layer_that_a_method_cannot_serve_is_refused_with_the_reason() -> None:
+    rules = [rule("2", "linear", projection="none", feature_dim=4), rule("all", "linear")]
+    with pytest.raises(PlanError, match=r"decoder\.2\.attn cannot be converted: .*leave feature_dim out"):
+        make_plan(rules, LAYERS)
+    refused = make_plan(rules, LAYERS, check=False).entries
+    assert [entry.converted for entry in refused] == [True, False, True, False, True]
+
+
 def test_nothing_to_convert_is_refused() -> None:
     with pytest.raises(PlanError, match="leave every layer"):
         make_plan([rule("all", "softmax")], LAYERS)

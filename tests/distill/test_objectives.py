@@ -225,3 +225,11 @@ def test_in_bf16_the_cores_stay_fp32_and_learn(make_trainee, batch):
         figures, gradients = run(objective, trainee, [batch])
         assert torch.isfinite(figures.loss)
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+
+
+def test_weights_that_are_no_distribution_are_not_compared_with_softmax(make_trainee):
+    trainee = make_trainee("linear", normalizer=False)
+    with pytest.raises(TrainingError, match="'linear' are no distribution.*weight_cross_entropy to 0"):
+        AttentionTransfer(trainee, transfer_stage(output_mse=1, weight_cross_entropy=1))
+    AttentionTransfer(trainee, transfer_stage(output_mse=1))
+    AttentionTransfer(make_trainee("linear"), transfer_stage(output_mse=0, weight_cross_entropy=1))

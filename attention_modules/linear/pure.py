@@ -1,0 +1,57 @@
+"""Linear attention without exact tokens beside it: `hedgehog` and `linear`."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..base import Memory
+from .base import LinearAttentionModule, causal_mask
+from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
+
+
+class PureLinearModule(LinearAttentionModule):
+    """`Σ φ(q_i)·φ(k_j) v_j` and `Σ φ(q_i)·φ(k_j)` over `j ≤ i`, or over all j when not causal."""
+
+    @property
+    def tail_tokens(self) -> int:
+        """Nothing is kept exactly."""
+        return 0
+
+    @abstractmethod
+    def combine(self, numerator: Tensor, denominator: Tensor) -> Tensor:
+        """What becomes of the two sums, `[..., T, value_dim]` and `[..., T, 1]`."""
+
+    def attend_naive(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """All products written out."""
+        features, weights = self.naive_products(query, keys, valid)
+        if self.geometry.causal:
+            weights = weights.masked_fill(~causal_mask(weights.shape[-2], weights.shape[-1], query.device), 0.0)
+        numerator, denominator = weights @ self.repeat_values(values), weights.sum(-1, keepdim=True)
+        if memory:
+            past_numerator, past_denominator = memory_terms(features, memory)
+            numerator, denominator = numerator + past_numerator, denominator + past_denominator
+        return self.combine(numerator, denominator)
+
+    def attend_torch(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """Chunked."""
+        if not self.geometry.causal:
+            memory = linear_sums(self.key_features(keys, valid), values)
+            return self.combine(*memory_terms(self.query_map(query), memory))
+        past = keys.shape[2] - query.shape[2]
+        if past:
+            memory = self.absorb(
+                memory, keys[:, :, :past], values[:, :, :past], None if valid is None else valid[:, :past]
+            )
+        outs = []
+        for start in range(0, query.shape[2], SEGMENT):
+            now = slice(past + start, past + start + SEGMENT)
+            key_features = self.key_features(keys[:, :, now], None if valid is None else valid[:, now])
+            features = self.query_map(query[:, :, start : start + SEGMENT])
+            terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
+            outs.append(self.combine(*terms))
+        return torch.cat(outs, 2)
