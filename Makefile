@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 OUTPUT ?= out/demo
+# Each worker takes whole files, so that what a file prepares is prepared once.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/attnconv demo --output $(OUTPUT)
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m slow
