@@ -20,7 +20,7 @@ class AttentionState:
     Attributes:
         seen: tokens that went in so far, padding included.
         memory: the method's accumulators; empty until the first token leaves the tail.
-        record_past: keep the tokens of the latest call in the tail, so that `crop` can take them back exactly.
+        record_past: keep all tokens since the last `crop` in the tail, so that the next one can take them back exactly.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class AttentionState:
         self.record_past = False
         self.memory: dict[str, Tensor] = {}
         self._tail: dict[str, Tensor] = {}
-        self._newest = 0
+        self._recorded = 0
         self._padded = False
 
     @property
@@ -63,7 +63,8 @@ class AttentionState:
             fresh = {name: torch.cat([self._tail[name], part], _axis(part)) for name, part in fresh.items()}
         self._padded = self._padded or valid is not None
         self._tail = _aligned(fresh) if self._padded else fresh
-        self.seen, self._newest = self.seen + new, new
+        self.seen += new
+        self._recorded = self._recorded + new if self.record_past else 0
         return self._parts(self._tail)
 
     def _parts(self, tail: dict[str, Tensor]) -> Tail:
@@ -73,12 +74,12 @@ class AttentionState:
     def evict(self, keep: int) -> Tail | None:
         """Take everything but the last `keep` tokens out of the tail.
 
-        With `record_past` the tokens of the latest call stay too.
+        With `record_past` the tokens since the last `crop` stay too.
 
         Returns:
             keys, values, valid and signals of the tokens that left, oldest first, or None if nothing left.
         """
-        keep += self._newest if self.record_past else 0
+        keep += self._recorded if self.record_past else 0
         leaving = self.tail_length - keep
         if leaving <= 0:
             return None
@@ -94,6 +95,7 @@ class AttentionState:
             ValueError: some of them already went into the accumulators, which cannot be undone; set `record_past`
                 before the call that adds tokens which may be taken back.
         """
+        self._recorded = 0
         if num_tokens <= 0:
             return
         if num_tokens > self.tail_length:
@@ -108,11 +110,10 @@ class AttentionState:
         kept = self.tail_length - num_tokens
         start = num_tokens if self._padded else 0
         self._tail = {name: t.narrow(_axis(t), start, kept) for name, t in self._tail.items()}
-        self._newest = max(self._newest - num_tokens, 0)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.seen, self._newest = 0, 0
+        self.seen = self._recorded = 0
         self.memory, self._tail = {}, {}
         self._padded = False
 
