@@ -3,6 +3,7 @@
 from .base import AttentionModule, AttentionOptions
 from .geometry import Geometry
 from .linear.hedgehog import HedgehogAttention
+from .linear.lightning import LightningAttention
 from .linear.linear import LinearAttention
 from .linear.lolcats import LolcatsAttention
 from .registry import MethodInfo, available, create, get_method, register
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionState",
     "Geometry",
     "HedgehogAttention",
+    "LightningAttention",
     "LinearAttention",
     "LolcatsAttention",
     "MethodInfo",

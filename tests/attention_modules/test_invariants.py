@@ -53,6 +53,13 @@ ROWS = [
     Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "dpfp", "state_per": "kv_head"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "taylor", "feature_dim": 7}, no_degenerate_because=PURE),
+    Row("lightning", no_degenerate_because=PURE, bidirectional=False),
+    Row(
+        "lightning",
+        {"decay": "learned", "activation": "none", "state_per": "kv_head", "output_gate": False},
+        no_degenerate_because=PURE,
+        bidirectional=False,
+    ),
 ]
 HIDDEN_SIZE = 12
 GEOMETRIES = [
@@ -128,6 +135,12 @@ def directed(geometry: Geometry, causal: bool) -> Geometry:
 def test_every_method_has_a_row() -> None:
     assert {row.method for row in ROWS} == set(available())
     assert all(row.degenerate is not None or row.no_degenerate_because for row in ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.bidirectional], ids=lambda row: row.id)
+def test_a_method_that_runs_from_left_to_right_refuses_to_look_both_ways(row: Row) -> None:
+    with pytest.raises(ValueError, match="bidirectional"):
+        build(row, directed(BASE, False))
 
 
 @rows_and_directions

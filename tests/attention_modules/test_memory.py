@@ -14,7 +14,7 @@ import torch
 from attnconv.attention_modules import Geometry, create
 
 torch.set_num_threads(1)
-geometry = Geometry(4, 2, 32, 32)
+geometry = Geometry(4, 2, 32, 32, hidden_size=64)
 module = create(sys.argv[1], geometry, **json.loads(sys.argv[2]))
 
 def peak():
@@ -26,7 +26,8 @@ def step(length):
     start = peak()
     shapes = [(1, 4, length, 32), (1, 2, length, 32), (1, 2, length, 32)]
     query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    module(query, key, value, scaling=32**-0.5).sum().backward()
+    hidden = torch.randn(1, length, 64)
+    module(query, key, value, scaling=32**-0.5, hidden_states=hidden).sum().backward()
     return peak() - start
 
 step(64)
@@ -37,7 +38,12 @@ print(json.dumps([step(length) for length in (4096, 16384)]))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resettable high-water mark")
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("hedgehog", {}), ("lolcats", {"window": 64}), ("sliding_window", {"window": 64, "num_sinks": 4})],
+    [
+        ("hedgehog", {}),
+        ("lightning", {}),
+        ("lolcats", {"window": 64}),
+        ("sliding_window", {"window": 64, "num_sinks": 4}),
+    ],
 )
 def test_training_memory_is_linear_in_length(method: str, options: dict[str, int]) -> None:
     run = subprocess.run(

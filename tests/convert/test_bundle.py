@@ -157,7 +157,7 @@ def test_every_method_fits_into_one_file(methods: list[str]) -> None:
 @pytest.mark.parametrize("name", available())
 def test_plain_options_hold_what_pydantic_would(name: str) -> None:
     """The stand-in gives a class with the same annotations and defaults the same options."""
-    options = create(name, Geometry(4, 2, 16, 16)).options
+    options = create(name, Geometry(4, 2, 16, 16, hidden_size=8)).options
     dumped = options.model_dump(mode="json")
     fields = {key: plain_options.Field(value) for key, value in dumped.items()}
     plain = type("Plain", (plain_options.BaseModel,), {**fields, "__annotations__": dict.fromkeys(fields, object)})

@@ -55,6 +55,12 @@ def test_a_layer_that_a_method_cannot_serve_is_refused_with_the_reason() -> None
         make_plan(rules, LAYERS)
     refused = make_plan(rules, LAYERS, check=False).entries
     assert [entry.converted for entry in refused] == [True, False, True, False, True]
+    both_ways = [replace(layer(0), geometry=replace(GEOMETRY, causal=False))]
+    with pytest.raises(PlanError, match=r"decoder\.0\.attn cannot be converted: lightning .*bidirectional"):
+        make_plan([rule("all", "lightning")], both_ways)
+    with pytest.raises(PlanError, match="hidden_size is not known"):
+        make_plan([rule("all", "lightning")], LAYERS)
+    assert make_plan([rule("all", "lightning", output_gate=False)], LAYERS).converted
 
 
 def test_nothing_to_convert_is_refused() -> None:
