@@ -2,6 +2,7 @@
 
 from .base import AttentionModule, AttentionOptions
 from .geometry import Geometry
+from .linear.gated import GatedLinearAttention
 from .linear.hedgehog import HedgehogAttention
 from .linear.lightning import LightningAttention
 from .linear.linear import LinearAttention
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionModule",
     "AttentionOptions",
     "AttentionState",
+    "GatedLinearAttention",
     "Geometry",
     "HedgehogAttention",
     "LightningAttention",

@@ -1,5 +1,7 @@
 """Attention transfer: each converted layer learns to give the output of the softmax attention it replaces."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..attention_modules import create
@@ -107,9 +109,13 @@ def attention_weight_loss(call: AttentionCall) -> torch.Tensor:
         query, key = (tensor[row : row + 1, :, keep].detach().float() for tensor in (call.query, call.key))
         length = key.shape[2]
         units = torch.eye(length, device=key.device).expand(1, key.shape[1], length, length)
-        student, teacher = (
-            core.attend_naive(query, key, units, None, call.scaling, {}) for core in (call.core, softmax)
-        )
+        hidden_states = None
+        if call.core.reads_hidden_states and call.hidden_states is not None:
+            hidden_states = call.hidden_states[row : row + 1, keep].detach().float()
+        signals = call.core.signals(key, hidden_states)
+        attend: Callable[..., torch.Tensor] = call.core.attend_naive
+        student = attend(query, key, units, None, call.scaling, {}, **signals)
+        teacher = softmax.attend_naive(query, key, units, None, call.scaling, {})
         losses.append(weight_cross_entropy(student, teacher, None) * length)
         lengths.append(length)
     return torch.stack(losses).sum() / max(1, sum(lengths))

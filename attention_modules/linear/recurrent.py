@@ -105,6 +105,14 @@ class RecurrentModule(AttentionModule):
     def activate(self, x: Tensor) -> Tensor:
         """What queries and keys go through."""
 
+    def prepare_values(self, values: Tensor) -> Tensor:
+        """What is mixed in their place."""
+        return values
+
+    def combine(self, out: Tensor) -> Tensor:
+        """What becomes of the mixture `[batch, num_heads, T, dim]`."""
+        return out
+
     def signals(self, key: Tensor, hidden_states: Tensor | None) -> Memory:
         """The gates of each token."""
         decay = self.log_decay(key, hidden_states).clamp(MIN_LOG_DECAY, 0.0)
@@ -181,7 +189,7 @@ class RecurrentModule(AttentionModule):
             gates = {name: t[:, :, now] for name, t in signals.items()}
             out, state = run(part, keys[:, :, now], values[:, :, now], gates, state)
             outs.append(out)
-        return torch.cat(outs, 3).flatten(1, 2)
+        return self.combine(torch.cat(outs, 3).flatten(1, 2))
 
     def _inputs(
         self, keys: Tensor, values: Tensor, valid: Tensor | None, signals: Memory
@@ -194,6 +202,7 @@ class RecurrentModule(AttentionModule):
             signals = {name: t.masked_fill(padding, 0.0) for name, t in signals.items()}
         else:
             keys = self.activate(keys)
+        values = self.prepare_values(values)
         repeats = self.key_heads // self.geometry.num_kv_heads
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)

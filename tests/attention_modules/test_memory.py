@@ -39,6 +39,8 @@ print(json.dumps([step(length) for length in (4096, 16384)]))
 @pytest.mark.parametrize(
     ("method", "options"),
     [
+        ("gated", {"gate": "vector", "state_per": "kv_head"}),
+        ("gated", {"gate": "scalar"}),
         ("hedgehog", {}),
         ("lightning", {}),
         ("lolcats", {"window": 64}),

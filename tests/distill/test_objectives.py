@@ -227,6 +227,15 @@ def test_in_bf16_the_cores_stay_fp32_and_learn(make_trainee, batch):
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
 
+def test_weights_of_gated_layers_are_compared_with_softmax(make_trainee, padded_batch, single_rows):
+    trainee = make_trainee("gated", activation="softmax", normalizer=True)
+    objective = AttentionTransfer(trainee, transfer_stage(output_mse=0, weight_cross_entropy=1.0))
+    together = run(objective, trainee, [padded_batch])
+    assert_same(together, run(objective, trainee, single_rows))
+    gates = {name: gradient for name, gradient in together[1].items() if "gate_projection.weight" in name}
+    assert all(float(gradient.abs().max()) > 0 for gradient in gates.values())
+
+
 def test_weights_that_are_no_distribution_are_not_compared_with_softmax(make_trainee):
     trainee = make_trainee("linear", normalizer=False)
     with pytest.raises(TrainingError, match="'linear' are no distribution.*weight_cross_entropy to 0"):

@@ -11,7 +11,18 @@ from attnconv.attention_modules import get_method
 from attnconv.errors import RecipeError
 from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 
-SHIPPED = ["hedgehog", "hybrid", "lightning", "linear", "lolcats", "lolcats-plus", "quickstart", "sliding-window"]
+SHIPPED = [
+    "gated",
+    "hedgehog",
+    "hybrid",
+    "liger",
+    "lightning",
+    "linear",
+    "lolcats",
+    "lolcats-plus",
+    "quickstart",
+    "sliding-window",
+]
 
 
 def test_the_list_of_shipped_recipes():
