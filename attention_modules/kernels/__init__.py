@@ -1,0 +1,1 @@
+"""Triton kernels, as operators that torch.compile and autograd know; triton itself is imported when one first runs."""

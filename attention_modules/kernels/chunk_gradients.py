@@ -1,0 +1,218 @@
+# mypy: ignore-errors
+"""Triton kernels of the gradients of `chunk_kernels`; heads, shift and gates as there.
+
+`d_out` is the gradient of the numerator, `d_mass` that of the denominator.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import decay_inside, first_real, product, store_tile, tile, tile_transposed
+
+
+@triton.jit
+def chunk_state_gradients(
+    q,
+    gates,
+    d_out,
+    d_mass,
+    d_last_sums,
+    d_last_norm,
+    d_sums,
+    d_norms,
+    d_first_sums,
+    d_first_norm,
+    length,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the gradients of the sums after every chunk, and of those before the first; chunks from the last on."""
+    block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_chunks = tl.cdiv(length, CHUNK)
+    columns_k = block_k * BK + tl.arange(0, BK)
+    columns_v = block_v * BV + tl.arange(0, BV)
+    inside_k = columns_k < K
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    norm = tl.zeros([BK], dtype=tl.float32)
+    if HAS_LAST:
+        state += tile(d_last_sums + index * K * V, columns_k, inside_k, columns_v, V)
+        norm += tl.load(d_last_norm + index * K + columns_k, mask=inside_k, other=0.0)
+    for back in range(num_chunks):
+        chunk = num_chunks - 1 - back
+        here = index * num_chunks + chunk
+        store_tile(d_sums + here * K * V, state, columns_k, inside_k, columns_v, V)
+        if block_v == 0:
+            tl.store(d_norms + here * K + columns_k, norm, mask=inside_k)
+        steps = chunk * CHUNK + tl.arange(0, CHUNK)
+        is_query = steps < length
+        inner = tl.zeros([CHUNK], dtype=tl.float32)
+        if HAS_GATES:
+            total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
+            inner += tl.load(gates + index * length + steps, mask=is_query, other=0.0)
+            state *= tl.exp(total)
+            norm *= tl.exp(total)
+        for member in range(H // HS):
+            head = index * (H // HS) + member
+            queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K).to(tl.float32)
+            if HAS_GATES:
+                queries *= tl.exp(inner)[None, :]
+            mass = tl.load(d_mass + head * length + steps, mask=is_query, other=0.0)
+            state += product(
+                queries, tile(d_out + head * length * V, steps, is_query, columns_v, V), COMPUTE, PRECISION
+            )
+            norm += tl.sum(queries * mass[None, :], 1)
+    store_tile(d_first_sums + index * K * V, state, columns_k, inside_k, columns_v, V)
+    if block_v == 0:
+        tl.store(d_first_norm + index * K + columns_k, norm, mask=inside_k)
+
+
+@triton.jit
+def chunk_feature_gradients(
+    q,
+    k,
+    v,
+    gates,
+    start,
+    sums,
+    norms,
+    d_out,
+    d_mass,
+    d_sums,
+    d_norms,
+    d_q,
+    d_k,
+    length,
+    num_keys,
+    shift,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_START: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of queries `[batch, H, length, K]` and of keys, per state head `[batch, HS, num_keys, K]`."""
+    block_k, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, s = index // HS, index % HS
+    here = index * tl.cdiv(length, CHUNK) + chunk
+    k += (b * HK + s // (HS // HK)) * num_keys * K
+    v += (b * HV + s // (HS // HV)) * num_keys * V
+    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    rows = steps + shift
+    is_query = steps < length
+    is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
+    visible = (steps[:, None] >= steps[None, :]) & is_key[None, :] & is_query[:, None]
+    columns_k = block_k * BK + tl.arange(0, BK)
+    inside_k = columns_k < K
+    inner = tl.zeros([CHUNK], dtype=tl.float32)
+    total = 0.0
+    if HAS_GATES:
+        inner += tl.load(gates + index * length + steps, mask=is_query, other=0.0)
+        total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
+    keys = tile(k, rows, is_key, columns_k, K)
+    norm = tl.load(norms + here * K + columns_k, mask=inside_k, other=0.0)
+    d_norm = tl.load(d_norms + here * K + columns_k, mask=inside_k, other=0.0)
+    d_keys = tl.zeros([CHUNK, BK], dtype=tl.float32) + d_norm[None, :]
+    for first in range(0, V, BV):
+        columns_v = first + tl.arange(0, BV)
+        later = tile_transposed(d_sums + here * K * V, columns_k, inside_k, columns_v, V)
+        d_keys += product(tile(v, rows, is_key, columns_v, V), later, COMPUTE, PRECISION)
+    if HAS_GATES:
+        d_keys *= tl.exp(tl.where(is_query, total - inner, 0.0))[:, None]
+    for member in range(H // HS):
+        head = index * (H // HS) + member
+        mass = tl.load(d_mass + head * length + steps, mask=is_query, other=0.0)
+        d_weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32) + mass[:, None]
+        d_queries = mass[:, None] * norm[None, :]
+        for first in range(0, V, BV):
+            columns_v = first + tl.arange(0, BV)
+            outs = tile(d_out + head * length * V, steps, is_query, columns_v, V)
+            before = tile_transposed(sums + here * K * V, columns_k, inside_k, columns_v, V)
+            d_queries += product(outs, before, COMPUTE, PRECISION)
+            d_weights += product(outs, tile_transposed(v, rows, is_key, columns_v, V), COMPUTE, PRECISION)
+        d_weights = tl.where(visible, d_weights, 0.0)
+        if HAS_GATES:
+            d_weights *= decay_inside(inner, inner, visible)
+            d_queries *= tl.exp(inner)[:, None]
+        d_queries += product(d_weights, keys, COMPUTE, PRECISION)
+        store_tile(d_q + head * length * K, d_queries, steps, is_query, columns_k, K)
+        queries = tile(q + head * length * K, steps, is_query, columns_k, K)
+        d_keys += product(tl.trans(d_weights), queries, COMPUTE, PRECISION)
+    store_tile(d_k + index * num_keys * K, d_keys, rows, is_key, columns_k, K)
+
+
+@triton.jit
+def chunk_value_gradients(
+    q,
+    k,
+    gates,
+    start,
+    d_out,
+    d_sums,
+    d_v,
+    length,
+    num_keys,
+    shift,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HK: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_START: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of the values, per state head `[batch, HS, num_keys, V]`."""
+    block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, s = index // HS, index % HS
+    here = index * tl.cdiv(length, CHUNK) + chunk
+    k += (b * HK + s // (HS // HK)) * num_keys * K
+    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    rows = steps + shift
+    is_query = steps < length
+    is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
+    # Keys stand in rows here and queries in columns.
+    visible = (steps[:, None] <= steps[None, :]) & is_key[:, None] & is_query[None, :]
+    columns_v = block_v * BV + tl.arange(0, BV)
+    d_values = tl.zeros([CHUNK, BV], dtype=tl.float32)
+    for first in range(0, K, BK):
+        columns_k = first + tl.arange(0, BK)
+        later = tile(d_sums + here * K * V, columns_k, columns_k < K, columns_v, V)
+        d_values += product(tile(k, rows, is_key, columns_k, K), later, COMPUTE, PRECISION)
+    decay = tl.full([CHUNK, CHUNK], 1.0, dtype=tl.float32)
+    if HAS_GATES:
+        inner = tl.load(gates + index * length + steps, mask=is_query, other=0.0)
+        total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
+        d_values *= tl.exp(tl.where(is_query, total - inner, 0.0))[:, None]
+        decay = tl.exp(tl.where(visible, inner[None, :] - inner[:, None], 0.0))
+    for member in range(H // HS):
+        head = index * (H // HS) + member
+        weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+        for first in range(0, K, BK):
+            columns_k = first + tl.arange(0, BK)
+            queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K)
+            weights += product(tile(k, rows, is_key, columns_k, K), queries, COMPUTE, PRECISION)
+        weights = tl.where(visible, weights, 0.0) * decay
+        outs = tile(d_out + head * length * V, steps, is_query, columns_v, V)
+        d_values += product(weights, outs, COMPUTE, PRECISION)
+    store_tile(d_v + index * num_keys * V, d_values, rows, is_key, columns_v, V)

@@ -1,0 +1,193 @@
+# mypy: ignore-errors
+"""Triton kernels of causal linear attention in chunks: sums before each chunk, outputs, and the gradients of both.
+
+Query `t` reads key rows up to `t + shift`; a row of keys outside `[start, num_keys)` counts as zero. Query head `h`
+reads state head `h // (H / HS)`; state head `s` reads key head `s // (HS / HK)` and value head `s // (HS / HV)`.
+`gates` holds log decays summed up inside each chunk, `[batch, HS, T]`. What a chunk adds to the sums is one line of
+`chunk_states`, where a delta rule would first take out what its keys already read.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import decay_inside, first_real, product, store_tile, tile, tile_transposed
+
+
+@triton.jit
+def chunk_states(
+    k,
+    v,
+    gates,
+    start,
+    first_sums,
+    first_norm,
+    sums,
+    norms,
+    last_sums,
+    last_norm,
+    length,
+    num_keys,
+    shift,
+    HS: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the sums before every chunk and after the last; one program per block of a state, chunks in turn."""
+    block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, s = index // HS, index % HS
+    num_chunks = tl.cdiv(length, CHUNK)
+    columns_k = block_k * BK + tl.arange(0, BK)
+    columns_v = block_v * BV + tl.arange(0, BV)
+    k += (b * HK + s // (HS // HK)) * num_keys * K
+    v += (b * HV + s // (HS // HV)) * num_keys * V
+    low = first_real(start, b, HAS_START)
+    inside_k = columns_k < K
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    norm = tl.zeros([BK], dtype=tl.float32)
+    if HAS_FIRST:
+        state += tile(first_sums + index * K * V, columns_k, inside_k, columns_v, V)
+        norm += tl.load(first_norm + index * K + columns_k, mask=inside_k, other=0.0)
+    for chunk in range(num_chunks):
+        here = index * num_chunks + chunk
+        store_tile(sums + here * K * V, state, columns_k, inside_k, columns_v, V)
+        if block_v == 0:
+            tl.store(norms + here * K + columns_k, norm, mask=inside_k)
+        steps = chunk * CHUNK + tl.arange(0, CHUNK)
+        rows = steps + shift
+        exists = (steps < length) & (rows >= low) & (rows < num_keys)
+        keys = tile_transposed(k, rows, exists, columns_k, K).to(tl.float32)
+        values = tile(v, rows, exists, columns_v, V)
+        if HAS_GATES:
+            last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
+            total = tl.load(gates + index * length + last)
+            inner = tl.load(gates + index * length + steps, mask=steps < length, other=0.0)
+            keys *= tl.exp(tl.where(steps < length, total - inner, 0.0))[None, :]
+            state *= tl.exp(total)
+            norm *= tl.exp(total)
+        state += product(keys, values, COMPUTE, PRECISION)
+        norm += tl.sum(keys, 1)
+    store_tile(last_sums + index * K * V, state, columns_k, inside_k, columns_v, V)
+    if block_v == 0:
+        tl.store(last_norm + index * K + columns_k, norm, mask=inside_k)
+
+
+@triton.jit
+def linear_terms(
+    q,
+    k,
+    v,
+    gates,
+    sums,
+    norms,
+    steps,
+    rows,
+    is_query,
+    is_key,
+    columns_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Numerator `[CHUNK, BV]` and denominator `[CHUNK]` of a chunk of queries; all pointers stand at its head."""
+    weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+    out = tl.zeros([CHUNK, BV], dtype=tl.float32)
+    mass = tl.zeros([CHUNK], dtype=tl.float32)
+    for first in range(0, K, BK):
+        columns_k = first + tl.arange(0, BK)
+        inside_k = columns_k < K
+        queries = tile(q, steps, is_query, columns_k, K)
+        weights += product(queries, tile_transposed(k, rows, is_key, columns_k, K), COMPUTE, PRECISION)
+        out += product(queries, tile(sums, columns_k, inside_k, columns_v, V), COMPUTE, PRECISION)
+        norm = tl.load(norms + columns_k, mask=inside_k, other=0.0)
+        mass += tl.sum(queries.to(tl.float32) * norm[None, :], 1)
+    visible = (steps[:, None] >= steps[None, :]) & is_key[None, :] & is_query[:, None]
+    weights = tl.where(visible, weights, 0.0)
+    if HAS_GATES:
+        inner = tl.load(gates + steps, mask=is_query, other=0.0)
+        weights *= decay_inside(inner, inner, visible)
+        out *= tl.exp(inner)[:, None]
+        mass *= tl.exp(inner)
+    out += product(weights, tile(v, rows, is_key, columns_v, V), COMPUTE, PRECISION)
+    return out, mass + tl.sum(weights, 1)
+
+
+@triton.jit
+def chunk_outputs(
+    q,
+    k,
+    v,
+    gates,
+    start,
+    sums,
+    norms,
+    numerator,
+    denominator,
+    length,
+    num_keys,
+    shift,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_START: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Numerator and denominator of one chunk of queries of one head, one block of values."""
+    block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, h = index // H, index % H
+    state_index = b * HS + h // (H // HS)
+    here = state_index * tl.cdiv(length, CHUNK) + chunk
+    k += (b * HK + h // (H // HK)) * num_keys * K
+    v += (b * HV + h // (H // HV)) * num_keys * V
+    q += index * length * K
+    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    rows = steps + shift
+    is_query = steps < length
+    is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
+    columns_v = block_v * BV + tl.arange(0, BV)
+    out, mass = linear_terms(
+        q,
+        k,
+        v,
+        gates + state_index * length if HAS_GATES else gates,
+        sums + here * K * V,
+        norms + here * K,
+        steps,
+        rows,
+        is_query,
+        is_key,
+        columns_v,
+        K,
+        V,
+        CHUNK,
+        BK,
+        BV,
+        HAS_GATES,
+        COMPUTE,
+        PRECISION,
+    )
+    store_tile(numerator + index * length * V, out, steps, is_query, columns_v, V)
+    if block_v == 0:
+        tl.store(denominator + index * length + steps, mass, mask=is_query)

@@ -1,0 +1,186 @@
+"""Causal linear attention on mapped features: two Triton passes (sums before each chunk, outputs) as one operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunk_linear_backward import chunk_gradients, gate_gradient, shared
+from .launching import default_chunk, launch, state_dtype
+from .layout import Layout, contiguous, run_states, summed_gates
+from .reference import chunk_linear_torch
+from .selection import problem_with, use_triton
+
+Terms = tuple[Tensor, Tensor]
+
+
+def chunk_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    log_gates: Tensor | None = None,
+    start: Tensor | None = None,
+    memory: Terms | None = None,
+    implementation: str = "auto",
+    chunk: int | None = None,
+) -> tuple[Terms, Terms]:
+    """Causal linear attention: `S_t = e^{g_t} S_{t-1} + k_t v_tᵀ`, numerator `q_t S_t`; the denominator has 1 for v.
+
+    Args:
+        query: `[batch, num_heads, T, feature_dim]`, mapped.
+        key: `[batch, key_heads, T, feature_dim]`, mapped; `key_heads` divides `num_heads`.
+        value: `[batch, num_kv_heads, T, value_dim]`; `num_kv_heads` divides `key_heads`.
+        log_decay: `[num_heads]` or `[key_heads]`, log of the factor on the sums at every token, at most 0.
+        log_gates: `[batch, num_heads, T]` or `[batch, key_heads, T]`, the same per token; both add up.
+        start: `[batch]` int32, tokens of padding that every row begins with; they neither add nor decay.
+        memory: sums over earlier tokens, `[batch, state_heads, feature_dim, value_dim]` and
+            `[batch, state_heads, feature_dim]`; `state_heads` is that of the gates, else `key_heads`.
+        implementation: `"auto"`, `"torch"` or `"triton"`.
+        chunk: tokens whose weights are written out, a power of two, at least 16; None chooses by the dtype.
+
+    Returns:
+        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T]`; and the sums over all
+        tokens, fp32, in the shapes of `memory`.
+
+    Raises:
+        ValueError: head counts that do not divide each other, or Triton was demanded and cannot be had.
+    """
+    _check(query, key, value)
+    chunk = chunk or default_chunk(query.dtype)
+    gates = token_gates(query, log_decay, log_gates, start)
+    problem = problem_with(query, key, value, dims=(query.shape[-1], value.shape[-1]))
+    if not use_triton(implementation, problem, query.device):
+        return chunk_linear_torch(query, key, value, gates, start, memory, chunk)
+    sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
+    numerator, denominator, last_sums, last_norm = _forward(query, key, value, gates, start, sums, norm, chunk)
+    return (numerator, denominator), (last_sums, last_norm)
+
+
+def token_gates(
+    query: Tensor, log_decay: Tensor | None, log_gates: Tensor | None, start: Tensor | None
+) -> Tensor | None:
+    """Log decay of every token `[batch, heads, T]`, zero at padding; None when nothing decays."""
+    if log_decay is None and log_gates is None:
+        return None
+    batch, _, length, _ = query.shape
+    gates = query.new_zeros(1, 1, 1, dtype=torch.promote_types(query.dtype, torch.float32))
+    for given in (log_gates, None if log_decay is None else log_decay[None, :, None]):
+        gates = gates if given is None else gates + given
+    gates = gates.expand(batch, -1, length)
+    if start is None:
+        return gates
+    padding = torch.arange(length, device=query.device) < start[:, None]
+    return gates.masked_fill(padding[:, None], 0.0)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    heads = query.shape[1], key.shape[1], value.shape[1]
+    if heads[0] % heads[1] or heads[1] % heads[2]:
+        raise ValueError(f"heads of query, key and value must divide each other in this order, got {heads}")
+    if not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise ValueError(f"query, key and value have {query.shape[2]}, {key.shape[2]} and {value.shape[2]} tokens")
+
+
+@torch.library.custom_op("attnconv::chunk_linear", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .chunk_kernels import chunk_outputs
+
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    layout = Layout(query, key, value, gates, start, chunk)
+    common = {"k": key, "v": value, "gates": summed_gates(gates, chunk), "start": start}
+    sizes = {"length": layout.length, "num_keys": layout.num_keys, "shift": 0}
+    first = contiguous(first_sums), contiguous(first_norm)
+    (sums, norms), (last_sums, last_norm) = run_states(layout, {**common, **sizes}, *first)
+    numerator = query.new_empty((*query.shape[:3], layout.width), dtype=state_dtype(query.dtype))
+    denominator = query.new_empty(query.shape[:3], dtype=torch.float32)
+    written = {"sums": sums, "norms": norms, "numerator": numerator, "denominator": denominator}
+    launch(
+        chunk_outputs,
+        (layout.blocks_v, layout.num_chunks, layout.batch * layout.heads),
+        {"q": query, **common, **written, **sizes},
+        {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads, **layout.value_heads},
+    )
+    return numerator, denominator, last_sums, last_norm
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = max(key.shape[1], 0 if gates is None else gates.shape[1])
+    sums = query.new_empty((query.shape[0], heads, query.shape[-1], value.shape[-1]), dtype=torch.float32)
+    numerator = query.new_empty((*query.shape[:3], value.shape[-1]), dtype=state_dtype(query.dtype))
+    return numerator, query.new_empty(query.shape[:3], dtype=torch.float32), sums, torch.empty_like(sums[..., 0])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+    # With gates, what the last sums weigh is part of every gate's gradient.
+    ctx.last = output[2:] if inputs[3] is not None else None
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, gates, start, first_sums, first_norm = ctx.saved_tensors
+    d_out, d_mass, d_last_sums, d_last_norm = gradients
+    d_out = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[-1]) if d_out is None else d_out
+    d_mass = query.new_zeros(query.shape[:3], dtype=torch.float32) if d_mass is None else d_mass
+    if (d_last_sums is None) != (d_last_norm is None):
+        shape = query.shape[0], max(key.shape[1], 0 if gates is None else gates.shape[1]), query.shape[-1]
+        zeros = query.new_zeros(*shape, value.shape[-1], dtype=torch.float32)
+        d_last_sums = zeros if d_last_sums is None else d_last_sums
+        d_last_norm = zeros[..., 0] if d_last_norm is None else d_last_norm
+    d_query, d_key, d_value, d_first_sums, d_first_norm = chunk_gradients(
+        query,
+        key,
+        value,
+        gates,
+        start,
+        first_sums,
+        first_norm,
+        d_out,
+        d_mass,
+        d_last_sums,
+        d_last_norm,
+        0,
+        ctx.chunk,
+    )
+    d_gates = None
+    if gates is not None:
+        d_gates = gate_gradient(query, key, d_query, d_key, gates.shape[1])
+        if d_last_sums is not None:
+            last_sums, last_norm = ctx.last
+            weight = (d_last_sums * last_sums).sum((-1, -2)) + (d_last_norm * last_norm).sum(-1)
+            d_gates = d_gates + weight[..., None]
+    firsts = (None, None) if first_sums is None else (d_first_sums, d_first_norm)
+    d_key, d_value = shared(d_key, key.shape[1]), shared(d_value, value.shape[1])
+    return (
+        d_query.to(query.dtype),
+        d_key.to(key.dtype),
+        d_value.to(value.dtype),
+        None if d_gates is None else d_gates.to(gates.dtype),
+        None,
+        *firsts,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_remember)

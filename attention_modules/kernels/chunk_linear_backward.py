@@ -1,0 +1,187 @@
+"""The gradients of causal linear attention: three Triton passes as one operator."""
+
+import torch
+from torch import Tensor
+
+from .launching import launch, state_dtype
+from .layout import Layout, contiguous, run_states, summed_gates
+
+
+@torch.library.custom_op("attnconv::chunk_linear_gradients", mutates_args=())
+def chunk_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    d_out: Tensor,
+    d_mass: Tensor,
+    d_last_sums: Tensor | None,
+    d_last_norm: Tensor | None,
+    shift: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value (the last two per state head) and of the sums at the start.
+
+    Args:
+        query: `[batch, num_heads, T, feature_dim]`.
+        key: `[batch, key_heads, S, feature_dim]`.
+        value: `[batch, num_kv_heads, S, value_dim]`.
+        gates: `[batch, state_heads, T]` log decays or None.
+        start: `[batch]` int32 or None.
+        first_sums: sums over earlier tokens or None.
+        first_norm: the same of the keys alone.
+        d_out: gradient of the numerator.
+        d_mass: gradient of the denominator.
+        d_last_sums: gradient of the sums at the end or None.
+        d_last_norm: the same of the keys alone.
+        shift: query `t` sees keys up to `t + shift`.
+        chunk: tokens whose weights are written out.
+    """
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    d_out, d_mass = d_out.to(state_dtype(query.dtype)).contiguous(), d_mass.float().contiguous()
+    layout = Layout(query, key, value, gates, start, chunk)
+    shared_gates = summed_gates(gates, chunk)
+    keys = {"k": key, "v": value, "gates": shared_gates, "start": start}
+    sizes = {"length": layout.length, "num_keys": layout.num_keys, "shift": shift}
+    (sums, norms), _ = run_states(layout, {**keys, **sizes}, contiguous(first_sums), contiguous(first_norm))
+    later, first = _state_gradients(layout, query, shared_gates, d_out, d_mass, d_last_sums, d_last_norm)
+    d_query, d_key, d_value = _rooms(layout, query)
+    _feature_gradients(
+        layout,
+        {"q": query, **keys, "sums": sums, "norms": norms, "d_out": d_out, "d_mass": d_mass, **later, **sizes},
+        d_query,
+        d_key,
+    )
+    _value_gradients(
+        layout,
+        {
+            "q": query,
+            "k": key,
+            "gates": shared_gates,
+            "start": start,
+            "d_out": d_out,
+            "d_sums": later["d_sums"],
+            **sizes,
+        },
+        d_value,
+    )
+    return d_query, d_key, d_value, *first
+
+
+@chunk_gradients.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    d_out: Tensor,
+    d_mass: Tensor,
+    d_last_sums: Tensor | None,
+    d_last_norm: Tensor | None,
+    shift: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    heads = max(key.shape[1], 0 if gates is None else gates.shape[1])
+    batch, _, num_keys, features = key.shape
+    dtype = torch.float32 if gates is not None else query.dtype
+    sums = query.new_empty((batch, heads, features, value.shape[-1]), dtype=torch.float32)
+    d_key = query.new_empty((batch, heads, num_keys, features), dtype=dtype)
+    d_value = query.new_empty((batch, heads, num_keys, value.shape[-1]), dtype=query.dtype)
+    return query.new_empty(query.shape, dtype=dtype), d_key, d_value, sums, torch.empty_like(sums[..., 0])
+
+
+def _rooms(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Gradients of gates are small differences of these products, which bf16 would drown.
+    dtype = torch.float32 if layout.shared["HAS_GATES"] else like.dtype
+    keys = layout.batch, layout.state_heads, layout.num_keys
+    d_key = like.new_zeros((*keys, layout.features), dtype=dtype)
+    return like.new_empty(like.shape, dtype=dtype), d_key, like.new_zeros((*keys, layout.width))
+
+
+def _state_gradients(
+    layout: Layout,
+    query: Tensor,
+    gates: Tensor | None,
+    d_out: Tensor,
+    d_mass: Tensor,
+    d_last_sums: Tensor | None,
+    d_last_norm: Tensor | None,
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    from .chunk_gradients import chunk_state_gradients
+
+    (d_sums, d_norms), (d_first_sums, d_first_norm) = layout.sums(query), layout.last(query)
+    launch(
+        chunk_state_gradients,
+        (layout.blocks_k, layout.blocks_v, layout.states),
+        {
+            "q": query,
+            "gates": gates,
+            "d_out": d_out,
+            "d_mass": d_mass,
+            "d_last_sums": contiguous(d_last_sums),
+            "d_last_norm": contiguous(d_last_norm),
+            "d_sums": d_sums,
+            "d_norms": d_norms,
+            "d_first_sums": d_first_sums,
+            "d_first_norm": d_first_norm,
+            "length": layout.length,
+        },
+        {**layout.shared, **layout.query_heads, "HAS_LAST": d_last_sums is not None},
+        num_warps=8,
+    )
+    return {"d_sums": d_sums, "d_norms": d_norms}, (d_first_sums, d_first_norm)
+
+
+def _feature_gradients(
+    layout: Layout, arguments: dict[str, Tensor | int | None], d_query: Tensor, d_key: Tensor
+) -> None:
+    from .chunk_gradients import chunk_feature_gradients
+
+    # Half the columns of other kernels: it holds the most tiles at a time.
+    columns = max(16, layout.shared["BK"] // 2)
+    heads = {**layout.query_heads, **layout.key_heads, **layout.value_heads}
+    launch(
+        chunk_feature_gradients,
+        (-(-layout.features // columns), layout.num_chunks, layout.states),
+        {**arguments, "d_q": d_query, "d_k": d_key},
+        {**layout.shared, **layout.starts, **heads, "BK": columns},
+        num_warps=8,
+        num_stages=1,
+    )
+
+
+def _value_gradients(layout: Layout, arguments: dict[str, Tensor | int | None], d_value: Tensor) -> None:
+    from .chunk_gradients import chunk_value_gradients
+
+    launch(
+        chunk_value_gradients,
+        (layout.blocks_v, layout.num_chunks, layout.states),
+        {**arguments, "d_v": d_value},
+        {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads},
+        num_warps=8,
+    )
+
+
+def gate_gradient(query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, heads: int) -> Tensor:
+    """Gradient of the log decay of every token, but for what the last sums weigh.
+
+    A factor at token t acts on all pairs of a query at or after t and a key before it.
+    """
+    by_query = (query.float() * d_query.float()).sum(-1).unflatten(1, (heads, -1)).sum(2)
+    keys = key.float().repeat_interleave(heads // key.shape[1], 1)
+    later: Tensor = (by_query - (keys * d_key.float()).sum(-1)).flip(-1).cumsum(-1)
+    return later.flip(-1)
+
+
+def shared(gradient: Tensor, heads: int) -> Tensor:
+    """Sum over the heads that share a key or value."""
+    if gradient.shape[1] == heads:
+        return gradient
+    total: Tensor = gradient.unflatten(1, (heads, -1)).sum(2)
+    return total

@@ -1,0 +1,52 @@
+"""Which path a call takes: a Triton kernel, or torch with one word about why."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .launching import MAX_DIM, has_triton, is_interpreted
+
+logger = logging.getLogger(__name__)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_said: set[str] = set()
+
+
+def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:
+    """Why the kernels cannot take these tensors, or None.
+
+    Args:
+        tensors: what a kernel would read; all of one device and dtype.
+        dims: sizes of vectors and features, which are limited.
+    """
+    first = tensors[0]
+    if not has_triton():
+        return "triton is not installed"
+    if any(t.device != first.device for t in tensors):
+        return "the tensors are on different devices"
+    if first.device.type != "cuda" and not is_interpreted():
+        return f"the tensors are on {first.device.type!r}, not on a CUDA device"
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+            return f"the dtype is {tensor.dtype}, and the kernels take bfloat16, float16 or float32, one for all"
+    if dims and max(dims) > MAX_DIM:
+        return f"a vector has {max(dims)} numbers, and the kernels take at most {MAX_DIM}"
+    return None
+
+
+def use_triton(implementation: str, problem: str | None, device: torch.device) -> bool:
+    """Whether a call goes through Triton; on a GPU `"auto"` says once why it does not.
+
+    Raises:
+        ValueError: `implementation="triton"` was asked for and cannot be had.
+    """
+    if implementation == "triton":
+        if problem is not None:
+            raise ValueError(f"implementation='triton' is not possible here: {problem}; use 'auto' or 'torch'")
+        return True
+    if implementation != "auto" or device.type != "cuda":
+        return False
+    if problem is not None and problem not in _said and not torch.compiler.is_compiling():
+        _said.add(problem)
+        logger.warning("attention falls back to torch: %s", problem)
+    return problem is None

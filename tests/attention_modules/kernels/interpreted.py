@@ -1,0 +1,235 @@
+"""Runs the Triton kernels on the CPU and compares them with float64 oracles: outputs and every gradient.
+
+A process of its own, for triton reads TRITON_INTERPRET once. Prints `{case: {quantity: error}}`, errors relative to the
+largest number of the oracle, or to 1 where all are smaller.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
+from attnconv.attention_modules.kernels.hybrid import hybrid_window_linear
+
+Inputs = dict[str, Tensor]
+Result = dict[str, Tensor]
+
+
+def differentiate(function: Callable[[Inputs], dict[str, Tensor]], inputs: Inputs, dtype: torch.dtype) -> Result:
+    """Outputs by name, and gradients of a fixed random sum of them."""
+    leaves = {name: t.to(dtype).clone().requires_grad_() for name, t in inputs.items()}
+    outs = function(leaves)
+    generator = torch.Generator().manual_seed(5)
+    total = sum((out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum() for out in outs.values())
+    assert isinstance(total, Tensor)
+    total.backward()
+    gradients = {f"d_{name}": torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
+    return {name: t.detach().double() for name, t in {**outs, **gradients}.items()}
+
+
+def errors(actual: Result, expected: Result) -> dict[str, float]:
+    assert actual.keys() == expected.keys()
+    return {name: float((actual[name] - t).abs().max() / t.abs().max().clamp_min(1.0)) for name, t in expected.items()}
+
+
+def starts(batch: int, length: int) -> Tensor:
+    """Padding at the left of every row: much, none, some."""
+    return torch.tensor([length // 2, 0, length // 5][:batch], dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One call of chunk_linear; `gate_heads` 0 means no gates, and so on."""
+
+    batch: int = 2
+    heads: tuple[int, int, int] = (4, 2, 2)
+    length: int = 37
+    dims: tuple[int, int] = (16, 24)
+    decay: bool = False
+    gate_heads: int = 0
+    padded: bool = False
+    memory: bool = False
+    cuts: tuple[int, ...] = ()
+    chunk: int = 16
+    implementation: str = "triton"
+
+    def draw(self) -> Inputs:
+        torch.manual_seed(self.length)
+        (heads, key_heads, value_heads), (features, width) = self.heads, self.dims
+        state_heads = max(key_heads, self.gate_heads, heads if self.decay else 0)
+        inputs = {
+            "query": torch.rand(self.batch, heads, self.length, features),
+            "key": torch.rand(self.batch, key_heads, self.length, features),
+            "value": torch.randn(self.batch, value_heads, self.length, width),
+        }
+        if self.decay:
+            inputs["decay"] = -0.3 * torch.rand(heads)
+        if self.gate_heads:
+            inputs["gates"] = -0.3 * torch.rand(self.batch, self.gate_heads, self.length)
+        if self.memory:
+            inputs["sums"] = torch.randn(self.batch, state_heads, features, width)
+            inputs["norm"] = torch.rand(self.batch, state_heads, features)
+        return inputs
+
+    def start(self) -> Tensor | None:
+        return starts(self.batch, self.length) if self.padded else None
+
+    def run(self) -> dict[str, float]:
+        inputs = self.draw()
+        actual = differentiate(self.ours, inputs, torch.float32)
+        return errors(actual, differentiate(self.oracle, inputs, torch.float64))
+
+    def ours(self, x: Inputs) -> dict[str, Tensor]:
+        memory = (x["sums"], x["norm"]) if self.memory else None
+        numerators, denominators, first, start = [], [], 0, self.start()
+        for size in self.cuts or (self.length,):
+            part = slice(first, first + size)
+            (numerator, denominator), memory = chunk_linear(
+                x["query"][:, :, part],
+                x["key"][:, :, part],
+                x["value"][:, :, part],
+                log_decay=x.get("decay"),
+                log_gates=x["gates"][:, :, part] if self.gate_heads else None,
+                start=None if start is None else (start - first).clamp(0, size),
+                memory=memory,
+                implementation=self.implementation,
+                chunk=self.chunk,
+            )
+            first += size
+            numerators.append(numerator)
+            denominators.append(denominator)
+        assert memory is not None
+        return {
+            "numerator": torch.cat(numerators, 2),
+            "denominator": torch.cat(denominators, 2),
+            "sums": memory[0],
+            "norm": memory[1],
+        }
+
+    def oracle(self, x: Inputs) -> dict[str, Tensor]:
+        """Token after token."""
+        start, heads = self.start(), self.heads[0]
+        gates = token_gates(x["query"], x.get("decay"), x.get("gates"), start)
+        key, value = (x[name].repeat_interleave(heads // x[name].shape[1], 1) for name in ("key", "value"))
+        if start is not None:
+            key = key.masked_fill((torch.arange(self.length) < start[:, None])[:, None, :, None], 0.0)
+        state_heads = max(self.heads[1], 0 if gates is None else gates.shape[1])
+        every = heads // state_heads
+        decay = key.new_ones(key.shape[:3]) if gates is None else gates.exp().repeat_interleave(every, 1)
+        sums = key.new_zeros(self.batch, heads, *self.dims)
+        norm = sums[..., 0]
+        if self.memory:
+            sums, norm = x["sums"].repeat_interleave(every, 1), x["norm"].repeat_interleave(every, 1)
+        numerators, denominators = [], []
+        for t in range(self.length):
+            sums = sums * decay[:, :, t, None, None] + key[:, :, t, :, None] * value[:, :, t, None, :]
+            norm = norm * decay[:, :, t, None] + key[:, :, t]
+            numerators.append((x["query"][:, :, t, None] @ sums)[:, :, 0])
+            denominators.append((x["query"][:, :, t] * norm).sum(-1))
+        return {
+            "numerator": torch.stack(numerators, 2),
+            "denominator": torch.stack(denominators, 2),
+            "sums": sums[:, ::every],
+            "norm": norm[:, ::every],
+        }
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """One call of hybrid_window_linear; the oracle is that of `lolcats`."""
+
+    batch: int = 1
+    heads: tuple[int, int] = (2, 1)
+    length: int = 37
+    past: int = 0
+    dims: tuple[int, int] = (16, 24)
+    window: int = 20
+    state_per: str = "query_head"
+    padded: bool = False
+    memory: bool = False
+    chunk: int = 16
+    dtype: torch.dtype = torch.float32
+
+    def run(self) -> dict[str, float]:
+        torch.manual_seed(self.length)
+        geometry = Geometry(*self.heads, *self.dims)
+        module = create("lolcats", geometry, window=self.window, state_per=self.state_per).double()
+        num_keys = self.length + self.past
+        inputs = {
+            "query": torch.randn(self.batch, self.heads[0], self.length, self.dims[0]),
+            "key": torch.randn(self.batch, self.heads[1], num_keys, self.dims[0]),
+            "value": torch.randn(self.batch, self.heads[1], num_keys, self.dims[1]),
+            "mixing": torch.randn(self.heads[0]),
+        }
+        for name, features in (("query", module.query_map), ("key", module.key_map)):
+            inputs[f"{name}_weight"] = features.weight.detach() + 0.3 * torch.randn_like(features.weight)
+        if self.memory:
+            shapes = module.memory_shapes()
+            inputs["sums"] = torch.randn(self.batch, *shapes["key_values"])
+            inputs["norm"] = torch.rand(self.batch, *shapes["normalizer"])
+        inputs = {name: t.to(self.dtype) for name, t in inputs.items()}
+        start = starts(self.batch, num_keys) if self.padded else None
+        valid = None if start is None else torch.arange(num_keys) >= start[:, None]
+
+        def attend(x: Inputs) -> dict[str, Tensor]:
+            sums, norm = x.get("sums"), x.get("norm")
+            memory = {} if sums is None or norm is None else {"key_values": sums, "normalizer": norm}
+            weights = {"mixing": x["mixing"]}
+            weights |= {f"{name}_map.weight": x[f"{name}_weight"] for name in ("query", "key")}
+
+            def call(_: Tensor) -> Tensor:
+                tensors = x["query"], x["key"], x["value"]
+                if x["query"].dtype == torch.float64:
+                    return module.attend_naive(*tensors, valid, 0.3, memory)
+                return hybrid_window_linear(
+                    *tensors,
+                    module.query_map(tensors[0]),
+                    module.key_features(tensors[1], valid),
+                    module.mixing.sigmoid(),
+                    scaling=0.3,
+                    window=self.window,
+                    start=start,
+                    memory=None if sums is None or norm is None else (sums, norm),
+                    chunk=self.chunk,
+                )
+
+            module.forward = call  # type: ignore[method-assign]
+            out = torch.func.functional_call(module, weights, (x["query"],))
+            # What a row of padding gives is of no interest.
+            return {"out": out if valid is None else out.masked_fill(~valid[:, None, -self.length :, None], 0.0)}
+
+        return errors(differentiate(attend, inputs, self.dtype), differentiate(attend, inputs, torch.float64))
+
+
+CASES: dict[str, Callable[[], dict[str, float]]] = {
+    "linear-1": Linear(length=1).run,
+    "linear-7": Linear(batch=1, heads=(1, 1, 1), length=7).run,
+    "linear-63-padded": Linear(heads=(3, 3, 1), length=63, padded=True, chunk=32).run,
+    "linear-123": Linear(batch=1, heads=(2, 1, 1), length=123, dims=(80, 40), chunk=64).run,
+    "linear-memory-padded": Linear(padded=True, memory=True).run,
+    "linear-cuts": Linear(batch=1, heads=(2, 2, 1), memory=True, cuts=(20, 1, 16)).run,
+    "linear-decay": Linear(batch=1, decay=True, memory=True, padded=True).run,
+    "linear-gates": Linear(batch=1, gate_heads=2, heads=(4, 2, 1), memory=True).run,
+    "linear-gates-decay-cuts": Linear(batch=1, gate_heads=4, decay=True, padded=True, cuts=(21, 16)).run,
+    "linear-torch-padded": Linear(padded=True, memory=True, implementation="torch").run,
+    "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
+    "hybrid-1": Hybrid(length=1, window=3).run,
+    "hybrid-7": Hybrid(heads=(1, 1), length=7, window=4).run,
+    "hybrid-63-padded": Hybrid(batch=2, length=63, padded=True, chunk=32).run,
+    "hybrid-123": Hybrid(heads=(2, 1), length=123, window=33, dims=(80, 40), chunk=64).run,
+    "hybrid-past": Hybrid(batch=2, heads=(2, 2), past=16, window=16, memory=True, padded=True).run,
+    "hybrid-kv-head": Hybrid(heads=(4, 2), past=4, window=5, memory=True, state_per="kv_head").run,
+    "hybrid-all-in-window": Hybrid(length=23, window=64).run,
+    "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
+}
+
+if __name__ == "__main__":
+    json.dump({name: CASES[name]() for name in sys.argv[1:] or CASES}, sys.stdout)

@@ -1,0 +1,82 @@
+"""The Triton kernels against float64 oracles, interpreted on the CPU; and who is told what when they cannot run."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attnconv.attention_modules.kernels import selection
+from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
+
+SCRIPT = Path(__file__).with_name("interpreted.py")
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, float]]:
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("case", re.findall(r'^    "([\w-]+)":', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE))
+def test_outputs_and_gradients(measured: dict[str, dict[str, float]], case: str) -> None:
+    # In bf16 the gradient of a factor is a small difference of rounded sums.
+    tolerance = 5e-2 if case.endswith("bf16") else 2e-5
+    assert len(measured[case]) >= 2
+    assert {name: error for name, error in measured[case].items() if not error < tolerance} == {}
+
+
+def tensors(dtype: torch.dtype = torch.float32, features: int = 16) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.rand(1, 2, 5, features, dtype=dtype) for _ in range(3))
+
+
+def test_triton_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cpu', not on a CUDA device"):
+        chunk_linear(*tensors(), implementation="triton")
+
+
+def test_heads_and_lengths_are_checked() -> None:
+    query, key, value = tensors()
+    with pytest.raises(ValueError, match=r"divide each other.*\(2, 1, 2\)"):
+        chunk_linear(query, key[:, :1], value)
+    with pytest.raises(ValueError, match="5, 4 and 5 tokens"):
+        chunk_linear(query, key[:, :, :4], value)
+
+
+def test_what_the_kernels_do_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "is_interpreted", lambda: True)
+    assert selection.problem_with(*tensors(), dims=(16, 256)) is None
+    assert "float64" in (selection.problem_with(*tensors(torch.float64)) or "")
+    assert "300 numbers" in (selection.problem_with(*tensors(), dims=(16, 300)) or "")
+    monkeypatch.setattr(selection, "has_triton", lambda: False)
+    assert selection.problem_with(*tensors()) == "triton is not installed"
+
+
+def test_auto_on_a_gpu_says_once_why_it_is_torch(caplog: pytest.LogCaptureFixture) -> None:
+    cuda = torch.device("cuda")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert not selection.use_triton("auto", "the moon is full", cuda)
+    assert [record.message for record in caplog.records] == ["attention falls back to torch: the moon is full"]
+    assert selection.use_triton("auto", None, cuda)
+    assert not selection.use_triton("auto", None, torch.device("cpu"))
+    assert not selection.use_triton("torch", None, cuda)
+
+
+def test_operators_have_shapes_without_values() -> None:
+    """What torch.compile asks before it runs anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query, key, value = torch.rand(2, 4, 9, 16), torch.rand(2, 2, 9, 16), torch.rand(2, 1, 9, 8)
+        gates = torch.rand(2, 4, 9)
+        outs = torch.ops.attnconv.chunk_linear(query, key, value, gates, None, None, None, 16)
+    assert [tuple(out.shape) for out in outs] == [(2, 4, 9, 8), (2, 4, 9), (2, 4, 16, 8), (2, 4, 16)]
