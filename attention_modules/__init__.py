@@ -3,6 +3,7 @@
 from .base import AttentionModule, AttentionOptions
 from .geometry import Geometry
 from .linear.gated import GatedLinearAttention
+from .linear.gated_delta import GatedDeltaAttention
 from .linear.hedgehog import HedgehogAttention
 from .linear.lightning import LightningAttention
 from .linear.linear import LinearAttention
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionModule",
     "AttentionOptions",
     "AttentionState",
+    "GatedDeltaAttention",
     "GatedLinearAttention",
     "Geometry",
     "HedgehogAttention",

@@ -105,6 +105,10 @@ class RecurrentModule(AttentionModule):
     def activate(self, x: Tensor) -> Tensor:
         """What queries and keys go through."""
 
+    def query_scaling(self, scaling: float) -> float:
+        """Factor on activated queries, given that of the model."""
+        return scaling
+
     def prepare_values(self, values: Tensor) -> Tensor:
         """What is mixed in their place."""
         return values
@@ -181,7 +185,7 @@ class RecurrentModule(AttentionModule):
         if past:
             before = {name: t[:, :, :past] for name, t in signals.items()}
             state = self.update(keys[:, :, :past], values[:, :, :past], before, state)
-        queries = (self.activate(query) * scaling).unflatten(1, (self.key_heads, -1))
+        queries = (self.activate(query) * self.query_scaling(scaling)).unflatten(1, (self.key_heads, -1))
         outs = []
         for start in range(past, length, SEGMENT):
             now = slice(start, start + SEGMENT)

@@ -79,6 +79,13 @@ ROWS = [
         no_degenerate_because=PURE,
         bidirectional=False,
     ),
+    Row("gated_delta", no_degenerate_because=PURE, bidirectional=False),
+    Row(
+        "gated_delta",
+        {"activation": "none", "output_norm": False, "output_gate": False, "state_per": "kv_head"},
+        no_degenerate_because=PURE,
+        bidirectional=False,
+    ),
 ]
 HIDDEN_SIZE = 12
 GEOMETRIES = [

@@ -41,6 +41,7 @@ print(json.dumps([step(length) for length in (4096, 16384)]))
     [
         ("gated", {"gate": "vector", "state_per": "kv_head"}),
         ("gated", {"gate": "scalar"}),
+        ("gated_delta", {}),
         ("hedgehog", {}),
         ("lightning", {}),
         ("lolcats", {"window": 64}),

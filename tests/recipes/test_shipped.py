@@ -13,6 +13,7 @@ from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, re
 
 SHIPPED = [
     "gated",
+    "gated-delta",
     "hedgehog",
     "hybrid",
     "liger",
