@@ -9,6 +9,7 @@ SCRIPTS = [
     "attention_speed",
     "decode_state",
     "demo",
+    "kernels_static",
     "multiple_choice_check",
     "smollm2_lolcats",
     "stream_memory",
@@ -40,7 +41,9 @@ def test_help(repository: Path, script: str) -> None:
     assert f"python benchmarks/{script}.py" in done.stdout
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in ("attention_speed", "demo")])
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if script not in ("attention_speed", "demo", "kernels_static")]
+)
 def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) -> None:
     done = run(repository, script, ATTNCONV_MODELS=str(tmp_path))
     assert done.returncode == 1

@@ -1,0 +1,161 @@
+"""What the Triton kernels take of a GPU, read from code compiled for it; no GPU is needed, and nothing is timed.
+
+python benchmarks/kernels_static.py --targets 80 90 100 --head-dims 64 128
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import RESULTS, parser_of, set_threads, write_result
+
+# Shared memory that one block of threads may ask for, in bytes.
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = ("bfloat16", "float16", "float32")
+HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator's tensors: `linear` is hedgehog's, `gated` has a gate per token, `hybrid` is that of LoLCATs."""
+
+    operator: str
+    head_dim: int
+    dtype: str
+
+
+def record(case: Case):
+    """The launches that a case would make: kernel, arguments, constants, warps and stages."""
+    import torch
+
+    from attnconv.attention_modules.kernels import chunk_linear, chunk_linear_backward, hybrid, launching, layout
+
+    launches = []
+
+    def keep(kernel, grid, arguments, constants, *, num_warps=4, num_stages=2):
+        launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
+
+    for module in (chunk_linear, chunk_linear_backward, hybrid, layout):
+        module.launch = keep
+    dtype, head_dim = getattr(torch, case.dtype), case.head_dim
+    query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
+    start, gates = torch.zeros(1, dtype=torch.int32), torch.zeros(1, KV_HEADS, TOKENS)
+    chunk = launching.default_chunk(dtype)
+    features = [t if case.operator == "gated" else torch.cat([t, t], -1) for t in (query, key)]
+    memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
+    if case.operator == "hybrid":
+        sizes = 1.0, WINDOW, chunk
+        out, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(
+            query, key, key, *features, torch.zeros(HEADS), start, *memory, *sizes
+        )
+        launches.pop(0)
+        torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
+    else:
+        shared = *features, key, gates if case.operator == "gated" else None, start, *memory
+        out, mass, *last = torch.ops.attnconv.chunk_linear(*shared, chunk)
+        torch.ops.attnconv.chunk_linear_gradients(*shared, out, mass, *last, 0, chunk)
+    return list({launch[0].__name__: launch for launch in launches}.values())
+
+
+def compile_for(launch, target: int):
+    """The compiled kernel, with what a launch on the device would find out about its arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel, arguments, constants, num_warps, num_stages = launch
+    pointers = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32", "torch.int32": "*i32"}
+    constants = constants | {name: None for name, value in arguments.items() if value is None}
+    signature = {}
+    for name in kernel.arg_names:
+        value = arguments.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif hasattr(value, "dtype"):
+            signature[name] = pointers[str(value.dtype)]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def usage(compiled, target: int) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills, and bytes of shared memory of a block."""
+    from triton import knobs
+
+    assembler = knobs.nvidia.ptxas_blackwell if target >= 100 else knobs.nvidia.ptxas
+    ptx = compiled.asm["ptx"]
+    name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        command = [assembler.path, "-v", f"--gpu-name={name}", path, "-o", f"{path}.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled_bytes": int(spills[1]) + int(spills[2]),
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def measure(work: tuple[Case, int]) -> list[dict[str, object]]:
+    """Compile all kernels of a case for one target."""
+    case, target = work
+    return [
+        {
+            "kernel": launch[0].__name__,
+            "operator": case.operator,
+            "head_dim": case.head_dim,
+            "dtype": case.dtype,
+            "target": f"sm_{target}",
+            "num_warps": launch[3],
+            "num_stages": launch[4],
+            **usage(compile_for(launch, target), target),
+            "shared_limit": SHARED_LIMITS[target],
+        }
+        for launch in record(case)
+    ]
+
+
+def main() -> None:
+    """Compile everything and write a table."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_LIMITS, default=[*SHARED_LIMITS])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
+    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid"])
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--check", action="store_true", help="print the table as JSON lines and write no result")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    try:
+        import triton
+    except ImportError:
+        sys.exit("triton is missing: the kernels can be compiled on Linux x86-64 only.")
+    cases = [
+        (Case(operator, size, dtype), target)
+        for dtype in arguments.dtypes
+        for size in arguments.head_dims
+        for target in arguments.targets
+        for operator in arguments.operators
+    ]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        rows = [row for rows in pool.map(measure, cases) for row in rows]
+    if arguments.check:
+        import json
+
+        print("\n".join(json.dumps(row) for row in rows))
+        return
+    settings = {"heads": HEADS, "kv_heads": KV_HEADS, "window": WINDOW, "triton": triton.__version__}
+    path = write_result("kernels_static", settings=settings, results={"kernels": rows}, label=arguments.label)
+    path.replace(RESULTS / "kernels_static.json")
+
+
+if __name__ == "__main__":
+    main()

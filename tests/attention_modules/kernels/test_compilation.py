@@ -1,0 +1,24 @@
+"""The kernels compile for GPUs that this machine need not have, spill nothing and fit into their shared memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(("head_dim", "targets"), [(64, [80, 90, 100]), (128, [90])], ids=["64", "128"])
+def test_compiled_for_every_target(repository: Path, head_dim: int, targets: list[int]) -> None:
+    command = [sys.executable, repository / "benchmarks" / "kernels_static.py", "--check", "--dtypes", "bfloat16"]
+    command += ["--head-dims", str(head_dim), "--operators", "linear", "hybrid", "--targets", *map(str, targets)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(row["target"], row["head_dim"]) for row in rows} == {(f"sm_{target}", head_dim) for target in targets}
+    assert len(rows) == 8 * len(targets)
+    assert [row for row in rows if row["spilled_bytes"]] == []
+    assert [row for row in rows if row["shared_bytes"] > row["shared_limit"]] == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
