@@ -66,7 +66,7 @@ class RecurrentModule(AttentionModule):
         """A layer that looks both ways, or one whose input has an unknown size."""
         if not geometry.causal:
             return (
-                f"{cls.name} runs from left to right, but this layer is bidirectional; `linear` and `lolcats` are not"
+                f"{cls.name} runs from left to right, but this layer is bidirectional; `linear` can serve it"
             )
         if geometry.hidden_size is None and cls.needs_hidden_size(options):
             return f"{cls.name} with these options learns from the layer's input, but its hidden_size is not known"

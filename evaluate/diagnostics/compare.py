@@ -30,7 +30,7 @@ class LayerComparison:
         error: Sum of the squared differences of the attention outputs, before the output projection.
         power: Sum of the base's squared outputs.
         base_map: `[heads, size, size]`, the base's weights, shrunk if larger.
-        model_map: The same of the model.
+        model_map: The same of the model; where a method's weights are no distribution, each one's share of all sizes.
         statistics: What the model's method tells about itself, `density` for any.
     """
 
@@ -139,6 +139,9 @@ def _compare(
 ) -> LayerComparison:
     causal, weights = layer.module.geometry.causal, call.weights()
     own = weights[0].to(base_weights.device)
+    if call.core is not None and not call.core.is_normalized:
+        # Of either sign and any size: what a key counts among the others is its part of all sizes.
+        own = normalised(own.abs())
     teacher, student = base_output.double(), call.output[0].to(base_output.device).double()
     maps = [shrink_map(each.float(), map_size).cpu() for each in (base_weights, own)]
     return LayerComparison(

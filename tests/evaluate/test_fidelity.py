@@ -198,6 +198,22 @@ def test_without_a_base_nothing_is_measured(subject: Subject) -> None:
         run(alone)
 
 
+def test_weights_of_either_sign_are_compared_by_their_size(subject: Subject) -> None:
+    model = convert_model(AutoModelForCausalLM.from_pretrained(BASE), "lightning", activation="none").eval()
+    task = FidelityTask(FidelitySettings(**SMALL | {"map_size": 40}))
+    lightning = Subject("model", "lightning", subject.checkpoint, subject.tokenizer, model, subject.base)
+    with torch.inference_mode():
+        outcome = task.measure(lightning, task.units(subject, Scope())[0])
+    divergences = [item.values["kl"] for item in outcome.items if "kl" in item.values]
+    # As if no key of the teacher's were seen at all it would be 13.8.
+    assert all(0.01 < kl < 13.8 for kl in divergences)
+    for drawn in outcome.extra["maps"]:
+        rows = torch.tensor(drawn["student"])
+        assert rows.min() >= 0
+        torch.testing.assert_close(rows.sum(-1), torch.ones(40), atol=0.01, rtol=0)
+    assert {"density", "half-life"} <= {statistic["name"] for statistic in outcome.extra["statistics"]}
+
+
 def test_divergence() -> None:
     base = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
     model = torch.tensor([[[0.25, 0.75], [0.0, 1.0]]])
