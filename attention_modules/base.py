@@ -33,7 +33,8 @@ class AttentionModule(nn.Module, ABC):
     Args:
         geometry: head counts and sizes.
         options: the method's own options.
-        implementation: `"auto"`, `"naive"` or `"torch"`; auto takes the fastest that the device has.
+        implementation: `"auto"`, `"naive"`, `"torch"` or, where a method has kernels, `"triton"`; auto takes the
+            fastest that the device has.
 
     Raises:
         ValueError: no such implementation, or the method cannot serve such a layer.
@@ -151,6 +152,23 @@ class AttentionModule(nn.Module, ABC):
     ) -> Tensor:
         """The same function as `attend_naive`, sub-quadratic in time and memory where the method is."""
 
+    def attend_triton(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        memory: Memory,
+        **signals: Tensor,
+    ) -> Tensor | None:
+        """The same in Triton kernels, on tensors in the dtype they came in; None where the torch path is to serve.
+
+        Raises:
+            ValueError: `implementation="triton"` was asked for and cannot be had.
+        """
+        return None
+
     def new_state(self) -> AttentionState:
         """An empty state, which makes calls incremental."""
         return AttentionState()
@@ -226,8 +244,14 @@ class AttentionModule(nn.Module, ABC):
                 valid, memory = padding_mask.gather(1, key_order), {}
             else:
                 keys, values, valid, memory = key, value, None, {}
-            attend: Callable[..., Tensor] = self.attend_naive if self.implementation == "naive" else self.attend_torch
-            out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
+            out = None
+            if self.implementation in ("auto", "triton"):
+                out = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
+            if out is None:
+                attend: Callable[..., Tensor] = (
+                    self.attend_naive if self.implementation == "naive" else self.attend_torch
+                )
+                out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
             if state is not None:
                 self._forget(state, dtype)
             if order is not None:

@@ -29,3 +29,8 @@ def take_tokens(tensor: Tensor, order: Tensor) -> Tensor:
 def restore_tokens(tensor: Tensor, order: Tensor) -> Tensor:
     """Undo `take_tokens`: `tensor` `[batch, heads, seq, dim]` goes back to the order of before."""
     return take_tokens(tensor, torch.argsort(order, dim=-1))
+
+
+def padding_before(valid: Tensor | None) -> Tensor | None:
+    """Tokens of padding that each row begins with, `[batch]` int32, where all padding stands before real tokens."""
+    return None if valid is None else (~valid).sum(-1, dtype=torch.int32)

@@ -81,7 +81,7 @@ def create(name: str, geometry: Geometry, *, implementation: str = "auto", **opt
     Args:
         name: a registered method.
         geometry: the layer's head counts and sizes.
-        implementation: `"auto"`, `"naive"` (the oracle) or `"torch"`.
+        implementation: `"auto"`, `"naive"` (the oracle), `"torch"` or, where the method has kernels, `"triton"`.
         options: the method's options; see `attnconv methods`.
 
     Raises:

@@ -48,7 +48,7 @@ def record(case: Case):
     features = [t if case.operator == "gated" else torch.cat([t, t], -1) for t in (query, key)]
     memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
     if case.operator == "hybrid":
-        sizes = 1.0, WINDOW, chunk
+        sizes = 1.0, WINDOW, hybrid.hybrid_chunk(query, key)
         out, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(
             query, key, key, *features, torch.zeros(HEADS), start, *memory, *sizes
         )

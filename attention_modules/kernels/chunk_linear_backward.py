@@ -151,7 +151,7 @@ def _feature_gradients(
         (-(-layout.features // columns), layout.num_chunks, layout.states),
         {**arguments, "d_q": d_query, "d_k": d_key},
         {**layout.shared, **layout.starts, **heads, "BK": columns},
-        num_warps=8,
+        num_warps=8 if layout.dtype == torch.bfloat16 else 4,
         num_stages=1,
     )
 

@@ -54,12 +54,17 @@ def hybrid_window_linear(
     before = key.shape[2] - query.shape[2]
     if not 0 <= before <= window:
         raise ValueError(f"{key.shape[2]} keys do not fit {query.shape[2]} queries with a window of {window}")
-    widest = max(query.shape[-1], value.shape[-1])
-    chunk = chunk or default_chunk(query.dtype) // (2 if widest > 128 else 1)
+    chunk = chunk or hybrid_chunk(query, value)
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
     features = query_features.to(query.dtype), key_features.to(query.dtype)
     out: Tensor = _forward(query, key, value, *features, gamma.float(), start, sums, norm, scaling, window, chunk)[0]
     return out
+
+
+def hybrid_chunk(query: Tensor, value: Tensor) -> int:
+    """Tokens handled at a time: fewer where rows are wide, for whole rows are held."""
+    widest = max(query.shape[-1], value.shape[-1])
+    return default_chunk(query.dtype) // (2 if widest > (128 if query.dtype == torch.bfloat16 else 64) else 1)
 
 
 def _sizes(query: Tensor, key: Tensor, scaling: float, window: int) -> dict[str, Any]:
@@ -103,6 +108,8 @@ def _forward(
     constants = {**constants, **_blocks(query, value)}
     # Half the columns of features: queries and outputs are held beside them.
     constants["BK"] = max(16, constants["BK"] // 2)
+    if chunk == 32 and query.dtype != torch.bfloat16:
+        constants["BV"] = min(32, constants["BV"])
     del constants["HAS_GATES"]
     launch(
         hybrid_outputs,
@@ -179,7 +186,8 @@ def window_gradients(
     arguments |= {"d_mass": d_mass.contiguous(), "peak": peak, "best": best, "response": response}
     arguments |= {"scaling": scaling, **_sizes(query, key, scaling, window)}
     grid = layout.num_chunks, layout.batch * layout.heads
-    launch(window_query_gradients, grid, {**arguments, "d_q": d_query}, constants, num_warps=8)
+    warps = 4 if chunk == 16 else 8
+    launch(window_query_gradients, grid, {**arguments, "d_q": d_query}, constants, num_warps=warps)
     # All columns of two gradients at a time leave room for fewer rows.
     rows = 32 if chunk == 64 and max(query.shape[-1], layout.width) > 64 else chunk
     constants |= {"BV": power_of_two(layout.width), "CHUNK": rows}

@@ -34,6 +34,14 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:
     return None
 
 
+def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the least dtype that holds them all."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
 def use_triton(implementation: str, problem: str | None, device: torch.device) -> bool:
     """Whether a call goes through Triton; on a GPU `"auto"` says once why it does not.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
+from ..kernels.selection import problem_with, use_triton
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
@@ -70,6 +71,20 @@ class LinearAttentionModule(AttentionModule):
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
         """Add tokens to the running sums."""
         return add_memory(memory, linear_sums(self.key_features(keys, valid), values))
+
+    def runs_in_triton(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether the Triton kernels serve a call.
+
+        Raises:
+            ValueError: they were asked for and cannot.
+        """
+        dims = self.geometry.head_dim, self.geometry.value_dim, self.key_map.output_dim
+        problem = problem_with(query, keys, values, dims=dims)
+        if not self.geometry.causal:
+            problem = "the layer looks both ways"
+        # One token is not worth a chunk.
+        asked = self.implementation == "triton" or query.shape[2] > 1
+        return asked and use_triton(self.implementation, problem, query.device)
 
     def naive_products(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """φ(q) `[batch, num_heads, T, feature_dim]` and all products φ(q)·φ(k) `[batch, num_heads, T, S]`."""

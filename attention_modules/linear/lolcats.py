@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..base import Memory
 from ..geometry import Geometry
+from ..kernels.hybrid import hybrid_window_linear
+from ..kernels.selection import in_one_dtype
+from ..padding import padding_before
 from ..registry import register
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
@@ -43,6 +46,7 @@ class LolcatsAttention(LinearAttentionModule):
     Paper: https://arxiv.org/abs/2410.10254
     """
 
+    implementations = ("auto", "naive", "torch", "triton")
     paths = ("window", "linear")
 
     options: LolcatsOptions
@@ -119,6 +123,39 @@ class LolcatsAttention(LinearAttentionModule):
             terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], valid, memory)
             outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+
+    def attend_triton(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        memory: Memory,
+        **signals: Tensor,
+    ) -> Tensor | None:
+        """Both terms in one kernel, on features mapped before it."""
+        query, keys, values = in_one_dtype(query, keys, values)
+        if self.left_out or not self.runs_in_triton(query, keys, values):
+            return None
+        exact = torch.promote_types(query.dtype, torch.float32)
+        gone = max(keys.shape[2] - query.shape[2] - self.window, 0)
+        if gone:
+            leaving = keys[:, :, :gone].to(exact), values[:, :, :gone].to(exact)
+            memory = self.absorb(memory, *leaving, _part(valid, 0, gone))
+            keys, values, valid = keys[:, :, gone:], values[:, :, gone:], _part(valid, gone, keys.shape[2])
+        return hybrid_window_linear(
+            query,
+            keys,
+            values,
+            self.query_map(query.to(exact)),
+            self.key_features(keys.to(exact), valid),
+            self.mixing.sigmoid(),
+            scaling=scaling,
+            window=self.window,
+            start=padding_before(valid),
+            memory=(memory["key_values"], memory["normalizer"]) if memory else None,
+        )
 
     def statistics(
         self,

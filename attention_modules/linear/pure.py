@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from ..base import Memory
+from ..kernels.chunk_linear import chunk_linear
+from ..kernels.selection import in_one_dtype
+from ..padding import padding_before
 from .base import LinearAttentionModule, causal_mask
 from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
 
 
 class PureLinearModule(LinearAttentionModule):
     """`Σ φ(q_i)·φ(k_j) v_j` and `Σ φ(q_i)·φ(k_j)` over `j ≤ i`, or over all j when not causal."""
+
+    implementations = ("auto", "naive", "torch", "triton")
 
     @property
     def tail_tokens(self) -> int:
@@ -55,3 +60,33 @@ class PureLinearModule(LinearAttentionModule):
             terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
             outs.append(self.combine(*terms))
         return torch.cat(outs, 2)
+
+    def attend_triton(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        memory: Memory,
+        **signals: Tensor,
+    ) -> Tensor | None:
+        """Chunked in Triton, on features mapped before it."""
+        query, keys, values = in_one_dtype(query, keys, values)
+        if not self.runs_in_triton(query, keys, values):
+            return None
+        exact = torch.promote_types(query.dtype, torch.float32)
+        past = keys.shape[2] - query.shape[2]
+        if past:
+            leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
+            memory = self.absorb(memory, *leaving, None if valid is None else valid[:, :past])
+            keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
+        (numerator, denominator), _ = chunk_linear(
+            self.query_map(query.to(exact)).to(query.dtype),
+            self.key_features(keys.to(exact), valid).to(query.dtype),
+            values,
+            start=padding_before(valid),
+            memory=(memory["key_values"], memory["normalizer"]) if memory else None,
+            implementation="triton",
+        )
+        return self.combine(numerator.to(exact), denominator[..., None])

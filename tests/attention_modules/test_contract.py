@@ -23,8 +23,10 @@ def test_unknown_option_and_bad_value_are_reported() -> None:
 
 
 def test_unknown_implementation_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="auto, naive, torch"):
-        create("lolcats", GEOMETRY, implementation="triton")
+    with pytest.raises(ValueError, match="auto, naive, torch, triton"):
+        create("lolcats", GEOMETRY, implementation="cuda")
+    with pytest.raises(ValueError, match="auto, naive, torch$"):
+        create("softmax", GEOMETRY, implementation="triton")
 
 
 def test_every_method_documents_itself() -> None:

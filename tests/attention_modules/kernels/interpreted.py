@@ -209,6 +209,33 @@ class Hybrid:
         return errors(differentiate(attend, inputs, self.dtype), differentiate(attend, inputs, torch.float64))
 
 
+@dataclass(frozen=True)
+class Module:
+    """Turns of a padded conversation through a whole attention module, its state carried from call to call."""
+
+    method: str
+    turns: tuple[int, ...] = (21, 12, 1)
+    options: tuple[tuple[str, object], ...] = ()
+
+    def run(self) -> dict[str, float]:
+        geometry = Geometry(2, 1, 16, 24)
+        results = []
+        for implementation, dtype in (("triton", torch.float32), ("naive", torch.float64)):
+            torch.manual_seed(0)
+            module = create(self.method, geometry, implementation=implementation, **dict(self.options))
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            module, state, outs = module.to(dtype), module.new_state(), {}
+            for turn, length in enumerate(self.turns):
+                shapes = (2, length, 16), (1, length, 16), (1, length, 24)
+                tensors = [torch.randn(2, *shape).to(dtype) for shape in shapes]
+                mask = torch.arange(length) >= torch.tensor([[length // 3], [0]])
+                outs[f"turn {turn}"] = module(*tensors, scaling=0.3, padding_mask=mask, state=state)
+            results.append({name: t.detach().double() for name, t in outs.items()})
+        return errors(results[0], results[1])
+
+
 CASES: dict[str, Callable[[], dict[str, float]]] = {
     "linear-1": Linear(length=1).run,
     "linear-7": Linear(batch=1, heads=(1, 1, 1), length=7).run,
@@ -228,6 +255,10 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
     "hybrid-past": Hybrid(batch=2, heads=(2, 2), past=16, window=16, memory=True, padded=True).run,
     "hybrid-kv-head": Hybrid(heads=(4, 2), past=4, window=5, memory=True, state_per="kv_head").run,
     "hybrid-all-in-window": Hybrid(length=23, window=64).run,
+    "module-lolcats": Module("lolcats", options=(("window", 8),)).run,
+    "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
+    "module-hedgehog": Module("hedgehog").run,
+    "module-linear": Module("linear").run,
     "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
 }
 
