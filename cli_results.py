@@ -120,7 +120,8 @@ def show_bench(result: "BenchResult") -> None:
     for row in rows:
         for role, case in (("base", row.base), ("model", row.model)):
             if case is not None and case["skipped"]:
-                console.print(f"left out: {row.measure} of the {role}, {row.context:,} tokens: {case['skipped']}")
+                size = f"{row.context:,} tokens, batch {row.batch}"
+                console.print(f"left out: {row.measure} of the {role}, {size}: {case['skipped']}")
     console.print(setup_sentence(result.document))
     console.print(f"All figures are in {result.path}.")
 

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..convert.copying import digest_of
 from .bootstrap import make_figures
 from .items import Item
 from .journal import Journal
-from .results import EVALUATION, describe_model, describe_setup, read_results, results_folder, write_results
+from .packaged import data_file
+from .results import (
+    EVALUATION,
+    describe_model,
+    describe_setup,
+    model_identity,
+    read_results,
+    results_folder,
+    write_results,
+)
 from .subjects import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
 from .suite import Suite, make_task
 from .tasks.base import Outcome, Scope, Subject, Task, Unit
@@ -114,7 +124,8 @@ def run_evaluation(
         for subject in subjects
     }
     where = find_device(device)
-    earlier = read_results(folder, EVALUATION)
+    # A damaged file is to be known before anything is measured.
+    read_results(folder, EVALUATION)
     scope = Scope(limit, batch_size)
     tasks = {name: make_task(settings) for name, settings in suite.tasks.items()}
     skipped = {
@@ -130,10 +141,12 @@ def run_evaluation(
         seconds = _measure(jobs, subjects, journal, dtype, where, progress)
         paired = len(subjects) == 1 or same_tokens(*subjects)
         done = {name: _summary(name, task, jobs, journal, scope, seconds, paired) for name, task in tasks.items()}
+        # Read only now: another run may have added tasks in the meantime.
+        earlier = read_results(folder, EVALUATION)
         kept = _kept_tasks(earlier, about)
         document = {
             "model": about["model"],
-            "base": about.get("base") or (earlier["base"] if earlier and kept else None),
+            "base": about.get("base") or (earlier.get("base") if earlier and kept else None),
             "setup": describe_setup(where),
             "suite": suite.name,
             "tasks": {**kept, **done},
@@ -160,7 +173,10 @@ def _jobs(
             "task": name,
             "settings": task.settings.model_dump(mode="json"),
             "scope": asdict(own),
-            "models": [_identity(about[role]) for role in (("base", "model") if task.needs_base else (subject.role,))],
+            "models": [
+                model_identity(about[role]) for role in (("base", "model") if task.needs_base else (subject.role,))
+            ],
+            "data": _digest_of_data(task),
             "role": subject.role,
             "device": device.type,
             "units": len(units),
@@ -175,9 +191,10 @@ def _scope(task: Task[Any], scope: Scope) -> Scope:
     return Scope(min(limits, default=None), scope.batch_size)
 
 
-def _identity(about: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes a model the same model: its weights, in the dtype that it ran in."""
-    return tuple(sorted(about["digests"].values())), about["dtype"], about["converted"]
+def _digest_of_data(task: Task[Any]) -> str | None:
+    """The digest of the file that a task reads, if it reads one: a file can change behind its name."""
+    data = getattr(task.settings, "data", None)
+    return None if data is None else digest_of(data_file(data))
 
 
 def _measure(
@@ -280,12 +297,8 @@ def _kept_tasks(earlier: Mapping[str, Any] | None, about: Mapping[str, Mapping[s
         return {}
     for role in ("model", "base"):
         before, now = earlier.get(role), about.get(role)
-        if before is not None and now is not None and _plain(_identity(before)) != _plain(_identity(now)):
+        if before is not None and now is not None and model_identity(before) != model_identity(now):
             logger.warning("The earlier results are of another %s and are replaced.", role)
             return {}
     kept: Mapping[str, Any] = earlier["tasks"]
     return kept
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))

@@ -1,6 +1,7 @@
 """What an interrupted measurement has done already: one JSON line for each piece of work, kept until all is done."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import IO, Any
 
 from ..convert.jsonfiles import plain_json
 from ..errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -26,10 +29,13 @@ class Journal:
     def _read(self) -> Iterator[tuple[str, Any]]:
         if not self.path.is_file():
             return
-        # A killed run can leave half a line behind; what is on it is measured again.
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
-            entry = json.loads(line)
-            yield entry["key"], entry["value"]
+        # A killed run, or a full disk, can leave half a line behind; what is on it is measured again.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                entry = json.loads(line)
+                yield entry["key"], entry["value"]
+            except (ValueError, TypeError, KeyError):
+                logger.warning("A line of %s is damaged; what it held is measured again.", self.path)
 
     def __enter__(self) -> "Journal":
         """The journal itself."""

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.config_file import CONFIG_FILE
+from ..convert.copying import digest_of
 from ..convert.files import TOOL, is_ours
+from ..convert.inside import inside
 from ..convert.jsonfiles import read_json, write_json
 from ..convert.receipt import digest_inputs
 from ..errors import CheckpointError, DataError, OutputError
@@ -25,6 +28,10 @@ FOLDER = "results"
 EVALUATION = "eval"
 BENCHMARK = "bench"
 VERSION = 1
+# Where a document of each kind has its figures, and as what.
+_MEASURED: Mapping[str, tuple[str, type]] = {EVALUATION: ("tasks", dict), BENCHMARK: ("cases", list)}
+# What decides, besides the weights, what a model answers to a text.
+SETTINGS_FILES = (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 PACKAGES = (TOOL, "torch", "transformers", "peft", "safetensors", "tokenizers", "triton", "numpy", "lm-eval")
 
 
@@ -56,6 +63,9 @@ def read_results(folder: Path, kind: str) -> dict[str, Any] | None:
         raise DataError(f"{path} was not written by {TOOL}: give another folder.")
     if document.get("version", 0) > VERSION:
         raise DataError(f"{path} was written by a newer version of {TOOL}: update it, or measure again.")
+    for key, wanted in (("model", dict), _MEASURED[kind]):
+        if not isinstance(document.get(key), wanted):
+            raise DataError(f'{path} is damaged, its "{key}" cannot be read. Remove it and measure again.')
     return document
 
 
@@ -92,7 +102,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def describe_model(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
-    """What identifies a model in results: as it was named, its type, and the digest of each weight file."""
+    """What identifies a model in results: as it was named, its type, and the digests of its files."""
+    beside = [name for name in SETTINGS_FILES if (checkpoint.path / name).is_file()]
     return {
         "source": checkpoint.source,
         "name": checkpoint.path.name if Path(checkpoint.source).exists() else checkpoint.source,
@@ -101,7 +112,13 @@ def describe_model(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]
         "converted": checkpoint.is_converted,
         "bytes": checkpoint.nbytes,
         "digests": digest_inputs(checkpoint),
+        "settings": {name: digest_of(inside(checkpoint.path, name)) for name in beside},
     }
+
+
+def model_identity(about: Mapping[str, Any]) -> list[Any]:
+    """What makes a described model the same model: weights, configuration, tokenizer, and the dtype that it ran in."""
+    return [sorted(about["digests"].values()), about.get("settings", {}), about["dtype"], about["converted"]]
 
 
 def describe_setup(device: torch.device) -> dict[str, Any]:

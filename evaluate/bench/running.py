@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 
 from ...errors import TrainingError
 from ..journal import Journal
-from ..results import BENCHMARK, describe_model, describe_setup, read_results, results_folder, write_results
+from ..results import (
+    BENCHMARK,
+    describe_model,
+    describe_setup,
+    model_identity,
+    read_results,
+    results_folder,
+    write_results,
+)
 from ..subjects import find_device
 from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, pieces_of
 from .clock import Clock, Stopwatch
@@ -164,10 +172,7 @@ def _identity(settings: BenchSettings, about: Mapping[str, Mapping[str, Any]], s
     """What must be the same for a finished piece to count: models, machine, versions and how it was measured."""
     facts = {
         "settings": {name: getattr(settings, name) for name in ("repeats", "decode_tokens", "max_seconds")},
-        "models": {
-            role: (sorted(model["digests"].values()), model["dtype"], model["converted"], model["model_type"])
-            for role, model in about.items()
-        },
+        "models": {role: model_identity(model) for role, model in about.items()},
         "setup": {name: setup[name] for name in ("device", "gpu", "cpu", "threads", "versions")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

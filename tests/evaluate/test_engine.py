@@ -142,6 +142,49 @@ def test_other_tasks_stay_until_the_model_changes(
     assert "are of another model" in caplog.text
 
 
+def test_another_configuration_is_another_model(teacher: str, suite: Suite, tmp_path: Path, caplog) -> None:
+    shutil.copytree(teacher, tmp_path / "model")
+    run_evaluation(str(tmp_path / "model"), suite, output=tmp_path / "results")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.01}))
+    renamed = Suite.model_validate({"name": "own", "tasks": {"again": suite.tasks["stories"].model_dump()}})
+    found = run_evaluation(str(tmp_path / "model"), renamed, output=tmp_path / "results")
+    assert list(found.document["tasks"]) == ["again"]
+    assert "are of another model" in caplog.text
+
+
+def test_a_changed_text_is_measured_anew(teacher: str, suite: Suite, text: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, text: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    task = {"stories": {**suite.tasks["stories"].model_dump(), "data": str(own)}}
+    changed = Suite.model_validate({"name": "own", "tasks": task})
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(teacher, changed, output=tmp_path / "cut", batch_size=1, progress=interrupt)
+    own.write_text("xyz " + text.read_text())
+    found = run_evaluation(teacher, changed, output=tmp_path / "cut", batch_size=1)
+    whole = run_evaluation(teacher, changed, output=tmp_path / "whole", batch_size=1)
+    assert figure(found.document, "stories")["model"] == figure(whole.document, "stories")["model"]
+
+
+def test_what_another_run_added_stays(teacher: str, suite: Suite, tmp_path: Path) -> None:
+    renamed = Suite.model_validate({"name": "own", "tasks": {"again": suite.tasks["stories"].model_dump()}})
+    ran = []
+
+    def meanwhile(done: int, total: int, text: str) -> None:
+        if not ran:
+            ran.append(text)
+            other = run_evaluation(teacher, renamed, output=tmp_path / "other")
+            (tmp_path / "results").mkdir()
+            shutil.copy(other.path, tmp_path / "results" / "eval.json")
+
+    found = run_evaluation(teacher, suite, output=tmp_path / "results", progress=meanwhile)
+    assert list(found.document["tasks"]) == ["again", "stories"]
+
+
 def test_tasks_that_compare_need_a_base(teacher: str, other: str, suite: Suite, text: Path, tmp_path: Path) -> None:
     task = {"kind": "agreement", "data": str(text), "tokens": 256, "context": 128}
     both = Suite.model_validate({"name": "own", "tasks": {**suite.model_dump()["tasks"], "same": task}})

@@ -47,3 +47,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with Journal(tmp_path / "file" / "eval.partial") as journal, pytest.raises(OutputError, match="cannot be written"):
         journal.add("a", 1)
+
+
+def test_a_damaged_line_is_measured_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "eval.partial"
+    path.write_bytes(b'{"key": "a", "value": 1}\n{"key": "b"\n[1]\n{"key": "c"}\n"\xff\n{"key": "d", "value": 2}\n')
+    with Journal(path) as journal:
+        assert journal.entries == {"a": 1, "d": 2}
+        journal.add("b", 3)
+    assert caplog.text.count("measured again") == 4
+    assert Journal(path).entries == {"a": 1, "b": 3, "d": 2}

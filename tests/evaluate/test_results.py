@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from attnconv.errors import DataError, OutputError
 from attnconv.evaluate.results import (
     describe_model,
     describe_setup,
+    model_identity,
     read_results,
     results_folder,
     write_results,
@@ -32,11 +34,12 @@ def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_writing_and_reading(tmp_path: Path) -> None:
     assert read_results(tmp_path, "eval") is None
-    path = write_results(tmp_path / "new", "eval", {"tasks": {"a": float("inf")}})
+    path = write_results(tmp_path / "new", "eval", {"model": {}, "tasks": {"a": float("inf")}})
     assert read_results(tmp_path / "new", "eval") == {
         "tool": "attnconv",
         "version": 1,
         "kind": "eval",
+        "model": {},
         "tasks": {"a": None},
     }
     assert [entry.name for entry in path.parent.iterdir()] == ["eval.json"]
@@ -77,3 +80,21 @@ def test_descriptions(repository: Path) -> None:
     assert setup["cores"] == os.cpu_count()
     assert setup["versions"]["torch"] == torch.__version__
     json.dumps([about, setup])
+
+
+@pytest.mark.parametrize("kind", ["eval", "bench"])
+def test_a_file_without_its_figures_is_damaged(tmp_path: Path, kind: str) -> None:
+    write_results(tmp_path, kind, {"model": {}})
+    with pytest.raises(DataError, match="is damaged.*measure again"):
+        read_results(tmp_path, kind)
+
+
+def test_another_configuration_is_another_model(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "distill" / "assets" / "stories260K", tmp_path / "model")
+    before = describe_model(open_checkpoint(tmp_path / "model"), torch.float32)
+    assert model_identity(before) == model_identity(json.loads(json.dumps(before)))
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("{", '{"rope_theta": 5000.0,', 1))
+    after = describe_model(open_checkpoint(tmp_path / "model"), torch.float32)
+    assert before["digests"] == after["digests"]
+    assert model_identity(before) != model_identity(after)
