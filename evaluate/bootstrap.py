@@ -88,7 +88,8 @@ def _figure(
         base_ids, base_arrays = ids, [array[order] for array in base_arrays]
     base: Arrays = tuple(base_arrays)
     paired = pair and base_ids == ids
-    base_value, base_draws = metric.value(*base), _resample(metric, base)
+    # Its own draws: equal ones would pair items of the same place, which are not the same thing.
+    base_value, base_draws = metric.value(*base), _resample(metric, base, seed=1)
     if paired:
         change_draws = _resample(metric, (*model, *base))
     else:
@@ -103,7 +104,7 @@ def _figure(
     )
 
 
-def _resample(metric: Metric, arrays: Arrays) -> NDArray[np.float64] | None:
+def _resample(metric: Metric, arrays: Arrays, *, seed: int = 0) -> NDArray[np.float64] | None:
     """The metric, or its change from one model to the other, over resampled items.
 
     None for fewer than two items, or if one of them is no number.
@@ -125,7 +126,7 @@ def _resample(metric: Metric, arrays: Arrays) -> NDArray[np.float64] | None:
         batch=max(1, AT_ONCE // arrays[0].size),
         method="percentile",
         confidence_level=LEVEL,
-        rng=np.random.default_rng(0),
+        rng=np.random.default_rng(seed),
     )
     return np.asarray(result.bootstrap_distribution)
 

@@ -85,6 +85,7 @@ def compare_predictions(
         teacher, student = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
         # Where the base rules a token out, its term is zero whatever the other model says.
         terms = torch.where(teacher.isneginf(), 0.0, teacher.exp() * (teacher - student))
-        divergences.append(terms.sum(-1).cpu().double())
+        # Never below zero but for rounding.
+        divergences.append(terms.sum(-1).clamp_min(0.0).cpu().double())
         same.append((base_logits.argmax(-1) == logits.argmax(-1)).cpu())
     return torch.cat(divergences, dim=1), torch.cat(same, dim=1)

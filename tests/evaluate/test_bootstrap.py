@@ -87,3 +87,12 @@ def test_the_interval_holds_the_figure_and_stays_within_the_scores(values: list[
     assert figure.interval is not None
     low, high = figure.interval
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+
+
+def test_models_that_are_not_paired_are_resampled_apart() -> None:
+    values = scored(list(np.random.default_rng(1).normal(0.0, 1.0, 300)))
+    (figure,) = make_figures(values, values, [ACCURACY], [()], pair=False)
+    assert figure.change == 0
+    assert figure.change_interval is not None
+    # The difference of two independent means, not zero as it is for the same items.
+    assert figure.change_interval == pytest.approx((-1.96 * math.sqrt(2 / 300), 1.96 * math.sqrt(2 / 300)), abs=0.04)
