@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import OutputError
 from .measures import NUM_SINKS
 from .profiles import Diagnosis
 
@@ -25,6 +26,9 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     Args:
         diagnosis: With at least one layer.
         path: The PNG to write.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     # Not through pyplot: its figures are global, and it may look for a screen.
     from matplotlib.colors import LinearSegmentedColormap
@@ -58,7 +62,10 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
         bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05)
         bar.set_label(meaning, fontsize=8)
         bar.outline.set_visible(False)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"The picture {path} cannot be written: {error.strerror}.") from error
 
 
 def _grid(diagnosis: Diagnosis, measure: str, rows: int, columns: int) -> NDArray[np.float64]:

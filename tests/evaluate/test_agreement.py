@@ -126,6 +126,14 @@ def test_tokens_that_are_ruled_out() -> None:
     assert compare_predictions(base, base, ids)[0].tolist() == [[0.0] * 4]
 
 
+def test_rounding_makes_no_divergence_negative() -> None:
+    logits = 3 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    base, model = Fixed(logits), Fixed(logits + 1e-6)
+    divergence, _ = compare_predictions(base, model, torch.zeros(1, 64, dtype=torch.long))
+    assert divergence.min() >= 0
+    assert divergence.max() < 1e-6
+
+
 def test_what_cannot_be_compared(other_base: Subject, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE)
     model.config.max_position_embeddings = 100

@@ -20,7 +20,7 @@ from transformers import (
 
 from attnconv import convert_model, make_plan, probe
 from attnconv.distill.embedded import embedded_model_path
-from attnconv.errors import CheckpointError, DataError, PlanError
+from attnconv.errors import CheckpointError, DataError, OutputError, PlanError
 from attnconv.evaluate.diagnostics import (
     Diagnosis,
     HeadProfile,
@@ -382,3 +382,5 @@ def test_the_picture(tmp_path: Path, diagnosis: Diagnosis) -> None:
     content = (tmp_path / "heads.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
+    with pytest.raises(OutputError, match="picture .* cannot be written"):
+        plot_diagnosis(diagnosis, tmp_path / "missing" / "heads.png")
