@@ -55,8 +55,7 @@ class GatedLinearAttention(RecurrentModule):
       a root. Keys are taken as they come, with the model's norm and rotary embedding.
 
     With `normalizer` outputs are means of values, as those of softmax are, and start with the teacher's size. Without,
-    an RMS norm per head follows: outputs start with a root mean square of 1, halved by the output gate, and attention
-    transfer has to find the teacher's size.
+    an RMS norm per head follows: outputs start with a root mean square of `norm_start`, halved by the output gate.
 
     Paper: https://arxiv.org/abs/2312.06635
     """

@@ -41,9 +41,9 @@ class GatedDeltaAttention(RecurrentModule):
 
     Per state head and from the layer's input x: `β = sigmoid(x W_β)` and `log α = -e^a softplus(x W_α + b)`. Both
     projections start at zero, so that β is ½ and heads fade at the rates of `lightning`, whatever the token. With
-    `output_norm` outputs start with a root mean square of 1, halved by the output gate, and attention transfer has to
-    find the teacher's size; without, they start as estimates of values, near the teacher's size. The short convolutions
-    of the published layer come before the attention and have no place here.
+    `output_norm` outputs start with a root mean square of `norm_start`, halved by the output gate; without, they start
+    as estimates of values, near the teacher's size. The short convolutions of the published layer come before the
+    attention and have no place here.
 
     Paper: https://arxiv.org/abs/2412.06464
     """

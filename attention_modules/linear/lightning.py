@@ -35,8 +35,8 @@ class LightningAttention(RecurrentModule):
 
     No normaliser: an RMS norm per head with a learned weight follows, then the gate. The slopes `-log λ` go from almost
     one (the last few tokens) to 1/256 (hundreds of tokens); those of the published models also depend on the layer.
-    At the start outputs have a root mean square of 1, and ½ behind the gate, whatever size the teacher's have: weights
-    and gates find that in attention transfer, so this start is farther from softmax than that of normalised methods.
+    At the start outputs have a root mean square of `norm_start`, halved behind the gate, whatever the teacher's have:
+    weights and gates go the rest of the way in attention transfer, and the nearer the start, the farther they get.
 
     Paper: https://arxiv.org/abs/2501.08313, after https://arxiv.org/abs/2307.14995 and, for the recurrence with a fixed
     decay, https://arxiv.org/abs/2307.08621.

@@ -7,22 +7,24 @@ NORM_EPSILON = 1e-6
 
 
 class HeadNorm(nn.Module):
-    """`weight · out / RMS(out)` for each head; starts with weights of 1.
+    """`weight · out / RMS(out)` for each head.
 
     Args:
         num_heads: query heads.
         value_dim: size of a head's output.
+        start: of all weights, and so of the root mean square of the outputs.
     """
 
-    def __init__(self, num_heads: int, value_dim: int) -> None:
+    def __init__(self, num_heads: int, value_dim: int, start: float = 1.0) -> None:
         super().__init__()
+        self.start = start
         self.weight = nn.Parameter(torch.empty(num_heads, value_dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start again."""
-        self.weight.fill_(1.0)
+        self.weight.fill_(self.start)
 
     def forward(self, out: Tensor) -> Tensor:
         """`[batch, num_heads, T, value_dim]` → the same shape."""

@@ -26,11 +26,14 @@ class RecurrentOptions(AttentionOptions):
     Attributes:
         state_per: `query_head` keeps a state (and learns a decay) per query head, `kv_head` one per key/value head,
             which divides the state by the number of heads that share one.
+        norm_start: start of the weights of the output norm, where there is one; best about as large as the teacher's
+            outputs, since attention transfer has to go the rest of the way.
         output_gate: multiply the output by a sigmoid of a learned projection of the layer's input; it starts at ½.
         output_gate_rank: dimensions that this projection goes through; None = straight from hidden_size.
     """
 
     state_per: Literal["query_head", "kv_head"] = "query_head"
+    norm_start: float = Field(1.0, gt=0)
     output_gate: bool = True
     output_gate_rank: int | None = Field(None, ge=1)
 
@@ -55,7 +58,7 @@ class RecurrentModule(AttentionModule):
     ) -> None:
         super().__init__(geometry, options, implementation)
         self.key_heads = geometry.num_heads if options.state_per == "query_head" else geometry.num_kv_heads
-        self.norm = HeadNorm(geometry.num_heads, geometry.value_dim) if normed else None
+        self.norm = HeadNorm(geometry.num_heads, geometry.value_dim, options.norm_start) if normed else None
         self.output_gate = None
         if options.output_gate and geometry.hidden_size is not None:
             sizes = geometry.hidden_size, geometry.num_heads, geometry.value_dim
@@ -65,9 +68,7 @@ class RecurrentModule(AttentionModule):
     def misfit(cls, geometry: Geometry, options: Any) -> str | None:
         """A layer that looks both ways, or one whose input has an unknown size."""
         if not geometry.causal:
-            return (
-                f"{cls.name} runs from left to right, but this layer is bidirectional; `linear` can serve it"
-            )
+            return f"{cls.name} runs from left to right, but this layer is bidirectional; `linear` can serve it"
         if geometry.hidden_size is None and cls.needs_hidden_size(options):
             return f"{cls.name} with these options learns from the layer's input, but its hidden_size is not known"
         return None

@@ -145,3 +145,13 @@ def test_the_output_gate_may_be_of_low_rank() -> None:
     module = create("lightning", Geometry(4, 2, 8, 6, hidden_size=HIDDEN), output_gate_rank=3)
     shapes = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     assert shapes == {"norm.weight": (4, 6), "output_gate.down": (HIDDEN, 3), "output_gate.weight": (3, 24)}
+
+
+@pytest.mark.parametrize("start", [1.0, 0.3])
+def test_the_size_of_the_first_outputs_is_chosen(start: float) -> None:
+    module = create("lightning", Geometry(4, 2, 8, 6, hidden_size=HIDDEN), norm_start=start).double()
+    query, key, value = draw(2, 4, 30, 8), draw(2, 2, 30, 8, seed=1), draw(2, 2, 30, 6, seed=2)
+    # Large products, beside which the norm's small constant does not show.
+    out = module(query, key, value, scaling=1e3, hidden_states=draw(2, 30, HIDDEN, seed=3))
+    size = out.square().mean(-1).sqrt()
+    torch.testing.assert_close(size, torch.full((2, 4, 30), start / 2).double(), atol=1e-3, rtol=1e-3)
