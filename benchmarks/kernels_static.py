@@ -21,7 +21,7 @@ HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
 
 @dataclass(frozen=True)
 class Case:
-    """One operator's tensors: `linear` is hedgehog's, `gated` has a gate per token, `hybrid` is that of LoLCATs."""
+    """One operator's tensors: `linear` is hedgehog's, `gated` has a gate per token, the others are those of LoLCATs."""
 
     operator: str
     head_dim: int
@@ -32,14 +32,21 @@ def record(case: Case):
     """The launches that a case would make: kernel, arguments, constants, warps and stages."""
     import torch
 
-    from attnconv.attention_modules.kernels import chunk_linear, chunk_linear_backward, hybrid, launching, layout
+    from attnconv.attention_modules.kernels import (
+        chunk_linear,
+        chunk_linear_backward,
+        decode,
+        hybrid,
+        launching,
+        layout,
+    )
 
     launches = []
 
     def keep(kernel, grid, arguments, constants, *, num_warps=4, num_stages=2):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
-    for module in (chunk_linear, chunk_linear_backward, hybrid, layout):
+    for module in (chunk_linear, chunk_linear_backward, decode, hybrid, layout):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
@@ -47,7 +54,12 @@ def record(case: Case):
     chunk = launching.default_chunk(dtype)
     features = [t if case.operator == "gated" else torch.cat([t, t], -1) for t in (query, key)]
     memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
-    if case.operator == "hybrid":
+    if case.operator == "decode":
+        ring = torch.zeros(1, KV_HEADS, WINDOW + 1, head_dim, dtype=dtype)
+        weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
+        new = query[:, :, :1], key[:, :, :1], key[:, :, :1]
+        torch.ops.attnconv.decode_step(*new, ring, ring.clone(), *memory, *weights, torch.zeros(HEADS), start, 1.0)
+    elif case.operator == "hybrid":
         sizes = 1.0, WINDOW, hybrid.hybrid_chunk(query, key)
         out, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(
             query, key, key, *features, torch.zeros(HEADS), start, *memory, *sizes
@@ -129,7 +141,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_LIMITS, default=[*SHARED_LIMITS])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid"])
+    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid", "decode"])
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--check", action="store_true", help="print the table as JSON lines and write no result")
     arguments = parser.parse_args()

@@ -30,7 +30,7 @@ def measured() -> dict[str, dict[str, float]]:
 def test_outputs_and_gradients(measured: dict[str, dict[str, float]], case: str) -> None:
     # In bf16 the gradient of a factor is a small difference of rounded sums.
     tolerance = 5e-2 if case.endswith("bf16") else 2e-5
-    assert len(measured[case]) >= 2
+    assert measured[case]
     assert {name: error for name, error in measured[case].items() if not error < tolerance} == {}
 
 

@@ -1,0 +1,140 @@
+# mypy: ignore-errors
+"""The Triton kernel of one decoding step of the hybrid: feature maps, ring of exact tokens, running sums and output."""
+
+import triton
+import triton.language as tl
+
+from .tiles import tile
+
+
+@triton.jit
+def hedgehog_half(x, weight, sign, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """`softmax(sign · x W)` of one vector, clamped as the module clamps it, zero behind the last feature."""
+    columns = tl.arange(0, BF)
+    logits = tl.zeros([BF], dtype=tl.float32)
+    for first in range(0, D, 16):
+        rows = first + tl.arange(0, 16)
+        part = tl.load(x + rows, mask=rows < D, other=0.0).to(tl.float32)
+        logits += tl.sum(part[:, None] * tile(weight, rows, rows < D, columns, F).to(tl.float32), 0)
+    logits = tl.where(columns < F, logits * sign, -1e30)
+    weights = tl.exp(logits - tl.max(logits, 0))
+    return tl.where(columns < F, tl.maximum(weights / tl.sum(weights, 0), 1e-12), 0.0)
+
+
+@triton.jit
+def window_terms(
+    q,
+    k,
+    v,
+    ring_keys,
+    ring_values,
+    position,
+    scale,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BW: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Numerator `[BV]` and mass of the softmax terms: the new token, then the ring by age."""
+    columns_d, columns_v = tl.arange(0, BD), tl.arange(0, BV)
+    query = tl.load(q + columns_d, mask=columns_d < D, other=0.0).to(tl.float32)
+    own = tl.load(k + columns_d, mask=columns_d < D, other=0.0).to(tl.float32)
+    peak = tl.sum(query * own, 0) * scale
+    acc = tl.load(v + columns_v, mask=columns_v < V, other=0.0).to(tl.float32)
+    mass = 1.0
+    for first in range(1, WINDOW, BW):
+        age = first + tl.arange(0, BW)
+        exists = (age < WINDOW) & (age <= position)
+        slots = tl.where(exists, position - age, 0) % (WINDOW + 1)
+        keys = tile(ring_keys, slots, exists, columns_d, D).to(tl.float32)
+        logits = tl.where(exists, tl.sum(keys * query[None, :], 1) * scale, -1e30)
+        new_peak = tl.maximum(peak, tl.max(logits, 0))
+        weights = tl.where(exists, tl.exp2(logits - new_peak), 0.0)
+        shrink = tl.exp2(peak - new_peak)
+        values = tile(ring_values, slots, exists, columns_v, V).to(tl.float32)
+        acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
+        mass = mass * shrink + tl.sum(weights, 0)
+        peak = new_peak
+    return acc, mass
+
+
+@triton.jit
+def decode_hybrid(
+    q,
+    k,
+    v,
+    ring_keys,
+    ring_values,
+    sums,
+    norm,
+    query_weight,
+    key_weight,
+    gamma,
+    positions,
+    out,
+    scale,
+    H: tl.constexpr,
+    HS: tl.constexpr,
+    HV: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    BV: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """One program for each state: the token that leaves the window goes into the sums, then its query heads read.
+
+    The ring has a slot more than the window has tokens, so that the new token never lands where another program reads.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    b, s = index // HS, index % HS
+    kv = b * HV + s // (HS // HV)
+    position = tl.load(positions + b)
+    ring_keys += kv * (WINDOW + 1) * D
+    ring_values += kv * (WINDOW + 1) * V
+    columns_d, columns_v, columns_f = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BF)
+    leaves = position >= WINDOW
+    leaving = (position + 1) % (WINDOW + 1)
+    old_value = tl.load(ring_values + leaving * V + columns_v, mask=leaves & (columns_v < V), other=0.0).to(tl.float32)
+    member = tl.arange(0, MEMBERS)
+    acc = tl.zeros([MEMBERS, BV], dtype=tl.float32)
+    mass = tl.zeros([MEMBERS], dtype=tl.float32)
+    inside_f = columns_f < F
+    for half in range(2):
+        sign = 1.0 - 2.0 * half
+        rows = half * F + columns_f
+        state = tile(sums + index * 2 * F * V, rows, inside_f, columns_v, V)
+        total = tl.load(norm + index * 2 * F + rows, mask=inside_f, other=0.0)
+        if leaves:
+            old = hedgehog_half(ring_keys + leaving * D, key_weight + s * D * F, sign, D, F, BF)
+            state += old[:, None] * old_value[None, :]
+            total += old
+            places = sums + index * 2 * F * V + rows[:, None] * V + columns_v[None, :]
+            tl.store(places, state, mask=inside_f[:, None] & (columns_v < V)[None, :])
+            tl.store(norm + index * 2 * F + rows, total, mask=inside_f)
+        for r in range(H // HS):
+            h = s * (H // HS) + r
+            features = hedgehog_half(q + (b * H + h) * D, query_weight + h * D * F, sign, D, F, BF)
+            acc += tl.where(member[:, None] == r, tl.sum(features[:, None] * state, 0)[None, :], 0.0)
+            mass += tl.where(member == r, tl.sum(features * total, 0), 0.0)
+    for r in range(H // HS):
+        h = b * H + s * (H // HS) + r
+        exact, exact_mass = window_terms(
+            q + h * D, k + kv * D, v + kv * V, ring_keys, ring_values, position, scale, WINDOW, D, V, BW, BD, BV
+        )
+        share = tl.load(gamma + h % H)
+        above = share * exact + tl.sum(tl.where(member[:, None] == r, acc, 0.0), 0)
+        below = share * exact_mass + tl.sum(tl.where(member == r, mass, 0.0), 0)
+        tl.store(out + h * V + columns_v, (above / below).to(out.dtype.element_ty), mask=columns_v < V)
+    if s % (HS // HV) == 0:
+        slot = position % (WINDOW + 1)
+        new_key = tl.load(k + kv * D + columns_d, mask=columns_d < D, other=0.0)
+        new_value = tl.load(v + kv * V + columns_v, mask=columns_v < V, other=0.0)
+        tl.store(ring_keys + slot * D + columns_d, new_key.to(ring_keys.dtype.element_ty), mask=columns_d < D)
+        tl.store(ring_values + slot * V + columns_v, new_value.to(ring_values.dtype.element_ty), mask=columns_v < V)
