@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .geometry import Geometry
 from .padding import restore_tokens, right_align_order, take_tokens
-from .state import AttentionState
+from .state import AttentionState, Tail
 from .weights import Statistic, response_weights
 
 Memory = dict[str, Tensor]
@@ -233,25 +233,8 @@ class AttentionModule(nn.Module, ABC):
         # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
         with torch.autocast(query.device.type, enabled=False):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
-            signals = self.signals(key.to(dtype), hidden)
-            if state is not None:
-                keys, values, valid, signals = state.append(key, value, padding_mask, signals)
-                memory = state.memory
-            elif padding_mask is not None:
-                key_order = right_align_order(padding_mask)
-                keys, values = take_tokens(key, key_order), take_tokens(value, key_order)
-                signals = {name: take_tokens(t, key_order) for name, t in signals.items()}
-                valid, memory = padding_mask.gather(1, key_order), {}
-            else:
-                keys, values, valid, memory = key, value, None, {}
-            out = None
-            if self.implementation in ("auto", "triton"):
-                out = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
-            if out is None:
-                attend: Callable[..., Tensor] = (
-                    self.attend_naive if self.implementation == "naive" else self.attend_torch
-                )
-                out = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
+            tail = _tail(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
+            out = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
             if state is not None:
                 self._forget(state, dtype)
             if order is not None:
@@ -261,6 +244,16 @@ class AttentionModule(nn.Module, ABC):
         if query_valid is not None:
             out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
+
+    def _mixture(self, query: Tensor, tail: Tail, scaling: float, memory: Memory, dtype: torch.dtype) -> Tensor:
+        """The fastest form that the implementation allows."""
+        keys, values, valid, signals = tail
+        if self.implementation in ("auto", "triton"):
+            out = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
+            if out is not None:
+                return out
+        attend: Callable[..., Tensor] = self.attend_naive if self.implementation == "naive" else self.attend_torch
+        return attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
 
     def _layer_input(
         self, query: Tensor, key: Tensor, hidden_states: Tensor | None, valid: Tensor | None, dtype: torch.dtype
@@ -361,3 +354,16 @@ class AttentionModule(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.options!r}, implementation={self.implementation!r}"
+
+
+def _tail(
+    key: Tensor, value: Tensor, padding_mask: Tensor | None, state: AttentionState | None, signals: Memory
+) -> Tail:
+    """The tokens that are there exactly, old and new, with padding before the real ones."""
+    if state is not None:
+        return state.append(key, value, padding_mask, signals)
+    if padding_mask is None:
+        return key, value, None, signals
+    order = right_align_order(padding_mask)
+    aligned = {name: take_tokens(t, order) for name, t in signals.items()}
+    return take_tokens(key, order), take_tokens(value, order), padding_mask.gather(1, order), aligned
