@@ -68,7 +68,11 @@ def write_result(name: str, *, settings: Mapping[str, Any], results: Mapping[str
         **_commit(),
         "hardware": _hardware(),
         "versions": _versions(),
-        "command": ["python", *sys.orig_argv[1:]],
+        # Without the folders of this machine.
+        "command": [
+            "python",
+            *(Path(part).name if part.startswith(("/", "~")) else part for part in sys.orig_argv[1:]),
+        ],
         "settings": dict(settings),
         "results": dict(results),
     }

@@ -28,7 +28,7 @@ class FolderLock:
 
 
 def lock_folder(folder: Path) -> FolderLock | None:
-    """Lock a folder without waiting.
+    """Lock a folder, or a file, without waiting.
 
     Returns:
         The lock, which is not `held` where folders cannot be locked; None if another process has it or the folder is

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from .items import Figure, Group, Item, Metric, columns, finite
+from .items import Figure, Group, Item, Metric, columns, counting, finite
 
 RESAMPLES = 1_000
 LEVEL = 0.95
+# Clusters of items below which an interval would say more about the method than about the model.
+FEWEST = 5
 # Numbers held at once: resamples are drawn in batches of this many.
 AT_ONCE = 2**22
 
@@ -62,35 +64,33 @@ def _members(items: Sequence[Item], group: Group) -> list[Item]:
 def _figure(
     metric: Metric, group: Group, own: Sequence[Item], other: Sequence[Item] | None, pair: bool
 ) -> Figure | None:
-    ids, *arrays = columns(own, metric)
-    if not ids:
+    own = counting(own, metric)
+    other = None if other is None else counting(other, metric)
+    if not own:
         return None
-    model: Arrays = tuple(arrays)
+    shared = {item.id for item in own} & {item.id for item in other or ()} if pair else set()
+    if shared:
+        # Models are compared on what both were scored on.
+        own = [item for item in own if item.id in shared]
+        other = _in_order([item for item in other or () if item.id in shared], own)
+    model = columns(own, metric)
     value, draws = metric.value(*model), _resample(metric, model)
     figure = Figure(
         metric.name,
         group,
-        len(ids),
+        len(own),
         finite(value),
         _interval(draws),
         better=metric.better,
         compare=metric.compare,
         style=metric.style,
     )
-    if other is None:
+    if not other:
         return figure
-    base_ids, *base_arrays = columns(other, metric)
-    if not base_ids:
-        return figure
-    if pair and base_ids != ids and sorted(base_ids) == sorted(ids):
-        place = {name: index for index, name in enumerate(base_ids)}
-        order = np.array([place[name] for name in ids])
-        base_ids, base_arrays = ids, [array[order] for array in base_arrays]
-    base: Arrays = tuple(base_arrays)
-    paired = pair and base_ids == ids
+    base = columns(other, metric)
     # Its own draws: equal ones would pair items of the same place, which are not the same thing.
     base_value, base_draws = metric.value(*base), _resample(metric, base, seed=1)
-    if paired:
+    if shared:
         change_draws = _resample(metric, (*model, *base))
     else:
         change_draws = None if draws is None or base_draws is None else metric.change(draws, base_draws)
@@ -100,16 +100,22 @@ def _figure(
         base_interval=_interval(base_draws),
         change=finite(metric.change(value, base_value)),
         change_interval=_interval(change_draws),
-        paired=paired,
+        paired=bool(shared),
     )
+
+
+def _in_order(items: Sequence[Item], like: Sequence[Item]) -> list[Item]:
+    """Items in the order, and the clusters, that those of another model with the same ids have."""
+    by_id = {item.id: item for item in items}
+    return [replace(by_id[item.id], cluster=item.cluster) for item in like]
 
 
 def _resample(metric: Metric, arrays: Arrays, *, seed: int = 0) -> NDArray[np.float64] | None:
     """The metric, or its change from one model to the other, over resampled items.
 
-    None for fewer than two items, or if one of them is no number.
+    None for fewer than `FEWEST` of them, or if one is no number.
     """
-    if arrays[0].size < 2 or not all(np.isfinite(array).all() for array in arrays):
+    if arrays[0].size < FEWEST or not all(np.isfinite(array).all() for array in arrays):
         return None
     statistic: Callable[..., Any] = metric.value
     if len(arrays) == 4:

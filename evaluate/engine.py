@@ -1,22 +1,18 @@
 """Running a suite: units of work one after another, each journaled, then figures with intervals in one document."""
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
-from ..convert.copying import digest_of
 from .bootstrap import make_figures
 from .items import Item
+from .jobs import Job, make_jobs, scope_of
 from .journal import Journal
-from .packaged import data_file
 from .results import (
     EVALUATION,
     describe_model,
@@ -28,12 +24,14 @@ from .results import (
 )
 from .subjects import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
 from .suite import Suite, make_task
-from .tasks.base import Outcome, Scope, Subject, Task, Unit
+from .tasks.base import Outcome, Scope, Subject, Task
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 JOURNAL = f"{EVALUATION}.partial"
+OLD = f"{EVALUATION}.old.json"
+"""Where results of other models go when those of this one take their place."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,6 @@ class Evaluation:
             for name, task in self.document["tasks"].items()
         }
         return {**self.document, "tasks": tasks, "path": str(self.path), "skipped": dict(self.skipped)}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One task for one model, cut into units."""
-
-    name: str
-    task: Task[Any]
-    subject: Subject
-    units: Sequence[Unit]
-    keys: Sequence[str]
-
-    def missing(self, journal: Journal) -> list[tuple[str, Unit]]:
-        return [(key, unit) for key, unit in zip(self.keys, self.units, strict=True) if key not in journal]
 
 
 def run_evaluation(
@@ -124,8 +108,8 @@ def run_evaluation(
         for subject in subjects
     }
     where = find_device(device)
-    # A damaged file is to be known before anything is measured.
-    read_results(folder, EVALUATION)
+    # Before anything is measured: a damaged file, and one that will have to make room.
+    _kept_tasks(read_results(folder, EVALUATION), about, warn=True)
     scope = Scope(limit, batch_size)
     tasks = {name: make_task(settings) for name, settings in suite.tasks.items()}
     skipped = {
@@ -134,71 +118,36 @@ def run_evaluation(
         if task.needs_base and against is None
     }
     tasks = {name: task for name, task in tasks.items() if name not in skipped}
-    jobs = [job for subject in subjects for job in _jobs(subject, tasks, scope, about, where)]
+    jobs = [job for subject in subjects for job in make_jobs(subject, tasks, scope, about, where)]
     with Journal(folder / JOURNAL) as journal:
         if restart:
             journal.remove()
         seconds = _measure(jobs, subjects, journal, dtype, where, progress)
         paired = len(subjects) == 1 or same_tokens(*subjects)
-        done = {name: _summary(name, task, jobs, journal, scope, seconds, paired) for name, task in tasks.items()}
+        setup = describe_setup(where)
+        done = {
+            name: {**_summary(name, task, jobs, journal, scope, seconds, paired), "setup": setup}
+            for name, task in tasks.items()
+        }
         # Read only now: another run may have added tasks in the meantime.
         earlier = read_results(folder, EVALUATION)
         kept = _kept_tasks(earlier, about)
+        if earlier is not None and kept is None:
+            (folder / f"{EVALUATION}.json").replace(folder / OLD)
         document = {
             "model": about["model"],
-            "base": about.get("base") or (earlier.get("base") if earlier and kept else None),
-            "setup": describe_setup(where),
+            "base": about.get("base") or (earlier.get("base") if earlier and kept is not None else None),
+            "setup": setup,
             "suite": suite.name,
-            "tasks": {**kept, **done},
+            "tasks": {**(kept or {}), **done},
         }
         path = write_results(folder, EVALUATION, document)
         journal.remove()
     return Evaluation(read_results(folder, EVALUATION) or {}, path, tuple(done), skipped)
 
 
-def _jobs(
-    subject: Subject,
-    tasks: Mapping[str, Task[Any]],
-    scope: Scope,
-    about: Mapping[str, Mapping[str, Any]],
-    device: torch.device,
-) -> Iterable[_Job]:
-    """The jobs of one model; a task that compares is a job of the model, not of the base."""
-    for name, task in tasks.items():
-        if task.needs_base and subject.role == "base":
-            continue
-        own = _scope(task, scope)
-        units = task.units(subject, own)
-        identity = {
-            "task": name,
-            "settings": task.settings.model_dump(mode="json"),
-            "scope": asdict(own),
-            "models": [
-                model_identity(about[role]) for role in (("base", "model") if task.needs_base else (subject.role,))
-            ],
-            "data": _digest_of_data(task),
-            "role": subject.role,
-            "device": device.type,
-            "units": len(units),
-            "versions": [__version__, torch.__version__],
-        }
-        stem = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        yield _Job(name, task, subject, units, [f"{stem}/{index}" for index in range(len(units))])
-
-
-def _scope(task: Task[Any], scope: Scope) -> Scope:
-    limits = [limit for limit in (scope.limit, task.settings.limit) if limit is not None]
-    return Scope(min(limits, default=None), scope.batch_size)
-
-
-def _digest_of_data(task: Task[Any]) -> str | None:
-    """The digest of the file that a task reads, if it reads one: a file can change behind its name."""
-    data = getattr(task.settings, "data", None)
-    return None if data is None else digest_of(data_file(data))
-
-
 def _measure(
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     subjects: Sequence[Subject],
     journal: Journal,
     dtype: str,
@@ -246,14 +195,14 @@ def _outcome(entry: Mapping[str, Any]) -> Outcome:
     items = []
     for raw in entry["items"]:
         values = {key: float("nan") if value is None else value for key, value in raw["values"].items()}
-        items.append(Item(raw["id"], values, raw["group"], raw["note"]))
+        items.append(Item(raw["id"], values, raw["group"], raw["note"], raw["cluster"]))
     return Outcome(items, entry["extra"])
 
 
 def _summary(
     name: str,
     task: Task[Any],
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     journal: Journal,
     scope: Scope,
     seconds: Mapping[tuple[str, str], float],
@@ -270,7 +219,8 @@ def _summary(
     return {
         "kind": task.settings.model_dump()["kind"],
         "settings": task.settings.model_dump(mode="json"),
-        "limit": _scope(task, scope).limit,
+        "limit": scope_of(task, scope).limit,
+        "batch_size": scope.batch_size,
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "seconds": {role: round(seconds[name, role], 3) for role in items if (name, role) in seconds},
         "metrics": [asdict(metric) for metric in metrics],
@@ -288,17 +238,21 @@ def _columns(items: Sequence[Item]) -> dict[str, Any]:
         "groups": [item.group for item in items],
         "values": {name: [item.values.get(name) for item in items] for name in names},
         "notes": {item.id: item.note for item in items if item.note},
+        "clusters": [item.cluster for item in items] if any(item.cluster for item in items) else None,
     }
 
 
-def _kept_tasks(earlier: Mapping[str, Any] | None, about: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The tasks of an earlier file, if it is about the same models."""
+def _kept_tasks(
+    earlier: Mapping[str, Any] | None, about: Mapping[str, Mapping[str, Any]], *, warn: bool = False
+) -> Mapping[str, Any] | None:
+    """The tasks of an earlier file; None if it is about other models."""
     if earlier is None:
         return {}
     for role in ("model", "base"):
         before, now = earlier.get(role), about.get(role)
         if before is not None and now is not None and model_identity(before) != model_identity(now):
-            logger.warning("The earlier results are of another %s and are replaced.", role)
-            return {}
+            if warn:
+                logger.warning("The earlier results are of another %s, or of another dtype; they become %s.", role, OLD)
+            return None
     kept: Mapping[str, Any] = earlier["tasks"]
     return kept

@@ -24,12 +24,15 @@ class Item:
         values: The numbers that metrics add up, such as `{"nll": 310.2, "tokens": 128}`.
         group: What it belongs to, such as `{"length": 2048, "depth": 0.5}`.
         note: What a reader may want to see of it, such as the model's answer.
+        cluster: Items of one cluster, such as the heads of a layer on one text, are resampled together, for they are
+            not independent; empty for one that stands alone.
     """
 
     id: str
     values: Mapping[str, float]
     group: Group = field(default_factory=dict)
     note: str = ""
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Figure:
         group: Which items it is over; empty means all of them.
         count: How many items those are.
         model: The number of the model.
-        interval: 95 % interval of it; None if there are too few items.
+        interval: 95 % interval of it; None if there are too few items to tell.
         base: The number of the base, if one was measured.
         base_interval: 95 % interval of that.
         change: Ratio or difference of the two, see `compare`.
@@ -103,12 +106,19 @@ class Figure:
     style: Style = "number"
 
 
-def columns(items: Sequence[Item], metric: Metric) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
-    """Ids, numerators and denominators of the items that count for a metric."""
-    counted = [item for item in items if metric.total in item.values and (not metric.per or metric.per in item.values)]
-    total = np.array([item.values[metric.total] for item in counted], dtype=np.float64)
-    per = np.array([item.values[metric.per] if metric.per else 1.0 for item in counted], dtype=np.float64)
-    return [item.id for item in counted], total, per
+def counting(items: Sequence[Item], metric: Metric) -> list[Item]:
+    """The items that count for a metric."""
+    return [item for item in items if metric.total in item.values and (not metric.per or metric.per in item.values)]
+
+
+def columns(items: Sequence[Item], metric: Metric) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Numerators and denominators of items that count, summed over each cluster."""
+    place: dict[str, int] = {}
+    places = [place.setdefault(item.cluster or f"item {item.id}", len(place)) for item in items]
+    total, per = np.zeros(len(place)), np.zeros(len(place))
+    np.add.at(total, places, np.array([item.values[metric.total] for item in items], dtype=np.float64))
+    np.add.at(per, places, np.array([item.values[metric.per] if metric.per else 1.0 for item in items]))
+    return total, per
 
 
 def finite(value: Any) -> float | None:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ..convert.jsonfiles import plain_json
+from ..convert.locks import FolderLock, lock_folder
 from ..errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Journal:
         self.path = path
         self.entries: dict[str, Any] = dict(self._read())
         self._file: IO[str] | None = None
+        self._lock: FolderLock | None = None
 
     def _read(self) -> Iterator[tuple[str, Any]]:
         if not self.path.is_file():
@@ -38,8 +40,21 @@ class Journal:
                 logger.warning("A line of %s is damaged; what it held is measured again.", self.path)
 
     def __enter__(self) -> "Journal":
-        """The journal itself."""
+        """The journal itself.
+
+        Raises:
+            OutputError: another run is writing the same file.
+        """
+        if self.path.is_file():
+            self._take()
         return self
+
+    def _take(self) -> None:
+        """Keep other runs from writing, and removing, the file while this one does."""
+        if self._lock is None:
+            self._lock = lock_folder(self.path)
+            if self._lock is None:
+                raise OutputError(f"Another run is measuring into {self.path.parent}: wait for it, or give --output.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -48,6 +63,9 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __contains__(self, key: str) -> bool:
         """Whether this piece is done."""
@@ -69,6 +87,7 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._drop_torn_line()
                 self._file = self.path.open("a", encoding="utf-8")
+                self._take()
             self._file.write(json.dumps({"key": key, "value": value}) + "\n")
             self._file.flush()
         except OSError as error:
@@ -82,6 +101,6 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: all is done, or to be done again."""
-        self.__exit__(None, None, None)
         self.path.unlink(missing_ok=True)
+        self.__exit__(None, None, None)
         self.entries = {}

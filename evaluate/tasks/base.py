@@ -23,7 +23,7 @@ class TaskSettings(Section):
     """A task in a suite; each task's own class adds its keys, `kind` among them.
 
     Attributes:
-        limit: Items at most, the first ones; None means all.
+        limit: Items at most; None means all.
     """
 
     limit: Count | None = None
@@ -34,7 +34,7 @@ class Scope:
     """What of a task is measured, and how much at once.
 
     Attributes:
-        limit: Items at most (questions, prompts, windows), the first ones; None means all.
+        limit: Items at most (questions, prompts, windows); None means all.
         batch_size: Sequences in one forward pass at most.
     """
 

@@ -105,10 +105,15 @@ def _items(window: int, compared: LayerComparison) -> list[Item]:
     layer = compared.layer.index
     prefix = f"window {window}, layer {layer}"
     heads = [
-        Item(f"{prefix}, head {head}", {"kl": kl, "one": 1.0}, {"layer": layer, "head": head})
+        Item(
+            f"{prefix}, head {head}", {"kl": kl, "one": 1.0}, {"layer": layer, "head": head}, cluster=f"window {window}"
+        )
         for head, kl in enumerate(compared.kl.tolist())
     ]
-    return [*heads, Item(prefix, {"error": compared.error, "power": compared.power}, {"layer": layer})]
+    return [
+        *heads,
+        Item(prefix, {"error": compared.error, "power": compared.power}, {"layer": layer}, cluster=f"window {window}"),
+    ]
 
 
 def _maps(compared: Sequence[LayerComparison], count: int) -> list[Mapping[str, Any]]:

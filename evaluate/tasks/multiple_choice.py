@@ -152,7 +152,7 @@ def load_questions(data: str, style: Style | None = None, *, limit: int | None =
     Args:
         data: See `MultipleChoiceSettings`.
         style: The same.
-        limit: Questions at most, the first ones.
+        limit: Questions at most, evenly spread over the file.
 
     Raises:
         DataError: the file cannot be read, or a row is no question.

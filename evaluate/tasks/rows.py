@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,18 +14,20 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
 
     Args:
         path: A file of JSON lines, or one with `.gz` behind its name.
-        limit: Rows at most, the first ones.
+        limit: Rows at most, evenly spread over the file: many files are sorted by label or subject.
 
     Raises:
         DataError: the file cannot be read, or a line is no JSON object.
     """
     try:
         with _open(path) as file:
-            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            for number, line in islice(lines, limit):
-                yield _row(line, number, path)
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"{path} cannot be read as JSON lines: {error}.") from error
+    count = len(lines) if limit is None else min(limit, len(lines))
+    for place in range(count):
+        number, line = lines[place * len(lines) // count]
+        yield _row(line, number, path)
 
 
 def _open(path: Path) -> IO[str]:

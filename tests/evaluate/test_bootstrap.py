@@ -56,6 +56,30 @@ def test_different_items_are_not_paired() -> None:
     assert figure.change == pytest.approx(2 / 3 - 1)
 
 
+def test_models_are_compared_on_what_both_were_scored_on() -> None:
+    more = [*scored([1.0] * 6), Item("too long for the base", {"correct": 0.0})]
+    (figure,) = make_figures(more, scored([0.0] * 6), [ACCURACY], [()])
+    assert (figure.count, figure.model, figure.change) == (6, 1.0, 1.0)
+    assert figure.paired
+
+
+def test_a_cluster_counts_once() -> None:
+    rng = np.random.default_rng(1)
+    # Ten texts with thirty heads each: the heads say the same about a text.
+    values = rng.normal(0.0, 1.0, 10)
+    heads = [
+        Item(f"{text}, {head}", {"correct": values[text] + rng.normal(0.0, 0.01)}, cluster=f"text {text}")
+        for text in range(10)
+        for head in range(30)
+    ]
+    (together,) = make_figures(heads, heads[::-1], [ACCURACY], [()])
+    (texts,) = make_figures(scored(list(values)), None, [ACCURACY], [()])
+    assert together.interval == pytest.approx(texts.interval, abs=0.02)
+    assert (together.count, together.paired, together.change) == (300, True, 0)
+    few = [Item(item.id, item.values, cluster=f"half {index % 2}") for index, item in enumerate(heads)]
+    assert make_figures(few, None, [ACCURACY], [()])[0].interval is None
+
+
 def test_slices() -> None:
     items = [
         *scored([1, 1, 0], length="long"),
@@ -81,7 +105,7 @@ def test_what_is_not_finite_is_no_number() -> None:
     assert make_figures([], None, [PERPLEXITY], [()]) == ()
 
 
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
+@given(st.lists(st.floats(-100, 100), min_size=5, max_size=30))
 def test_the_interval_holds_the_figure_and_stays_within_the_scores(values: list[float]) -> None:
     (figure,) = make_figures(scored(values), None, [ACCURACY], [()])
     assert figure.interval is not None

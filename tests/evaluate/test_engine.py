@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def suite(text: Path) -> Suite:
-    task = {"kind": "perplexity", "data": str(text), "tokens": 512, "context": 128}
+    task = {"kind": "perplexity", "data": str(text), "tokens": 768, "context": 128}
     return Suite.model_validate({"name": "own", "tasks": {"stories": task}})
 
 
@@ -56,7 +56,7 @@ def test_one_model(teacher: str, text: Path, suite: Suite, tmp_path: Path) -> No
     found = run_evaluation(teacher, suite, output=tmp_path, batch_size=1, progress=lambda *call: calls.append(call))
     model = AutoModelForCausalLM.from_pretrained(teacher)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    tokens = load_tokens(text, tokenizer, context=128, limit=512)
+    tokens = load_tokens(text, tokenizer, context=128, limit=768)
     expected = perplexity(model, tokens, context=128, tokenizer=tokenizer)
     row = figure(found.document, "stories")
     assert row["model"] == pytest.approx(expected.perplexity, rel=1e-6)
@@ -70,7 +70,7 @@ def test_one_model(teacher: str, text: Path, suite: Suite, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [found.path]
     assert found.document["setup"]["versions"]["torch"] == torch.__version__
     assert calls[0][2].startswith("loading")
-    assert calls[-1][:2] == (512, 512)
+    assert calls[-1][:2] == (768, 768)
 
 
 def test_a_model_equals_itself(teacher: str, suite: Suite, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on(
         PerplexityTask, "measure", lambda self, subject, unit: measured.append(unit) or original(self, subject, unit)
     )
     found = run_evaluation(other, suite, against=teacher, output=tmp_path / "cut", batch_size=1)
-    assert len(measured) == 3
+    assert len(measured) == 7
     assert found.document["tasks"]["stories"]["figures"] == whole["tasks"]["stories"]["figures"]
     assert not journal.exists()
 
@@ -139,7 +139,8 @@ def test_other_tasks_stay_until_the_model_changes(
     assert not caplog.records
     replaced = run_evaluation(other, renamed, output=tmp_path)
     assert list(replaced.document["tasks"]) == ["again"]
-    assert "are of another model" in caplog.text
+    assert "are of another model, or of another dtype; they become eval.old.json" in caplog.text
+    assert list(json.loads((tmp_path / "eval.old.json").read_text())["tasks"]) == ["stories", "again"]
 
 
 def test_another_configuration_is_another_model(teacher: str, suite: Suite, tmp_path: Path, caplog) -> None:

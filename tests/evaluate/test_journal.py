@@ -57,3 +57,14 @@ def test_a_damaged_line_is_measured_again(tmp_path: Path, caplog: pytest.LogCapt
         journal.add("b", 3)
     assert caplog.text.count("measured again") == 4
     assert Journal(path).entries == {"a": 1, "b": 3, "d": 2}
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "eval.partial"
+    with Journal(path) as journal:
+        journal.add("a", 1)
+        with pytest.raises(OutputError, match="Another run is measuring"), Journal(path):
+            pass
+        journal.add("b", 2)
+    with Journal(path) as again:
+        assert again.entries == {"a": 1, "b": 2}
