@@ -28,7 +28,7 @@ class Case:
     dtype: str
 
 
-def record(case: Case):
+def record(case: Case, target: int):
     """The launches that a case would make: kernel, arguments, constants, warps and stages."""
     import torch
 
@@ -36,6 +36,7 @@ def record(case: Case):
         chunk_linear,
         chunk_linear_backward,
         decode,
+        fused,
         hybrid,
         launching,
         layout,
@@ -46,7 +47,7 @@ def record(case: Case):
     def keep(kernel, grid, arguments, constants, *, num_warps=4, num_stages=2):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
-    for module in (chunk_linear, chunk_linear_backward, decode, hybrid, layout):
+    for module in (chunk_linear, chunk_linear_backward, decode, fused, hybrid, layout):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
@@ -59,6 +60,10 @@ def record(case: Case):
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         new = query[:, :, :1], key[:, :, :1], key[:, :, :1]
         torch.ops.attnconv.decode_step(*new, ring, ring.clone(), *memory, *weights, torch.zeros(HEADS), start, 1.0)
+    elif case.operator == "fused":
+        weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
+        sizes = 1.0, WINDOW, fused.fused_chunk(query, key, target // 10)
+        torch.ops.attnconv.hedgehog_window_linear(query, key, key, *weights, torch.zeros(HEADS), start, *memory, *sizes)
     elif case.operator == "hybrid":
         sizes = 1.0, WINDOW, hybrid.hybrid_chunk(query, key)
         out, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(
@@ -131,7 +136,7 @@ def measure(work: tuple[Case, int]) -> list[dict[str, object]]:
             **usage(compile_for(launch, target), target),
             "shared_limit": SHARED_LIMITS[target],
         }
-        for launch in record(case)
+        for launch in record(case, target)
     ]
 
 
@@ -141,7 +146,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_LIMITS, default=[*SHARED_LIMITS])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid", "decode"])
+    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid", "fused", "decode"])
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--check", action="store_true", help="print the table as JSON lines and write no result")
     arguments = parser.parse_args()

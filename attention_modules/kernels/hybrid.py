@@ -222,31 +222,38 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, query_features, key_features, gamma, start, sums, norm, out, mass, peak, best = ctx.saved_tensors
+    gradients, d_memory = hybrid_gradients(ctx.saved_tensors, d_out, ctx.scaling, ctx.window, ctx.chunk)
+    return *gradients, None, *d_memory, None, None, None
+
+
+def hybrid_gradients(
+    saved: tuple[Tensor, ...], d_out: Tensor, scaling: float, window: int, chunk: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, Tensor | None]]:
+    """Gradients of query, key, value, both features and gamma; and of both sums.
+
+    Args:
+        saved: what the forward pass took and gave: query, key, value, both features, gamma, start, both sums, output,
+            normaliser, largest logits and their rows.
+        d_out: gradient of the output.
+        scaling: factor on query-key products.
+        window: tokens attended exactly.
+        chunk: tokens handled at a time.
+    """
+    query, key, value, query_features, key_features, gamma, start, sums, norm, out, mass, peak, best = saved
     # The fraction's two sides: numerator and normaliser.
     inverse = torch.where(mass == 0, 0.0, 1 / mass)[..., None]
     d_mass = -(d_out.float() * out.float()).sum(-1) * inverse[..., 0]
     d_sides = (d_out.float() * inverse).to(state_dtype(query.dtype)), d_mass
     d_query, d_key, d_value, response = window_gradients(
-        query, key, value, gamma, start, *d_sides, peak, best, ctx.scaling, ctx.window, ctx.chunk
+        query, key, value, gamma, start, *d_sides, peak, best, scaling, window, chunk
     )
-    shift = key.shape[2] - query.shape[2] - ctx.window
+    shift = key.shape[2] - query.shape[2] - window
     d_query_features, d_key_features, d_past_value, d_sums, d_norm = chunk_gradients(
-        query_features, key_features, value, None, start, sums, norm, *d_sides, None, None, shift, ctx.chunk
+        query_features, key_features, value, None, start, sums, norm, *d_sides, None, None, shift, chunk
     )
-    return (
-        d_query,
-        d_key,
-        d_value + shared(d_past_value, value.shape[1]),
-        d_query_features,
-        d_key_features,
-        response.sum((0, 2)),
-        None,
-        *((None, None) if sums is None else (d_sums, d_norm)),
-        None,
-        None,
-        None,
-    )
+    d_value = d_value + shared(d_past_value, value.shape[1])
+    d_memory = (None, None) if sums is None else (d_sums, d_norm)
+    return (d_query, d_key, d_value, d_query_features, d_key_features, response.sum((0, 2))), d_memory
 
 
 _forward.register_autograd(_backward, setup_context=_remember)

@@ -14,6 +14,53 @@ from .tiles import first_real, product, store_tile, tile, tile_transposed
 
 
 @triton.jit
+def window_rows(
+    queries,
+    k,
+    v,
+    steps,
+    is_query,
+    low,
+    columns_v,
+    chunk,
+    scale,
+    num_keys,
+    offset,
+    window,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax terms of a chunk of queries: numerator, mass, largest logit and the row of keys where that stands."""
+    columns_d = tl.arange(0, BD)
+    peak = tl.full([CHUNK], -1e30, dtype=tl.float32)
+    best = tl.full([CHUNK], -1, dtype=tl.int32)
+    acc = tl.zeros([CHUNK, BV], dtype=tl.float32)
+    mass = tl.zeros([CHUNK], dtype=tl.float32)
+    for part in range(tl.cdiv(window + CHUNK, CHUNK)):
+        rows = (chunk + part) * CHUNK + offset - window + tl.arange(0, CHUNK)
+        exists = (rows >= low) & (rows < num_keys)
+        inside = (rows[None, :] > steps[:, None] + offset - window) & (rows[None, :] <= steps[:, None] + offset)
+        visible = inside & exists[None, :] & is_query[:, None]
+        keys = tile_transposed(k, rows, exists, columns_d, D)
+        logits = tl.where(visible, product(queries, keys, COMPUTE, PRECISION) * scale, -1e30)
+        highest = tl.max(logits, 1)
+        where = tl.min(tl.where(logits == highest[:, None], rows[None, :], num_keys), 1)
+        best = tl.where(highest > peak, where, best)
+        new_peak = tl.maximum(peak, highest)
+        weights = tl.where(visible, tl.exp2(logits - new_peak[:, None]), 0.0)
+        shrink = tl.exp2(peak - new_peak)
+        mass = mass * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + product(weights, tile(v, rows, exists, columns_v, V), COMPUTE, PRECISION)
+        peak = new_peak
+    return acc, mass, peak, best
+
+
+@triton.jit
 def hybrid_outputs(
     q,
     k,
@@ -60,26 +107,27 @@ def hybrid_outputs(
     columns_d = tl.arange(0, BD)
     columns_v = block_v * BV + tl.arange(0, BV)
     queries = tile(q + index * length * D, steps, is_query, columns_d, D)
-    peak = tl.full([CHUNK], -1e30, dtype=tl.float32)
-    best = tl.full([CHUNK], -1, dtype=tl.int32)
-    acc = tl.zeros([CHUNK, BV], dtype=tl.float32)
-    mass = tl.zeros([CHUNK], dtype=tl.float32)
-    for part in range(tl.cdiv(window + CHUNK, CHUNK)):
-        rows = (chunk + part) * CHUNK + offset - window + tl.arange(0, CHUNK)
-        exists = (rows >= low) & (rows < num_keys)
-        inside = (rows[None, :] > steps[:, None] + offset - window) & (rows[None, :] <= steps[:, None] + offset)
-        visible = inside & exists[None, :] & is_query[:, None]
-        keys = tile_transposed(k, rows, exists, columns_d, D)
-        logits = tl.where(visible, product(queries, keys, COMPUTE, PRECISION) * scale, -1e30)
-        highest = tl.max(logits, 1)
-        where = tl.min(tl.where(logits == highest[:, None], rows[None, :], num_keys), 1)
-        best = tl.where(highest > peak, where, best)
-        new_peak = tl.maximum(peak, highest)
-        weights = tl.where(visible, tl.exp2(logits - new_peak[:, None]), 0.0)
-        shrink = tl.exp2(peak - new_peak)
-        mass = mass * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + product(weights, tile(v, rows, exists, columns_v, V), COMPUTE, PRECISION)
-        peak = new_peak
+    acc, mass, peak, best = window_rows(
+        queries,
+        k,
+        v,
+        steps,
+        is_query,
+        low,
+        columns_v,
+        chunk,
+        scale,
+        num_keys,
+        offset,
+        window,
+        D,
+        V,
+        CHUNK,
+        BD,
+        BV,
+        COMPUTE,
+        PRECISION,
+    )
     rows = steps + offset - window
     past, past_mass = linear_terms(
         query_features + index * length * K,

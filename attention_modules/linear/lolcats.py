@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..base import Memory
 from ..geometry import Geometry
+from ..kernels.fused import fused_problem, hedgehog_window_linear
 from ..kernels.hybrid import hybrid_window_linear
 from ..kernels.selection import in_one_dtype
 from ..padding import padding_before
@@ -134,7 +135,7 @@ class LolcatsAttention(LinearAttentionModule):
         memory: Memory,
         **signals: Tensor,
     ) -> Tensor | None:
-        """Both terms in one kernel, on features mapped before it."""
+        """Both terms in one kernel, the published map inside where it fits, else on features mapped before."""
         query, keys, values = in_one_dtype(query, keys, values)
         if self.left_out or not self.runs_in_triton(query, keys, values):
             return None
@@ -144,12 +145,16 @@ class LolcatsAttention(LinearAttentionModule):
             leaving = keys[:, :, :gone].to(exact), values[:, :, :gone].to(exact)
             memory = self.absorb(memory, *leaving, _part(valid, 0, gone))
             keys, values, valid = keys[:, :, gone:], values[:, :, gone:], _part(valid, gone, keys.shape[2])
-        return hybrid_window_linear(
+        weights: tuple[Tensor, Tensor] = self.query_map.weight, self.key_map.weight
+        is_fused = self.query_map.name == "hedgehog" and fused_problem(query, values, weights[0]) is None
+        if not is_fused:
+            weights = self.query_map(query.to(exact)), self.key_features(keys.to(exact), valid)
+        attend = hedgehog_window_linear if is_fused else hybrid_window_linear
+        return attend(
             query,
             keys,
             values,
-            self.query_map(query.to(exact)),
-            self.key_features(keys.to(exact), valid),
+            *weights,
             self.mixing.sigmoid(),
             scaling=scaling,
             window=self.window,

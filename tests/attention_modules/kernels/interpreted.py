@@ -18,6 +18,7 @@ from torch import Tensor
 from attnconv.attention_modules import Geometry, create
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
 from attnconv.attention_modules.kernels.decode import DecodeState, decode_step
+from attnconv.attention_modules.kernels.fused import hedgehog_window_linear
 from attnconv.attention_modules.kernels.hybrid import hybrid_window_linear
 
 Inputs = dict[str, Tensor]
@@ -158,6 +159,7 @@ class Hybrid:
     memory: bool = False
     chunk: int = 16
     dtype: torch.dtype = torch.float32
+    fused: bool = False
 
     def run(self) -> dict[str, float]:
         torch.manual_seed(self.length)
@@ -190,10 +192,13 @@ class Hybrid:
                 tensors = x["query"], x["key"], x["value"]
                 if x["query"].dtype == torch.float64:
                     return module.attend_naive(*tensors, valid, 0.3, memory)
-                return hybrid_window_linear(
+                maps: tuple[Tensor, Tensor] = module.query_map.weight, module.key_map.weight
+                if not self.fused:
+                    maps = module.query_map(tensors[0]), module.key_features(tensors[1], valid)
+                function = hedgehog_window_linear if self.fused else hybrid_window_linear
+                return function(
                     *tensors,
-                    module.query_map(tensors[0]),
-                    module.key_features(tensors[1], valid),
+                    *maps,
                     module.mixing.sigmoid(),
                     scaling=0.3,
                     window=self.window,
@@ -303,19 +308,21 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
     "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
     "hybrid-1": Hybrid(length=1, window=3).run,
     "hybrid-7": Hybrid(heads=(1, 1), length=7, window=4).run,
-    "hybrid-63-padded": Hybrid(batch=2, length=63, padded=True, chunk=32).run,
-    "hybrid-123": Hybrid(heads=(2, 1), length=123, window=33, dims=(80, 40), chunk=64).run,
-    "hybrid-past": Hybrid(batch=2, heads=(2, 2), past=16, window=16, memory=True, padded=True).run,
+    "hybrid-63-padded": Hybrid(batch=2, heads=(1, 1), length=63, padded=True, chunk=32).run,
+    "hybrid-123": Hybrid(heads=(1, 1), length=123, window=33, dims=(40, 40), chunk=64).run,
+    "hybrid-past": Hybrid(batch=2, heads=(1, 1), past=16, window=16, memory=True, padded=True).run,
     "hybrid-kv-head": Hybrid(heads=(4, 2), past=4, window=5, memory=True, state_per="kv_head").run,
     "hybrid-all-in-window": Hybrid(length=23, window=64).run,
+    "fused-37-padded": Hybrid(batch=2, heads=(2, 1), past=16, window=16, memory=True, padded=True, fused=True).run,
+    "fused-kv-head": Hybrid(length=23, heads=(2, 1), state_per="kv_head", window=5, fused=True).run,
     "module-lolcats": Module("lolcats", options=(("window", 8),)).run,
     "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
     "module-hedgehog": Module("hedgehog").run,
     "module-linear": Module("linear").run,
-    "decode": Decoding().run,
+    "decode": Decoding(steps=4).run,
     "decode-kv-head": Decoding(heads=(3, 1), state_per="kv_head").run,
     "decode-window-1": Decoding(heads=(1, 1), window=1, prefill=4, steps=3).run,
-    "decode-all-in-window": Decoding(heads=(2, 1), window=64).run,
+    "decode-all-in-window": Decoding(heads=(1, 1), window=64, steps=3).run,
     "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
 }
 

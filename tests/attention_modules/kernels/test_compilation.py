@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize(
     ("head_dim", "targets", "operators"),
-    [(64, [80, 90, 100], {"linear": 5, "hybrid": 3, "decode": 1}), (128, [90], {"hybrid": 3})],
+    [(64, [80, 90, 100], {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}), (128, [90], {"hybrid": 3, "fused": 2})],
     ids=["64", "128"],
 )
 def test_compiled_for_every_target(

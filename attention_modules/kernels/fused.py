@@ -1,0 +1,218 @@
+"""The hybrid of LoLCATs with its hedgehog maps inside the kernels: features are written out for gradients only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..window import LOG2E
+from .hybrid import hybrid_chunk, hybrid_gradients
+from .launching import block, is_interpreted, launch, power_of_two, precision, state_dtype
+from .layout import contiguous
+
+Terms = tuple[Tensor, Tensor]
+MAX_FUSED_DIM = 128
+
+
+def hedgehog_window_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gamma: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    start: Tensor | None = None,
+    memory: Terms | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """What `hybrid_window_linear` gives for `φ(x) = [softmax(xW), softmax(-xW)]`.
+
+    Args:
+        query: `[batch, num_heads, T, head_dim]`, head_dim at most 128.
+        key: `[batch, num_kv_heads, S, head_dim]`, with `S - T` at most `window`.
+        value: `[batch, num_kv_heads, S, value_dim]`.
+        query_weight: `[num_heads, head_dim, feature_dim]`, feature_dim at most 128.
+        key_weight: `[state_heads, head_dim, feature_dim]`.
+        gamma: `[num_heads]`, factor on the softmax terms.
+        scaling: factor on query-key products.
+        window: tokens attended exactly, the query's own included.
+        start: `[batch]` int32, tokens of padding that the keys of every row begin with.
+        memory: sums over all tokens before `key`, as for `hybrid_window_linear`.
+        chunk: tokens handled at a time; None chooses by dtype and size.
+
+    Returns:
+        `[batch, num_heads, T, value_dim]` in the dtype of `value`.
+
+    Raises:
+        ValueError: sizes are too large, or keys stand before the first query's window.
+    """
+    before = key.shape[2] - query.shape[2]
+    if not 0 <= before <= window:
+        raise ValueError(f"{key.shape[2]} keys do not fit {query.shape[2]} queries with a window of {window}")
+    problem = fused_problem(query, value, query_weight)
+    if problem is not None:
+        raise ValueError(f"maps inside the kernels take bfloat16 and at most {MAX_FUSED_DIM} numbers, but {problem}")
+    chunk = chunk or fused_chunk(query, value)
+    sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
+    weights = query_weight.to(query.dtype), key_weight.to(query.dtype)
+    out: Tensor = _forward(query, key, value, *weights, gamma.float(), start, sums, norm, scaling, window, chunk)[0]
+    return out
+
+
+def fused_problem(query: Tensor, value: Tensor, weight: Tensor) -> str | None:
+    """Why the maps cannot be inside the kernels, or None; other dtypes than bf16 would not fit into registers."""
+    if query.dtype != torch.bfloat16 and not is_interpreted():
+        return f"the dtype is {query.dtype}"
+    widest = max(query.shape[-1], value.shape[-1], weight.shape[-1])
+    return f"a vector has {widest} numbers" if widest > MAX_FUSED_DIM else None
+
+
+def fused_chunk(query: Tensor, value: Tensor, major: int | None = None) -> int:
+    """Tokens handled at a time; GPUs before compute capability 9.0 hold half as many.
+
+    Args:
+        query: `[..., head_dim]`.
+        value: `[..., value_dim]`.
+        major: first number of the compute capability; None asks the device.
+    """
+    if major is None:
+        major = torch.cuda.get_device_capability(query.device)[0] if query.device.type == "cuda" else 9
+    return hybrid_chunk(query, value) // (2 if major < 9 else 1)
+
+
+@torch.library.custom_op("attnconv::hedgehog_window_linear", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gamma: Tensor,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    scaling: float,
+    window: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .fused_kernels import hedgehog_hybrid_outputs, hedgehog_states
+
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    batch, heads, length, head_dim = query.shape
+    num_keys, width, features, states = key.shape[2], value.shape[-1], key_weight.shape[-1], batch * key_weight.shape[0]
+    num_chunks = -(-length // chunk)
+    norms = query.new_empty((states, num_chunks, 2 * features), dtype=torch.float32)
+    sums = query.new_empty((*norms.shape, width), dtype=state_dtype(query.dtype))
+    constants = {"HS": key_weight.shape[0], "HV": value.shape[1], "D": head_dim, "F": features, "V": width}
+    constants |= {"CHUNK": chunk, "BD": power_of_two(head_dim), "BF": power_of_two(features)}
+    constants |= {"BV": block(width, query.dtype), "HAS_START": start is not None, **precision(query.dtype)}
+    shared = {"k": key, "v": value, "key_weight": key_weight.contiguous(), "start": start, "sums": sums, "norms": norms}
+    blocks = -(-width // constants["BV"])
+    shift = num_keys - length - window
+    launch(
+        hedgehog_states,
+        (2, blocks, states),
+        {
+            **shared,
+            "first_sums": contiguous(first_sums),
+            "first_norm": contiguous(first_norm),
+            "length": length,
+            "num_keys": num_keys,
+            "shift": shift,
+        },
+        {**constants, "HAS_FIRST": first_sums is not None},
+        num_warps=8,
+        num_stages=1,
+    )
+    out = value.new_empty((*query.shape[:3], width))
+    mass, peak = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    best = query.new_empty(query.shape[:3], dtype=torch.int32)
+    launch(
+        hedgehog_hybrid_outputs,
+        (blocks, num_chunks, batch * heads),
+        {
+            **shared,
+            "q": query,
+            "query_weight": query_weight.contiguous(),
+            "gamma": gamma.contiguous(),
+            "out": out,
+            "mass_out": mass,
+            "peak_out": peak,
+            "best_out": best,
+            "scale": scaling * LOG2E,
+            "length": length,
+            "num_keys": num_keys,
+            "offset": num_keys - length,
+            "window": window,
+        },
+        {**constants, "H": heads},
+        num_warps=8,
+        num_stages=1 if chunk == 64 else 2,
+    )
+    return out, mass, peak, best
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gamma: Tensor,
+    start: Tensor | None,
+    first_sums: Tensor | None,
+    first_norm: Tensor | None,
+    scaling: float,
+    window: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out = value.new_empty((*query.shape[:3], value.shape[-1]))
+    return out, rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
+
+
+def _map(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of φ, of an input with as many heads as the weight or with a divisor of them."""
+    y = (x.repeat_interleave(weight.shape[0] // x.shape[1], 1) @ weight).float()
+    return y.softmax(-1), (-y).softmax(-1)
+
+
+def _map_gradients(x: Tensor, weight: Tensor, halves: tuple[Tensor, Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of input and weight, given that of the features."""
+    first, second = (
+        half * (d - (d * half).sum(-1, keepdim=True))
+        for half, d in zip(halves, gradient.float().chunk(2, -1), strict=True)
+    )
+    d_y = (first - second).to(x.dtype)
+    repeats = weight.shape[0] // x.shape[1]
+    d_weight = torch.einsum("bhtd,bhtf->hdf", x.repeat_interleave(repeats, 1), d_y)
+    return (d_y @ weight.transpose(-1, -2)).unflatten(1, (-1, repeats)).sum(2), d_weight
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scaling, ctx.window, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, query_weight, key_weight, gamma, start, *rest = ctx.saved_tensors
+    query_halves, key_halves = _map(query, query_weight), _map(key, key_weight)
+    features = [torch.cat(halves, -1).to(query.dtype) for halves in (query_halves, key_halves)]
+    # As many tokens at a time as the kernels of the gradients like best.
+    chunk = max(ctx.chunk, hybrid_chunk(query, value)) if query.dtype == torch.bfloat16 else ctx.chunk
+    saved = query, key, value, *features, gamma, start, *rest
+    (d_query, d_key, d_value, *d_features, d_gamma), d_memory = hybrid_gradients(
+        saved, d_out, ctx.scaling, ctx.window, chunk
+    )
+    more_query, d_query_weight = _map_gradients(query, query_weight, query_halves, d_features[0])
+    more_key, d_key_weight = _map_gradients(key, key_weight, key_halves, d_features[1])
+    gradients = d_query + more_query, d_key + more_key, d_value, d_query_weight, d_key_weight, d_gamma
+    return *gradients, None, *d_memory, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_remember)
