@@ -9,6 +9,8 @@ from .launching import MAX_DIM, has_triton, is_interpreted
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What CUDA takes on the last axis of a grid.
+MAX_ROWS = 65535
 _said: set[str] = set()
 
 
@@ -26,12 +28,25 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:
         return "the tensors are on different devices"
     if first.device.type != "cuda" and not is_interpreted():
         return f"the tensors are on {first.device.type!r}, not on a CUDA device"
+    problem = gpu_problem(first.device) if first.device.type == "cuda" else None
+    if problem is not None:
+        return problem
+    if first.shape[0] * first.shape[1] > MAX_ROWS:
+        return f"there are {first.shape[0]} rows of {first.shape[1]} heads, and a launch takes {MAX_ROWS} heads"
     for tensor in tensors:
         if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
             return f"the dtype is {tensor.dtype}, and the kernels take bfloat16, float16 or float32, one for all"
     if dims and max(dims) > MAX_DIM:
         return f"a vector has {max(dims)} numbers, and the kernels take at most {MAX_DIM}"
     return None
+
+
+def gpu_problem(device: torch.device) -> str | None:
+    """Why a GPU cannot run the kernels, which are made for tensor cores with bf16 and tf32, or None."""
+    if torch.version.hip is not None:
+        return "the GPU is not one of NVIDIA's"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
 
 
 def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

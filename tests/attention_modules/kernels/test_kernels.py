@@ -56,8 +56,19 @@ def test_what_the_kernels_do_not_take_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert selection.problem_with(*tensors(), dims=(16, 256)) is None
     assert "float64" in (selection.problem_with(*tensors(torch.float64)) or "")
     assert "300 numbers" in (selection.problem_with(*tensors(), dims=(16, 300)) or "")
+    rows = torch.empty(70_000, 1, 1, 1)
+    assert "70000 rows of 1 heads" in (selection.problem_with(rows) or "")
     monkeypatch.setattr(selection, "has_triton", lambda: False)
     assert selection.problem_with(*tensors()) == "triton is not installed"
+
+
+def test_old_and_foreign_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5" in (selection.gpu_problem(torch.device("cuda")) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert selection.gpu_problem(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in (selection.gpu_problem(torch.device("cuda")) or "")
 
 
 def test_auto_on_a_gpu_says_once_why_it_is_torch(caplog: pytest.LogCaptureFixture) -> None:
