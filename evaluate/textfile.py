@@ -65,7 +65,10 @@ def _json_lines(file: IO[str], path: Path, field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise DataError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
         text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
+            kind = type(text).__name__
+            raise DataError(f'Line {number} of {path} has a {kind} under "{field}", not a text; name another field.')
+        if text is None:
             keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(f'Line {number} of {path} has no text under "{field}" (it has: {keys}); name the field.')
         yield text

@@ -69,7 +69,10 @@ def _problem(item: dict[str, Any], model: type[BaseModel], prefix: str) -> Probl
         return Problem(_join(prefix, *path, "kind"), "this key is required")
     if kind == "union_tag_invalid":
         tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-        return Problem(_join(prefix, *path, "kind"), f"got {_quote(context['tag'])}; {nearest(context['tag'], tags)}")
+        known = f"the kinds are {', '.join(tags)}"
+        return Problem(
+            _join(prefix, *path, "kind"), f"got {_quote(context['tag'])}; {nearest(context['tag'], tags)} ({known})"
+        )
     return Problem(_join(prefix, *path), _message(kind, item["msg"], context, given))
 
 

@@ -77,8 +77,12 @@ def setup_sentence(document: Mapping[str, Any]) -> str:
     """What the figures of a document were measured on and how, in one line."""
     setup, settings = document["setup"], document["settings"]
     place = setup["gpu"] or f"{setup['cpu']}, {setup['threads']} of {setup['cores']} cores"
+    runs, steps = _count(settings["repeats"], "run"), _count(settings["decode_tokens"], "decoding step")
     return (
         f"{place}; torch {setup['versions']['torch']}; {document['model']['dtype']}; "
-        f"medians of {settings['repeats']} runs and {settings['decode_tokens']} decoding steps, quartiles in brackets; "
-        "peak memory is above the weights"
+        f"medians of {runs} and {steps}, quartiles in brackets; peak memory is above the weights"
     )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"

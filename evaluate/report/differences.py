@@ -132,7 +132,9 @@ def _items(columns: ItemColumns) -> list[Item]:
     for place, id in enumerate(columns.ids):
         values = {key: numbers[place] for key, numbers in columns.values.items() if place < len(numbers)}
         known = {key: value for key, value in values.items() if value is not None}
-        items.append(Item(id, known, columns.groups[place] if place < len(columns.groups) else {}))
+        group = columns.groups[place] if place < len(columns.groups) else {}
+        cluster = columns.clusters[place] if columns.clusters and place < len(columns.clusters) else ""
+        items.append(Item(id, known, group, cluster=cluster))
     return items
 
 

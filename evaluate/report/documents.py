@@ -80,6 +80,7 @@ class ItemColumns(Document):
     ids: list[str] = []
     groups: list[dict[str, str | int | float]] = []
     values: dict[str, list[Number]] = {}
+    clusters: list[str] | None = None
 
 
 class TaskRow(Document):

@@ -1,5 +1,7 @@
 """Everything that a folder says about a conversion, read once and checked."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,12 @@ from typing import Any
 import torch
 
 from ...attention_modules import create
+from ...convert.checkpoint import open_checkpoint
 from ...convert.config_file import CONFIG_FILE, SECTION
 from ...convert.files import RECEIPT_FILE, is_ours
 from ...convert.jsonfiles import read_json
 from ...convert.plan import Plan, PlanEntry
+from ...convert.receipt import digest_inputs
 from ...errors import CheckpointError, DataError, PlanError
 from ..results import BENCHMARK, EVALUATION, FOLDER, read_results
 from .documents import (
@@ -24,6 +28,8 @@ from .documents import (
     parse_extras,
     read_records,
 )
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -132,6 +138,8 @@ def gather(folder: Path) -> Report:
         )
     measured_evaluation = parse(EvaluationFile, evaluation, results / "eval.json") if evaluation else None
     measured_benchmark = parse(BenchmarkFile, benchmark, results / "bench.json") if benchmark else None
+    if ours:
+        _warn_of_other_weights(folder, {EVALUATION: evaluation, BENCHMARK: benchmark})
     config = _json(folder / CONFIG_FILE) if ours else {}
     found = _json(folder / RECEIPT_FILE) if ours else {}
     receipt = parse(ReceiptFile, found, folder / RECEIPT_FILE) if found else None
@@ -156,6 +164,18 @@ def gather(folder: Path) -> Report:
 
 def _results(folder: Path, kind: str) -> dict[str, Any] | None:
     return read_results(folder, kind) if folder.is_dir() else None
+
+
+def _warn_of_other_weights(folder: Path, documents: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Say which measurements are not of the weights that are in the folder now."""
+    try:
+        now = sorted(digest_inputs(open_checkpoint(folder, allow_converted=True)).values())
+    except (CheckpointError, OSError):
+        # Without its weights, as after a partial download, the folder can still be reported on.
+        return
+    for kind, document in documents.items():
+        if document is not None and sorted(document["model"].get("digests", {}).values()) != now:
+            logger.warning("%s.json in %s is of other weights than those there now: measure again.", kind, folder)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
+from attnconv import load_recipe, run_conversion
 from attnconv.errors import CheckpointError, DataError
 from attnconv.evaluate import load_tokens, perplexity
 from attnconv.evaluate.engine import JOURNAL, run_evaluation
+from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.suite import Suite
 from attnconv.evaluate.tasks.text import PerplexityTask
 
@@ -242,3 +244,17 @@ def test_damaged_results_are_refused(teacher: str, suite: Suite, tmp_path: Path)
     (tmp_path / "eval.json").write_text("{")
     with pytest.raises(DataError, match="measure again"):
         run_evaluation(teacher, suite, output=tmp_path)
+
+
+def test_a_report_says_when_results_are_of_other_weights(teacher: str, suite: Suite, tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "windowed"
+    run_conversion(teacher, load_recipe("sliding-window"), folder)
+    found = run_evaluation(str(folder), suite)
+    gather(folder)
+    assert not caplog.records
+    document = json.loads(found.path.read_text())
+    document["model"]["digests"] = {"model.safetensors": "0"}
+    found.path.write_text(json.dumps(document))
+    gather(folder)
+    assert "eval.json" in caplog.text
+    assert "other weights" in caplog.text
