@@ -1,10 +1,13 @@
 """The package's own modules as trees of source, and which of their top-level definitions need which others."""
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+NEEDS_PACKAGE = "needs_package"
+"""The decorator of methods that a flat file does without."""
 
 
 class BundleError(Exception):
@@ -57,6 +60,7 @@ class SourceModule:
         self.is_package = path.name == "__init__.py"
         self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         self._tree = ast.parse("".join(self._lines))
+        self._left_out = set(_leave_out(self._tree, self._lines))
 
     @cached_property
     def has_future_annotations(self) -> bool:
@@ -129,6 +133,7 @@ class SourceModule:
         }
         # With an import goes the empty line that parts it from the code below.
         dropped |= {line + 1 for line in dropped if not self._lines[line + 1].strip()}
+        dropped |= self._left_out
         end = last.end_lineno or last.lineno
         return "".join(self._lines[number] for number in range(start, end) if number not in dropped)
 
@@ -204,6 +209,24 @@ class SourceTree:
         for target in dict.fromkeys(o.module[1:] for o in origins if o is not None and o.module.startswith(".")):
             self._visit(target, done, (*path, name))
         done[name] = None
+
+
+def _leave_out(tree: ast.Module, lines: Sequence[str]) -> Iterator[int]:
+    """Take the methods that are marked with `NEEDS_PACKAGE` out of their classes; yields the indices of their lines."""
+    for owner in ast.walk(tree):
+        if not isinstance(owner, ast.ClassDef):
+            continue
+        marked = [node for node in owner.body if isinstance(node, ast.FunctionDef) and _is_marked(node)]
+        owner.body = [node for node in owner.body if node not in marked]
+        for node in marked:
+            start = min(decorator.lineno for decorator in node.decorator_list) - 1
+            # With a method goes the empty line above it.
+            start -= not lines[start - 1].strip()
+            yield from range(start, node.end_lineno or node.lineno)
+
+
+def _is_marked(node: ast.FunctionDef) -> bool:
+    return any(isinstance(mark, ast.Name) and mark.id == NEEDS_PACKAGE for mark in node.decorator_list)
 
 
 def _is_docstring(node: ast.stmt) -> bool:

@@ -1,6 +1,8 @@
 """Which path a call takes: a Triton kernel, or torch with one word about why."""
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What CUDA takes on the last axis of a grid.
 MAX_ROWS = 65535
 _said: set[str] = set()
+
+Method = TypeVar("Method", bound=Callable[..., object])
+
+
+def needs_package(method: Method) -> Method:
+    """Mark a method that self-contained files do without, for kernels and their operators cannot stand in one file."""
+    return method
 
 
 def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
-from ..kernels.selection import problem_with, use_triton
+from ..kernels.selection import needs_package, problem_with, use_triton
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
@@ -72,6 +72,7 @@ class LinearAttentionModule(AttentionModule):
         """Add tokens to the running sums."""
         return add_memory(memory, linear_sums(self.key_features(keys, valid), values))
 
+    @needs_package
     def runs_in_triton(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether the Triton kernels serve a call.
 

@@ -12,7 +12,7 @@ from ..base import Memory
 from ..geometry import Geometry
 from ..kernels.fused import fused_problem, hedgehog_window_linear
 from ..kernels.hybrid import hybrid_window_linear
-from ..kernels.selection import in_one_dtype
+from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from ..registry import register
 from ..weights import Statistic, share_outside
@@ -125,6 +125,7 @@ class LolcatsAttention(LinearAttentionModule):
             outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
+    @needs_package
     def attend_triton(
         self,
         query: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..base import Memory
 from ..kernels.chunk_linear import chunk_linear
-from ..kernels.selection import in_one_dtype
+from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from .base import LinearAttentionModule, causal_mask
 from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
@@ -61,6 +61,7 @@ class PureLinearModule(LinearAttentionModule):
             outs.append(self.combine(*terms))
         return torch.cat(outs, 2)
 
+    @needs_package
     def attend_triton(
         self,
         query: Tensor,

@@ -178,3 +178,12 @@ def test_plain_options_without_a_default_are_required() -> None:
     with pytest.raises(plain_options.ValidationError, match=r"missing \['window'\]") as caught:
         Needy()
     assert caught.value.errors()[0]["loc"] == ()
+
+
+def test_kernels_stay_behind() -> None:
+    source = bundle_source(["lolcats"], ["LlamaForCausalLM"], version="0")
+    for name in ("needs_package", "runs_in_triton", "hybrid_window_linear", "custom_op"):
+        assert name not in source
+    # The classes around them stay whole.
+    assert "def attend_torch" in source
+    assert "def statistics" in source
