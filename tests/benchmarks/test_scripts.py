@@ -7,6 +7,7 @@ import pytest
 
 SCRIPTS = [
     "attention_speed",
+    "bench_conversion",
     "decode_state",
     "demo",
     "kernels_static",
