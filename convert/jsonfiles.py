@@ -29,9 +29,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented; numbers that JSON does not have (NaN, infinity) become null."""
-    text = json.dumps(plain_json(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write one JSON object; see `json_text`."""
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """One JSON object, indented; numbers that JSON does not have (NaN, infinity) become null."""
+    return json.dumps(plain_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def plain_json(value: Any) -> Any:

@@ -20,7 +20,7 @@ from ..convert.config_file import CONFIG_FILE
 from ..convert.copying import digest_of
 from ..convert.files import TOOL, is_ours
 from ..convert.inside import inside
-from ..convert.jsonfiles import read_json, write_json
+from ..convert.jsonfiles import json_text, read_json
 from ..convert.receipt import digest_inputs
 from ..errors import CheckpointError, DataError, OutputError
 
@@ -76,13 +76,7 @@ def write_results(folder: Path, kind: str, document: Mapping[str, Any]) -> Path:
         OutputError: the folder cannot be written.
     """
     path = folder / f"{kind}.json"
-    building = path.with_suffix(".json.tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(building, {"tool": TOOL, "version": VERSION, "kind": kind, **document})
-        building.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+    write_text(path, json_text({"tool": TOOL, "version": VERSION, "kind": kind, **document}))
     return path
 
 
@@ -92,13 +86,18 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    building = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building.write_text(text, encoding="utf-8")
-        building.replace(path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    building = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building.write_bytes(content)
+    building.replace(path)
 
 
 def describe_model(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:

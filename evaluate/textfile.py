@@ -41,7 +41,7 @@ def read_documents(path: str | Path, *, field: str = "text") -> Iterator[str]:
         allowed = ", ".join(TEXT_SUFFIXES + JSON_SUFFIXES)
         raise DataError(f"{path} is not a kind of text file that is read here: use {allowed}, or one of them with .gz.")
     try:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             if kind in TEXT_SUFFIXES:
                 yield file.read()
             else:
@@ -50,7 +50,8 @@ def read_documents(path: str | Path, *, field: str = "text") -> Iterator[str]:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
 
 
-def _open_text(path: Path) -> IO[str]:
+def open_text(path: Path) -> IO[str]:
+    """Open a text file for reading, gzipped if its name says so."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")

@@ -8,7 +8,6 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -144,11 +143,3 @@ def _page_colors(style: str) -> str:
     )
     # The page's own font; only the size is the chart's.
     return re.sub(r"font: ([0-9.]+px)[^;]*", r"font-size: \1", style)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    building = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building.write_bytes(content)
-    building.replace(path)

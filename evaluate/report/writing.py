@@ -8,7 +8,7 @@ from pathlib import Path
 from ...convert.card import with_report
 from ...convert.save import CARD_FILE
 from ...errors import DataError, OutputError
-from .drawing import write_atomically
+from ..results import write_atomically
 from .gathering import Report, gather
 from .html import render_html
 from .markdown import IMAGES, escape, render_markdown, table

@@ -1,12 +1,12 @@
 """Rows of a JSON-lines file, gzipped or not."""
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ...errors import DataError
+from ..textfile import open_text
 
 
 def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -20,7 +20,7 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
         DataError: the file cannot be read, or a line is no JSON object.
     """
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"{path} cannot be read as JSON lines: {error}.") from error
@@ -28,12 +28,6 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
     for place in range(count):
         number, line = lines[place * len(lines) // count]
         yield _row(line, number, path)
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
 
 
 def _row(line: str, number: int, path: Path) -> dict[str, Any]:
