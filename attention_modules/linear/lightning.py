@@ -43,6 +43,7 @@ class LightningAttention(RecurrentModule):
     """
 
     options: LightningOptions
+    implementations = ("auto", "naive", "torch", "triton")
 
     def __init__(self, geometry: Geometry, options: LightningOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)

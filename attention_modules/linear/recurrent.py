@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
+from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_triton
+from ..padding import padding_before
 from ..weights import Statistic
 from .chunked import SEGMENT
 from .output import HeadNorm, LowRankLinear
 from .recurrence import MIN_LOG_DECAY, decayed_chunks, decayed_steps, decayed_sums
+from .recurrence_kernels import decayed_kernels
 
 # From queries, keys, values, signals and a state to outputs and the next state; see `recurrence.py` for the shapes.
 Mixing = Callable[[Tensor, Tensor, Tensor, Memory, Tensor | None], tuple[Tensor, Tensor]]
@@ -165,6 +168,55 @@ class RecurrentModule(AttentionModule):
         """In chunks."""
         return self._attend(self.chunks, query, keys, values, valid, scaling, memory, signals)
 
+    @needs_package
+    def attend_triton(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        memory: Memory,
+        **signals: Tensor,
+    ) -> Tensor | None:
+        """In chunks in Triton; queries, keys and values keep their dtype, gates and the state are exact."""
+        query, keys, values = in_one_dtype(query, keys, values)
+        problem = self.kernel_problem(query, keys, values, signals)
+        # One token is not worth a chunk.
+        asked = self.implementation == "triton" or query.shape[2] > 1
+        if not (asked and use_triton(self.implementation, problem, query.device)):
+            return None
+        exact, past = torch.promote_types(query.dtype, torch.float32), keys.shape[2] - query.shape[2]
+        if past:
+            before = {name: t[:, :, :past] for name, t in signals.items()}
+            leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
+            memory = self.absorb(memory, *leaving, None if valid is None else valid[:, :past], **before)
+            keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
+            signals = {name: t[:, :, past:] for name, t in signals.items()}
+        keys, signals = self._keys(keys.to(exact), valid, signals)
+        queries = (self.activate(query.to(exact)) * self.query_scaling(scaling)).to(query.dtype)
+        start, state = padding_before(valid), memory.get("state")
+        return self.combine(self.run_kernels(queries, keys.to(query.dtype), values, signals, start, state))
+
+    @needs_package
+    def kernel_problem(self, query: Tensor, keys: Tensor, values: Tensor, signals: Memory) -> str | None:
+        """Why the kernels cannot serve a call, or None."""
+        return problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
+
+    @needs_package
+    def run_kernels(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        signals: Memory,
+        start: Tensor | None,
+        state: Tensor | None,
+    ) -> Tensor:
+        """The mixture of prepared values; see `recurrence_kernels.py` for the shapes."""
+        ones = self.memory_shapes()["state"][-1] > values.shape[-1]
+        return decayed_kernels(queries, keys, values, signals["log_decay"], start, state, ones=ones)
+
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None, **signals: Tensor) -> Memory:
         """Take tokens into the state."""
         return {"state": self.update(*self._inputs(keys, values, valid, signals), memory.get("state"))}
@@ -199,19 +251,22 @@ class RecurrentModule(AttentionModule):
     def _inputs(
         self, keys: Tensor, values: Tensor, valid: Tensor | None, signals: Memory
     ) -> tuple[Tensor, Tensor, Memory]:
-        """Activated keys and values for each state; padding neither enters the state nor lets it fade."""
-        padding = None if valid is None else ~valid[:, None, :, None]
-        if padding is not None:
-            # Once before the activation, which may overflow on padding, and once after, which may not keep zeros.
-            keys = self.activate(keys.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
-            signals = {name: t.masked_fill(padding, 0.0) for name, t in signals.items()}
-        else:
-            keys = self.activate(keys)
+        """Activated keys and prepared values for each state, and signals."""
+        keys, signals = self._keys(keys, valid, signals)
         values = self.prepare_values(values)
         repeats = self.key_heads // self.geometry.num_kv_heads
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         return keys, values, signals
+
+    def _keys(self, keys: Tensor, valid: Tensor | None, signals: Memory) -> tuple[Tensor, Memory]:
+        """Activated keys, and signals; padding neither enters the state nor lets it fade."""
+        if valid is None:
+            return self.activate(keys), signals
+        padding = ~valid[:, None, :, None]
+        # Once before the activation, which may overflow on padding, and once after, which may not keep zeros.
+        keys = self.activate(keys.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
+        return keys, {name: t.masked_fill(padding, 0.0) for name, t in signals.items()}
 
     def finish(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Norm and gate."""

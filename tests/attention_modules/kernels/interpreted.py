@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules import AttentionModule, Geometry, create
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
 from attnconv.attention_modules.kernels.decode import DecodeState, decode_step
 from attnconv.attention_modules.kernels.fused import hedgehog_window_linear
@@ -226,23 +226,35 @@ class Module:
     record_past: bool = False
 
     def run(self) -> dict[str, float]:
-        geometry = Geometry(2, 1, 16, 24)
         results = []
         for implementation, dtype in (("triton", torch.float32), ("naive", torch.float64)):
             torch.manual_seed(0)
+            geometry = Geometry(2, 1, 16, 24, hidden_size=12)
             module = create(self.method, geometry, implementation=implementation, **dict(self.options))
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-            module, state, outs = module.to(dtype), module.new_state(), {}
-            state.record_past = self.record_past
+            inputs = {name: t.detach() + 0.3 * torch.randn_like(t) for name, t in module.named_parameters()}
             for turn, length in enumerate(self.turns):
-                shapes = (2, length, 16), (1, length, 16), (1, length, 24)
-                tensors = [torch.randn(2, *shape).to(dtype) for shape in shapes]
-                mask = torch.arange(length) >= torch.tensor([[length // 3], [0]])
-                outs[f"turn {turn}"] = module(*tensors, scaling=0.3, padding_mask=mask, state=state)
-            results.append({name: t.detach().double() for name, t in outs.items()})
+                shapes = {"query": (2, length, 16), "key": (1, length, 16), "value": (1, length, 24)}
+                drawn = {name: torch.randn(2, *shape) for name, shape in shapes.items()}
+                drawn["hidden_states"] = torch.randn(2, length, 12)
+                inputs |= {f"{name}@{turn}": t for name, t in drawn.items()}
+            results.append(differentiate(self.attend(module.to(dtype)), inputs, dtype))
         return errors(results[0], results[1])
+
+    def attend(self, module: AttentionModule) -> Callable[[Inputs], dict[str, Tensor]]:
+        """All turns as one function of the parameters and of what each turn brings."""
+
+        def talk(x: Inputs) -> dict[str, Tensor]:
+            state, outs = module.new_state(), {}
+            state.record_past = self.record_past
+            parameters = {name: t for name, t in x.items() if "@" not in name}
+            for turn, length in enumerate(self.turns):
+                given = {name.removesuffix(f"@{turn}"): t for name, t in x.items() if name.endswith(f"@{turn}")}
+                mask = torch.arange(length) >= torch.tensor([[length // 3], [0]])
+                given |= {"scaling": 0.3, "padding_mask": mask, "state": state}
+                outs[f"turn {turn}"] = torch.func.functional_call(module, parameters, (), given)
+            return outs
+
+        return talk
 
 
 @dataclass(frozen=True)
@@ -297,6 +309,8 @@ class Decoding:
         return errors({"out": torch.cat(outs, 2).double()}, {"out": expected.detach()})
 
 
+SOFTMAX = (("activation", "softmax"), ("normalizer", True))
+LIGER = (("gate_from", "keys"), ("gate_temperature", 1.0), ("state_per", "kv_head"))
 CASES: dict[str, Callable[[], dict[str, float]]] = {
     "linear-1": Linear(length=1).run,
     "linear-7": Linear(batch=1, heads=(1, 1, 1), length=7).run,
@@ -322,6 +336,11 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
     "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
     "module-hedgehog": Module("hedgehog", record_past=True).run,
     "module-linear": Module("linear").run,
+    "module-lightning": Module("lightning", record_past=True).run,
+    "module-lightning-kv-head": Module("lightning", options=(("decay", "learned"), ("state_per", "kv_head"))).run,
+    "module-gated-scalar": Module("gated", options=(("gate", "scalar"),)).run,
+    "module-gated-normalized": Module("gated", options=(("gate", "scalar"), *SOFTMAX), record_past=True).run,
+    "module-liger-kv-head": Module("gated", options=(("gate", "scalar"), *LIGER, *SOFTMAX)).run,
     "decode": Decoding(steps=4).run,
     "decode-kv-head": Decoding(heads=(3, 1), state_per="kv_head").run,
     "decode-window-1": Decoding(heads=(1, 1), window=1, prefill=4, steps=3).run,

@@ -1,0 +1,44 @@
+"""The recurrences in Triton, for heads that need not be repeated.
+
+- `queries` `[batch, num_heads, T, key_dim]` and `keys` `[batch, num_kv_heads, T, key_dim]`, activated,
+- `values` `[batch, num_kv_heads, T, value_dim]`,
+- `log_decay` `[batch, state_heads, T, 1]`,
+- `start` `[batch]` int32, tokens of padding that every row begins with, or None,
+- `state` `[batch, state_heads, key_dim, value_dim]` before the first token, or None.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.chunk_linear import chunk_linear
+
+
+def decayed_kernels(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decay: Tensor,
+    start: Tensor | None,
+    state: Tensor | None,
+    *,
+    ones: bool,
+) -> Tensor:
+    """The mixture of values, and with `ones` one more column for the sum of weights, which the state has too."""
+    memory = None
+    if state is not None:
+        width = values.shape[-1]
+        # The kernels keep that column in any case.
+        state = F.pad(state, (0, width + 1 - state.shape[-1]))
+        memory = state[..., :width], state[..., width]
+    (numerator, denominator), _ = chunk_linear(
+        queries,
+        keys,
+        values,
+        log_gates=log_decay.squeeze(-1),
+        start=start,
+        memory=memory,
+        implementation="triton",
+    )
+    numerator = numerator.to(denominator.dtype)
+    return torch.cat([numerator, denominator[..., None]], -1) if ones else numerator
