@@ -1,5 +1,6 @@
 """The Triton kernels against float64 oracles, interpreted on the CPU; and who is told what when they cannot run."""
 
+import functools
 import json
 import logging
 import re
@@ -15,23 +16,29 @@ pytest.importorskip("triton")
 from attnconv.attention_modules.kernels import selection
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
 
-SCRIPT = Path(__file__).with_name("interpreted.py")
+SCRIPTS = [Path(__file__).with_name(f"interpreted{suffix}.py") for suffix in ("", "_states")]
+CASES = [
+    (script, case)
+    for script in SCRIPTS
+    for case in re.findall(r'^    "([\w-]+)":', script.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, float]]:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+@functools.cache
+def measured(script: Path) -> dict[str, dict[str, float]]:
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, float]] = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.parametrize("case", re.findall(r'^    "([\w-]+)":', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE))
-def test_outputs_and_gradients(measured: dict[str, dict[str, float]], case: str) -> None:
+@pytest.mark.parametrize(("script", "case"), CASES, ids=[case for _, case in CASES])
+def test_outputs_and_gradients(script: Path, case: str) -> None:
     # In bf16 the gradient of a factor is a small difference of rounded sums.
     tolerance = 5e-2 if case.endswith("bf16") else 2e-5
-    assert measured[case]
-    assert {name: error for name, error in measured[case].items() if not error < tolerance} == {}
+    found = measured(script)[case]
+    assert found
+    assert {name: error for name, error in found.items() if not error < tolerance} == {}
 
 
 def tensors(dtype: torch.dtype = torch.float32, features: int = 16) -> tuple[torch.Tensor, ...]:

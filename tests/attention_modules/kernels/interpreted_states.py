@@ -1,0 +1,133 @@
+"""Chunked linear attention and the methods that consist of it, interpreted; see `interpreting.py`."""
+
+from dataclasses import dataclass
+
+import torch
+from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
+from torch import Tensor
+
+from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One call of chunk_linear; `gate_heads` 0 means no gates, and so on."""
+
+    batch: int = 2
+    heads: tuple[int, int, int] = (4, 2, 2)
+    length: int = 37
+    dims: tuple[int, int] = (16, 24)
+    decay: bool = False
+    gate_heads: int = 0
+    padded: bool = False
+    memory: bool = False
+    cuts: tuple[int, ...] = ()
+    chunk: int = 16
+    implementation: str = "triton"
+
+    def draw(self) -> Inputs:
+        torch.manual_seed(self.length)
+        (heads, key_heads, value_heads), (features, width) = self.heads, self.dims
+        state_heads = max(key_heads, self.gate_heads, heads if self.decay else 0)
+        inputs = {
+            "query": torch.rand(self.batch, heads, self.length, features),
+            "key": torch.rand(self.batch, key_heads, self.length, features),
+            "value": torch.randn(self.batch, value_heads, self.length, width),
+        }
+        if self.decay:
+            inputs["decay"] = -0.3 * torch.rand(heads)
+        if self.gate_heads:
+            inputs["gates"] = -0.3 * torch.rand(self.batch, self.gate_heads, self.length)
+        if self.memory:
+            inputs["sums"] = torch.randn(self.batch, state_heads, features, width)
+            inputs["norm"] = torch.rand(self.batch, state_heads, features)
+        return inputs
+
+    def start(self) -> Tensor | None:
+        return starts(self.batch, self.length) if self.padded else None
+
+    def run(self) -> dict[str, float]:
+        inputs = self.draw()
+        actual = differentiate(self.ours, inputs, torch.float32)
+        return errors(actual, differentiate(self.oracle, inputs, torch.float64))
+
+    def ours(self, x: Inputs) -> dict[str, Tensor]:
+        memory = (x["sums"], x["norm"]) if self.memory else None
+        numerators, denominators, first, start = [], [], 0, self.start()
+        for size in self.cuts or (self.length,):
+            part = slice(first, first + size)
+            (numerator, denominator), memory = chunk_linear(
+                x["query"][:, :, part],
+                x["key"][:, :, part],
+                x["value"][:, :, part],
+                log_decay=x.get("decay"),
+                log_gates=x["gates"][:, :, part] if self.gate_heads else None,
+                start=None if start is None else (start - first).clamp(0, size),
+                memory=memory,
+                implementation=self.implementation,
+                chunk=self.chunk,
+            )
+            first += size
+            numerators.append(numerator)
+            denominators.append(denominator)
+        assert memory is not None
+        return {
+            "numerator": torch.cat(numerators, 2),
+            "denominator": torch.cat(denominators, 2),
+            "sums": memory[0],
+            "norm": memory[1],
+        }
+
+    def oracle(self, x: Inputs) -> dict[str, Tensor]:
+        """Token after token."""
+        start, heads = self.start(), self.heads[0]
+        gates = token_gates(x["query"], x.get("decay"), x.get("gates"), start)
+        key, value = (x[name].repeat_interleave(heads // x[name].shape[1], 1) for name in ("key", "value"))
+        if start is not None:
+            key = key.masked_fill((torch.arange(self.length) < start[:, None])[:, None, :, None], 0.0)
+        state_heads = max(self.heads[1], 0 if gates is None else gates.shape[1])
+        every = heads // state_heads
+        decay = key.new_ones(key.shape[:3]) if gates is None else gates.exp().repeat_interleave(every, 1)
+        sums = key.new_zeros(self.batch, heads, *self.dims)
+        norm = sums[..., 0]
+        if self.memory:
+            sums, norm = x["sums"].repeat_interleave(every, 1), x["norm"].repeat_interleave(every, 1)
+        numerators, denominators = [], []
+        for t in range(self.length):
+            sums = sums * decay[:, :, t, None, None] + key[:, :, t, :, None] * value[:, :, t, None, :]
+            norm = norm * decay[:, :, t, None] + key[:, :, t]
+            numerators.append((x["query"][:, :, t, None] @ sums)[:, :, 0])
+            denominators.append((x["query"][:, :, t] * norm).sum(-1))
+        return {
+            "numerator": torch.stack(numerators, 2),
+            "denominator": torch.stack(denominators, 2),
+            "sums": sums[:, ::every],
+            "norm": norm[:, ::every],
+        }
+
+
+SOFTMAX = (("activation", "softmax"), ("normalizer", True))
+LIGER = (("gate_from", "keys"), ("gate_temperature", 1.0), ("state_per", "kv_head"))
+CASES: dict[str, Case] = {
+    "linear-1": Linear(length=1).run,
+    "linear-7": Linear(batch=1, heads=(1, 1, 1), length=7).run,
+    "linear-63-padded": Linear(heads=(3, 3, 1), length=63, padded=True, chunk=32).run,
+    "linear-123": Linear(batch=1, heads=(2, 1, 1), length=123, dims=(80, 40), chunk=64).run,
+    "linear-memory-padded": Linear(padded=True, memory=True).run,
+    "linear-cuts": Linear(batch=1, heads=(2, 2, 1), memory=True, cuts=(20, 1, 16)).run,
+    "linear-decay": Linear(batch=1, decay=True, memory=True, padded=True).run,
+    "linear-gates": Linear(batch=1, gate_heads=2, heads=(4, 2, 1), memory=True).run,
+    "linear-gates-decay-cuts": Linear(batch=1, gate_heads=4, decay=True, padded=True, cuts=(21, 16)).run,
+    "linear-torch-padded": Linear(padded=True, memory=True, implementation="torch").run,
+    "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
+    "module-hedgehog": Module("hedgehog", record_past=True).run,
+    "module-linear": Module("linear").run,
+    "module-lightning": Module("lightning", record_past=True).run,
+    "module-lightning-kv-head": Module("lightning", options=(("decay", "learned"), ("state_per", "kv_head"))).run,
+    "module-gated-scalar": Module("gated", options=(("gate", "scalar"),)).run,
+    "module-gated-normalized": Module("gated", options=(("gate", "scalar"), *SOFTMAX), record_past=True).run,
+    "module-liger-kv-head": Module("gated", options=(("gate", "scalar"), *LIGER, *SOFTMAX)).run,
+}
+
+if __name__ == "__main__":
+    print_errors(CASES)
