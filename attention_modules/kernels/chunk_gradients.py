@@ -1,19 +1,31 @@
 # mypy: ignore-errors
 """Triton kernels of the gradients of `chunk_kernels`; heads, shift and gates as there.
 
-`d_out` is the gradient of the numerator, `d_mass` that of the denominator.
+`d_out` is the gradient of the numerator, `d_mass` that of the denominator. Without `norms` there are no denominators,
+and without `d_sums` values are asked about their own chunk alone.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import decay_inside, first_real, product, store_tile, tile, tile_transposed
+from .tiles import (
+    chunk_bounds,
+    decay_inside,
+    first_real,
+    product,
+    sequence_chunks,
+    store_tile,
+    tile,
+    tile_transposed,
+)
 
 
 @triton.jit
 def chunk_state_gradients(
     q,
     gates,
+    bounds,
+    offsets,
     d_out,
     d_mass,
     d_last_sums,
@@ -23,6 +35,7 @@ def chunk_state_gradients(
     d_first_sums,
     d_first_norm,
     length,
+    num_chunks,
     H: tl.constexpr,
     HS: tl.constexpr,
     K: tl.constexpr,
@@ -37,7 +50,8 @@ def chunk_state_gradients(
 ):
     """Write the gradients of the sums after every chunk, and of those before the first; chunks from the last on."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_chunks = tl.cdiv(length, CHUNK)
+    b, low_chunk, high_chunk = sequence_chunks(offsets, index // HS, num_chunks)
+    state_index = b * HS + index % HS
     columns_k = block_k * BK + tl.arange(0, BK)
     columns_v = block_v * BV + tl.arange(0, BV)
     inside_k = columns_k < K
@@ -46,22 +60,25 @@ def chunk_state_gradients(
     if HAS_LAST:
         state += tile(d_last_sums + index * K * V, columns_k, inside_k, columns_v, V)
         norm += tl.load(d_last_norm + index * K + columns_k, mask=inside_k, other=0.0)
-    for back in range(num_chunks):
-        chunk = num_chunks - 1 - back
-        here = index * num_chunks + chunk
+    if HAS_GATES:
+        gates += state_index * length
+    for back in range(high_chunk - low_chunk):
+        chunk = high_chunk - 1 - back
+        here = state_index * num_chunks + chunk
         store_tile(d_sums + here * K * V, state, columns_k, inside_k, columns_v, V)
         if block_v == 0:
             tl.store(d_norms + here * K + columns_k, norm, mask=inside_k)
-        steps = chunk * CHUNK + tl.arange(0, CHUNK)
-        is_query = steps < length
+        begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
+        steps = begin + tl.arange(0, CHUNK)
+        is_query = steps < end
         inner = tl.zeros([CHUNK], dtype=tl.float32)
         if HAS_GATES:
-            total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
-            inner += tl.load(gates + index * length + steps, mask=is_query, other=0.0)
+            total = tl.load(gates + end - 1)
+            inner += tl.load(gates + steps, mask=is_query, other=0.0)
             state *= tl.exp(total)
             norm *= tl.exp(total)
         for member in range(H // HS):
-            head = index * (H // HS) + member
+            head = state_index * (H // HS) + member
             queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K).to(tl.float32)
             if HAS_GATES:
                 queries *= tl.exp(inner)[None, :]
@@ -82,6 +99,7 @@ def chunk_feature_gradients(
     v,
     gates,
     start,
+    bounds,
     sums,
     norms,
     d_out,
@@ -93,6 +111,7 @@ def chunk_feature_gradients(
     length,
     num_keys,
     shift,
+    num_chunks,
     H: tl.constexpr,
     HS: tl.constexpr,
     HK: tl.constexpr,
@@ -110,12 +129,13 @@ def chunk_feature_gradients(
     """Gradients of queries `[batch, H, length, K]` and of keys, per state head `[batch, HS, num_keys, K]`."""
     block_k, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, s = index // HS, index % HS
-    here = index * tl.cdiv(length, CHUNK) + chunk
+    here = index * num_chunks + chunk
     k += (b * HK + s // (HS // HK)) * num_keys * K
     v += (b * HV + s // (HS // HV)) * num_keys * V
-    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
+    steps = begin + tl.arange(0, CHUNK)
     rows = steps + shift
-    is_query = steps < length
+    is_query = steps < end
     is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
     visible = (steps[:, None] >= steps[None, :]) & is_key[None, :] & is_query[:, None]
     columns_k = block_k * BK + tl.arange(0, BK)
@@ -124,11 +144,12 @@ def chunk_feature_gradients(
     total = 0.0
     if HAS_GATES:
         inner += tl.load(gates + index * length + steps, mask=is_query, other=0.0)
-        total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
+        total = tl.load(gates + index * length + end - 1)
     keys = tile(k, rows, is_key, columns_k, K)
-    norm = tl.load(norms + here * K + columns_k, mask=inside_k, other=0.0)
-    d_norm = tl.load(d_norms + here * K + columns_k, mask=inside_k, other=0.0)
-    d_keys = tl.zeros([CHUNK, BK], dtype=tl.float32) + d_norm[None, :]
+    d_keys = tl.zeros([CHUNK, BK], dtype=tl.float32)
+    if norms is not None:
+        norm = tl.load(norms + here * K + columns_k, mask=inside_k, other=0.0)
+        d_keys += tl.load(d_norms + here * K + columns_k, mask=inside_k, other=0.0)[None, :]
     for first in range(0, V, BV):
         columns_v = first + tl.arange(0, BV)
         later = tile_transposed(d_sums + here * K * V, columns_k, inside_k, columns_v, V)
@@ -137,9 +158,12 @@ def chunk_feature_gradients(
         d_keys *= tl.exp(tl.where(is_query, total - inner, 0.0))[:, None]
     for member in range(H // HS):
         head = index * (H // HS) + member
-        mass = tl.load(d_mass + head * length + steps, mask=is_query, other=0.0)
-        d_weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32) + mass[:, None]
-        d_queries = mass[:, None] * norm[None, :]
+        d_weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+        d_queries = tl.zeros([CHUNK, BK], dtype=tl.float32)
+        if norms is not None:
+            mass = tl.load(d_mass + head * length + steps, mask=is_query, other=0.0)
+            d_weights += mass[:, None]
+            d_queries += mass[:, None] * norm[None, :]
         for first in range(0, V, BV):
             columns_v = first + tl.arange(0, BV)
             outs = tile(d_out + head * length * V, steps, is_query, columns_v, V)
@@ -163,12 +187,14 @@ def chunk_value_gradients(
     k,
     gates,
     start,
+    bounds,
     d_out,
     d_sums,
     d_v,
     length,
     num_keys,
     shift,
+    num_chunks,
     H: tl.constexpr,
     HS: tl.constexpr,
     HK: tl.constexpr,
@@ -185,24 +211,26 @@ def chunk_value_gradients(
     """Gradient of the values, per state head `[batch, HS, num_keys, V]`."""
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, s = index // HS, index % HS
-    here = index * tl.cdiv(length, CHUNK) + chunk
+    here = index * num_chunks + chunk
     k += (b * HK + s // (HS // HK)) * num_keys * K
-    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
+    steps = begin + tl.arange(0, CHUNK)
     rows = steps + shift
-    is_query = steps < length
+    is_query = steps < end
     is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
     # Keys stand in rows here and queries in columns.
     visible = (steps[:, None] <= steps[None, :]) & is_key[:, None] & is_query[None, :]
     columns_v = block_v * BV + tl.arange(0, BV)
     d_values = tl.zeros([CHUNK, BV], dtype=tl.float32)
-    for first in range(0, K, BK):
-        columns_k = first + tl.arange(0, BK)
-        later = tile(d_sums + here * K * V, columns_k, columns_k < K, columns_v, V)
-        d_values += product(tile(k, rows, is_key, columns_k, K), later, COMPUTE, PRECISION)
+    if d_sums is not None:
+        for first in range(0, K, BK):
+            columns_k = first + tl.arange(0, BK)
+            later = tile(d_sums + here * K * V, columns_k, columns_k < K, columns_v, V)
+            d_values += product(tile(k, rows, is_key, columns_k, K), later, COMPUTE, PRECISION)
     decay = tl.full([CHUNK, CHUNK], 1.0, dtype=tl.float32)
     if HAS_GATES:
         inner = tl.load(gates + index * length + steps, mask=is_query, other=0.0)
-        total = tl.load(gates + index * length + tl.minimum(chunk * CHUNK + CHUNK, length) - 1)
+        total = tl.load(gates + index * length + end - 1)
         d_values *= tl.exp(tl.where(is_query, total - inner, 0.0))[:, None]
         decay = tl.exp(tl.where(visible, inner[None, :] - inner[:, None], 0.0))
     for member in range(H // HS):

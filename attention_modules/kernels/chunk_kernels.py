@@ -3,14 +3,23 @@
 
 Query `t` reads key rows up to `t + shift`; a row of keys outside `[start, num_keys)` counts as zero. Query head `h`
 reads state head `h // (H / HS)`; state head `s` reads key head `s // (HS / HK)` and value head `s // (HS / HV)`.
-`gates` holds log decays summed up inside each chunk, `[batch, HS, T]`. What a chunk adds to the sums is one line of
-`chunk_states`, where a delta rule would first take out what its keys already read.
+`gates` holds log decays summed up inside each chunk, `[batch, HS, T]`. Of sequences packed in one row, `bounds` holds
+where every chunk starts and ends and `offsets` every sequence's first chunk. Without `norms` there are no denominators.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import decay_inside, first_real, product, store_tile, tile, tile_transposed
+from .tiles import (
+    chunk_bounds,
+    decay_inside,
+    first_real,
+    product,
+    sequence_chunks,
+    store_tile,
+    tile,
+    tile_transposed,
+)
 
 
 @triton.jit
@@ -19,6 +28,8 @@ def chunk_states(
     v,
     gates,
     start,
+    bounds,
+    offsets,
     first_sums,
     first_norm,
     sums,
@@ -28,6 +39,7 @@ def chunk_states(
     length,
     num_keys,
     shift,
+    num_chunks,
     HS: tl.constexpr,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -44,8 +56,8 @@ def chunk_states(
 ):
     """Write the sums before every chunk and after the last; one program per block of a state, chunks in turn."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    b, s = index // HS, index % HS
-    num_chunks = tl.cdiv(length, CHUNK)
+    s = index % HS
+    b, low_chunk, high_chunk = sequence_chunks(offsets, index // HS, num_chunks)
     columns_k = block_k * BK + tl.arange(0, BK)
     columns_v = block_v * BV + tl.arange(0, BV)
     k += (b * HK + s // (HS // HK)) * num_keys * K
@@ -57,21 +69,23 @@ def chunk_states(
     if HAS_FIRST:
         state += tile(first_sums + index * K * V, columns_k, inside_k, columns_v, V)
         norm += tl.load(first_norm + index * K + columns_k, mask=inside_k, other=0.0)
-    for chunk in range(num_chunks):
-        here = index * num_chunks + chunk
+    if HAS_GATES:
+        gates += (b * HS + s) * length
+    for chunk in range(low_chunk, high_chunk):
+        here = (b * HS + s) * num_chunks + chunk
         store_tile(sums + here * K * V, state, columns_k, inside_k, columns_v, V)
         if block_v == 0:
             tl.store(norms + here * K + columns_k, norm, mask=inside_k)
-        steps = chunk * CHUNK + tl.arange(0, CHUNK)
+        begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
+        steps = begin + tl.arange(0, CHUNK)
         rows = steps + shift
-        exists = (steps < length) & (rows >= low) & (rows < num_keys)
+        exists = (steps < end) & (rows >= low) & (rows < num_keys)
         keys = tile_transposed(k, rows, exists, columns_k, K).to(tl.float32)
         values = tile(v, rows, exists, columns_v, V)
         if HAS_GATES:
-            last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
-            total = tl.load(gates + index * length + last)
-            inner = tl.load(gates + index * length + steps, mask=steps < length, other=0.0)
-            keys *= tl.exp(tl.where(steps < length, total - inner, 0.0))[None, :]
+            total = tl.load(gates + end - 1)
+            inner = tl.load(gates + steps, mask=steps < end, other=0.0)
+            keys *= tl.exp(tl.where(steps < end, total - inner, 0.0))[None, :]
             state *= tl.exp(total)
             norm *= tl.exp(total)
         state += product(keys, values, COMPUTE, PRECISION)
@@ -113,8 +127,9 @@ def linear_terms(
         queries = tile(q, steps, is_query, columns_k, K)
         weights += product(queries, tile_transposed(k, rows, is_key, columns_k, K), COMPUTE, PRECISION)
         out += product(queries, tile(sums, columns_k, inside_k, columns_v, V), COMPUTE, PRECISION)
-        norm = tl.load(norms + columns_k, mask=inside_k, other=0.0)
-        mass += tl.sum(queries.to(tl.float32) * norm[None, :], 1)
+        if norms is not None:
+            norm = tl.load(norms + columns_k, mask=inside_k, other=0.0)
+            mass += tl.sum(queries.to(tl.float32) * norm[None, :], 1)
     visible = (steps[:, None] >= steps[None, :]) & is_key[None, :] & is_query[:, None]
     weights = tl.where(visible, weights, 0.0)
     if HAS_GATES:
@@ -133,6 +148,7 @@ def chunk_outputs(
     v,
     gates,
     start,
+    bounds,
     sums,
     norms,
     numerator,
@@ -140,6 +156,7 @@ def chunk_outputs(
     length,
     num_keys,
     shift,
+    num_chunks,
     H: tl.constexpr,
     HS: tl.constexpr,
     HK: tl.constexpr,
@@ -158,13 +175,14 @@ def chunk_outputs(
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = index // H, index % H
     state_index = b * HS + h // (H // HS)
-    here = state_index * tl.cdiv(length, CHUNK) + chunk
+    here = state_index * num_chunks + chunk
     k += (b * HK + h // (H // HK)) * num_keys * K
     v += (b * HV + h // (H // HV)) * num_keys * V
     q += index * length * K
-    steps = chunk * CHUNK + tl.arange(0, CHUNK)
+    begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
+    steps = begin + tl.arange(0, CHUNK)
     rows = steps + shift
-    is_query = steps < length
+    is_query = steps < end
     is_key = is_query & (rows >= first_real(start, b, HAS_START)) & (rows < num_keys)
     columns_v = block_v * BV + tl.arange(0, BV)
     out, mass = linear_terms(
@@ -173,7 +191,7 @@ def chunk_outputs(
         v,
         gates + state_index * length if HAS_GATES else gates,
         sums + here * K * V,
-        norms + here * K,
+        norms + here * K if norms is not None else norms,
         steps,
         rows,
         is_query,
@@ -189,5 +207,5 @@ def chunk_outputs(
         PRECISION,
     )
     store_tile(numerator + index * length * V, out, steps, is_query, columns_v, V)
-    if block_v == 0:
+    if block_v == 0 and norms is not None:
         tl.store(denominator + index * length + steps, mass, mask=is_query)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk_linear_backward import chunk_gradients, gate_gradient, shared
+from .chunk_linear_backward import chunk_gradients, gate_gradient, pair_products, shared
 from .launching import default_chunk, launch, state_dtype
 from .layout import Layout, contiguous, run_states, summed_gates
-from .reference import chunk_linear_torch
+from .reference import chunk_linear_torch, packed_linear_torch
 from .selection import problem_with, use_triton
 
 Terms = tuple[Tensor, Tensor]
@@ -23,6 +23,7 @@ def chunk_linear(
     log_gates: Tensor | None = None,
     start: Tensor | None = None,
     memory: Terms | None = None,
+    cu_seqlens: Tensor | None = None,
     implementation: str = "auto",
     chunk: int | None = None,
 ) -> tuple[Terms, Terms]:
@@ -37,6 +38,8 @@ def chunk_linear(
         start: `[batch]` int32, tokens of padding that every row begins with; they neither add nor decay.
         memory: sums over earlier tokens, `[batch, state_heads, feature_dim, value_dim]` and
             `[batch, state_heads, feature_dim]`; `state_heads` is that of the gates, else `key_heads`.
+        cu_seqlens: `[num_seqs + 1]` int32, where each of several sequences in one row starts, from 0 to T; every one
+            has sums of its own then, `[num_seqs, state_heads, ...]`.
         implementation: `"auto"`, `"torch"` or `"triton"`.
         chunk: tokens whose weights are written out, a power of two, at least 16; None chooses by the dtype.
 
@@ -45,16 +48,20 @@ def chunk_linear(
         tokens, fp32, in the shapes of `memory`.
 
     Raises:
-        ValueError: head counts that do not divide each other, or Triton was demanded and cannot be had.
+        ValueError: head counts that do not divide each other, packed sequences in several rows or behind padding, or
+            Triton was demanded and cannot be had.
     """
-    _check(query, key, value)
+    check_tensors(query, key, value, start, cu_seqlens)
     chunk = chunk or default_chunk(query.dtype)
     gates = token_gates(query, log_decay, log_gates, start)
     problem = problem_with(query, key, value, dims=(query.shape[-1], value.shape[-1]))
     if not use_triton(implementation, problem, query.device):
+        if cu_seqlens is not None:
+            return packed_linear_torch(query, key, value, gates, memory, cu_seqlens, chunk)
         return chunk_linear_torch(query, key, value, gates, start, memory, chunk)
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
-    numerator, denominator, last_sums, last_norm = _forward(query, key, value, gates, start, sums, norm, chunk)
+    tensors = query, key, value, gates, start, sums, norm
+    numerator, denominator, last_sums, last_norm = _forward(*tensors, chunk, cu_seqlens)
     return (numerator, denominator), (last_sums, last_norm)
 
 
@@ -75,12 +82,28 @@ def token_gates(
     return gates.masked_fill(padding[:, None], 0.0)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        ValueError: as said by `chunk_linear`.
+    """
     heads = query.shape[1], key.shape[1], value.shape[1]
     if heads[0] % heads[1] or heads[1] % heads[2]:
         raise ValueError(f"heads of query, key and value must divide each other in this order, got {heads}")
     if not query.shape[2] == key.shape[2] == value.shape[2]:
         raise ValueError(f"query, key and value have {query.shape[2]}, {key.shape[2]} and {value.shape[2]} tokens")
+    if cu_seqlens is None:
+        return
+    if query.shape[0] != 1 or start is not None:
+        raise ValueError(
+            "packed sequences stand in one row without padding, "
+            f"but there are {query.shape[0]} rows{'' if start is None else ' and a start of each'}"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must be int32 [num_seqs + 1], but it is {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
 
 
 @torch.library.custom_op("attnconv::chunk_linear", mutates_args=())
@@ -93,12 +116,13 @@ def _forward(
     first_sums: Tensor | None,
     first_norm: Tensor | None,
     chunk: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .chunk_kernels import chunk_outputs
 
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    layout = Layout(query, key, value, gates, start, chunk)
-    common = {"k": key, "v": value, "gates": summed_gates(gates, chunk), "start": start}
+    layout = Layout(query, key, value, gates, start, chunk, cu_seqlens)
+    common = {"k": key, "v": value, "gates": summed_gates(gates, layout), "start": start}
     sizes = {"length": layout.length, "num_keys": layout.num_keys, "shift": 0}
     first = contiguous(first_sums), contiguous(first_norm)
     (sums, norms), (last_sums, last_norm) = run_states(layout, {**common, **sizes}, *first)
@@ -108,7 +132,7 @@ def _forward(
     launch(
         chunk_outputs,
         (layout.blocks_v, layout.num_chunks, layout.batch * layout.heads),
-        {"q": query, **common, **written, **sizes},
+        {"q": query, **common, **layout.chunks, **written, **sizes},
         {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads, **layout.value_heads},
     )
     return numerator, denominator, last_sums, last_norm
@@ -124,30 +148,31 @@ def _(
     first_sums: Tensor | None,
     first_norm: Tensor | None,
     chunk: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = max(key.shape[1], 0 if gates is None else gates.shape[1])
-    sums = query.new_empty((query.shape[0], heads, query.shape[-1], value.shape[-1]), dtype=torch.float32)
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = query.new_empty((rows, heads, query.shape[-1], value.shape[-1]), dtype=torch.float32)
     numerator = query.new_empty((*query.shape[:3], value.shape[-1]), dtype=state_dtype(query.dtype))
     return numerator, query.new_empty(query.shape[:3], dtype=torch.float32), sums, torch.empty_like(sums[..., 0])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.chunk, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
     # With gates, what the last sums weigh is part of every gate's gradient.
     ctx.last = output[2:] if inputs[3] is not None else None
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, gates, start, first_sums, first_norm = ctx.saved_tensors
+    query, key, value, gates, start, first_sums, first_norm, cu_seqlens = ctx.saved_tensors
     d_out, d_mass, d_last_sums, d_last_norm = gradients
     d_out = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[-1]) if d_out is None else d_out
     d_mass = query.new_zeros(query.shape[:3], dtype=torch.float32) if d_mass is None else d_mass
-    if (d_last_sums is None) != (d_last_norm is None):
-        shape = query.shape[0], max(key.shape[1], 0 if gates is None else gates.shape[1]), query.shape[-1]
-        zeros = query.new_zeros(*shape, value.shape[-1], dtype=torch.float32)
-        d_last_sums = zeros if d_last_sums is None else d_last_sums
-        d_last_norm = zeros[..., 0] if d_last_norm is None else d_last_norm
+    if d_last_sums is None and d_last_norm is not None:
+        d_last_sums = d_last_norm.new_zeros(*d_last_norm.shape, value.shape[-1])
+    if d_last_norm is None and d_last_sums is not None:
+        d_last_norm = torch.zeros_like(d_last_sums[..., 0])
     d_query, d_key, d_value, d_first_sums, d_first_norm = chunk_gradients(
         query,
         key,
@@ -162,14 +187,15 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         d_last_norm,
         0,
         ctx.chunk,
+        cu_seqlens,
     )
     d_gates = None
     if gates is not None:
-        d_gates = gate_gradient(query, key, d_query, d_key, gates.shape[1])
-        if d_last_sums is not None:
+        weight = None
+        if d_last_sums is not None and d_last_norm is not None:
             last_sums, last_norm = ctx.last
             weight = (d_last_sums * last_sums).sum((-1, -2)) + (d_last_norm * last_norm).sum(-1)
-            d_gates = d_gates + weight[..., None]
+        d_gates = gate_gradient(pair_products(query, key, d_query, d_key, gates.shape[1]), weight, cu_seqlens)
     firsts = (None, None) if first_sums is None else (d_first_sums, d_first_norm)
     d_key, d_value = shared(d_key, key.shape[1]), shared(d_value, value.shape[1])
     return (
@@ -179,6 +205,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         None if d_gates is None else d_gates.to(gates.dtype),
         None,
         *firsts,
+        None,
         None,
     )
 

@@ -1,10 +1,11 @@
 """The gradients of causal linear attention: three Triton passes as one operator."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .launching import launch, state_dtype
-from .layout import Layout, contiguous, run_states, summed_gates
+from .layout import Layout, contiguous, owners, run_states, summed_gates
 
 
 @torch.library.custom_op("attnconv::chunk_linear_gradients", mutates_args=())
@@ -22,6 +23,7 @@ def chunk_gradients(
     d_last_norm: Tensor | None,
     shift: int,
     chunk: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value (the last two per state head) and of the sums at the start.
 
@@ -39,11 +41,12 @@ def chunk_gradients(
         d_last_norm: the same of the keys alone.
         shift: query `t` sees keys up to `t + shift`.
         chunk: tokens whose weights are written out.
+        cu_seqlens: where packed sequences start, or None.
     """
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     d_out, d_mass = d_out.to(state_dtype(query.dtype)).contiguous(), d_mass.float().contiguous()
-    layout = Layout(query, key, value, gates, start, chunk)
-    shared_gates = summed_gates(gates, chunk)
+    layout = Layout(query, key, value, gates, start, chunk, cu_seqlens)
+    shared_gates = summed_gates(gates, layout)
     keys = {"k": key, "v": value, "gates": shared_gates, "start": start}
     sizes = {"length": layout.length, "num_keys": layout.num_keys, "shift": shift}
     (sums, norms), _ = run_states(layout, {**keys, **sizes}, contiguous(first_sums), contiguous(first_norm))
@@ -86,11 +89,13 @@ def _(
     d_last_norm: Tensor | None,
     shift: int,
     chunk: int,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads = max(key.shape[1], 0 if gates is None else gates.shape[1])
     batch, _, num_keys, features = key.shape
     dtype = torch.float32 if gates is not None else query.dtype
-    sums = query.new_empty((batch, heads, features, value.shape[-1]), dtype=torch.float32)
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = query.new_empty((rows, heads, features, value.shape[-1]), dtype=torch.float32)
     d_key = query.new_empty((batch, heads, num_keys, features), dtype=dtype)
     d_value = query.new_empty((batch, heads, num_keys, value.shape[-1]), dtype=query.dtype)
     return query.new_empty(query.shape, dtype=dtype), d_key, d_value, sums, torch.empty_like(sums[..., 0])
@@ -118,10 +123,11 @@ def _state_gradients(
     (d_sums, d_norms), (d_first_sums, d_first_norm) = layout.sums(query), layout.last(query)
     launch(
         chunk_state_gradients,
-        (layout.blocks_k, layout.blocks_v, layout.states),
+        (layout.blocks_k, layout.blocks_v, layout.sequences * layout.state_heads),
         {
             "q": query,
             "gates": gates,
+            **layout.walks,
             "d_out": d_out,
             "d_mass": d_mass,
             "d_last_sums": contiguous(d_last_sums),
@@ -149,7 +155,7 @@ def _feature_gradients(
     launch(
         chunk_feature_gradients,
         (-(-layout.features // columns), layout.num_chunks, layout.states),
-        {**arguments, "d_q": d_query, "d_k": d_key},
+        {**arguments, **layout.chunks, "d_q": d_query, "d_k": d_key},
         {**layout.shared, **layout.starts, **heads, "BK": columns},
         num_warps=8 if layout.dtype == torch.bfloat16 else 4,
         num_stages=1,
@@ -162,21 +168,37 @@ def _value_gradients(layout: Layout, arguments: dict[str, Tensor | int | None], 
     launch(
         chunk_value_gradients,
         (layout.blocks_v, layout.num_chunks, layout.states),
-        {**arguments, "d_v": d_value},
+        {**arguments, **layout.chunks, "d_v": d_value},
         {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads},
         num_warps=8,
     )
 
 
-def gate_gradient(query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, heads: int) -> Tensor:
-    """Gradient of the log decay of every token, but for what the last sums weigh.
-
-    A factor at token t acts on all pairs of a query at or after t and a key before it.
-    """
+def pair_products(query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, heads: int) -> Tensor:
+    """What every token's queries less its keys have to do with the outputs, for `heads` states: `[batch, heads, T]`."""
     by_query = (query.float() * d_query.float()).sum(-1).unflatten(1, (heads, -1)).sum(2)
     keys = key.float().repeat_interleave(heads // key.shape[1], 1)
-    later: Tensor = (by_query - (keys * d_key.float()).sum(-1)).flip(-1).cumsum(-1)
-    return later.flip(-1)
+    products: Tensor = by_query - (keys * d_key.float()).sum(-1)
+    return products
+
+
+def gate_gradient(products: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Gradient of the log decay of every token.
+
+    A factor at token t acts on all pairs of a query at or after t and a key before it, and on the sums at the end.
+
+    Args:
+        products: `[batch, heads, T]` from `pair_products`.
+        last: `[rows or num_seqs, heads]`, sums at the end times their gradient, or None.
+        cu_seqlens: where packed sequences start, or None.
+    """
+    later: Tensor = products.flip(2).cumsum(2).flip(2)
+    if cu_seqlens is None:
+        return later if last is None else later + last[:, :, None]
+    owner = owners(cu_seqlens, products.shape[2])
+    # What belongs to later sequences is taken off again.
+    later = later - F.pad(later, (0, 1))[:, :, cu_seqlens[owner + 1]]
+    return later if last is None else later + last[owner].transpose(0, 1)
 
 
 def shared(gradient: Tensor, heads: int) -> Tensor:

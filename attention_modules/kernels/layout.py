@@ -15,12 +15,28 @@ class Layout:
     """Sizes, constants and flags that the launches over one set of tensors share."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor | None, start: Tensor | None, chunk: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gates: Tensor | None,
+        start: Tensor | None,
+        chunk: int,
+        cu_seqlens: Tensor | None = None,
     ) -> None:
         self.batch, self.heads, self.length, self.features = query.shape
         self.width, self.num_keys = value.shape[-1], key.shape[2]
         self.state_heads = max(key.shape[1], 0 if gates is None else gates.shape[1])
-        self.num_chunks = -(-self.length // chunk)
+        self.num_chunks, self.sequences = -(-self.length // chunk), self.batch
+        self.bounds: Tensor | None = None
+        offsets = None
+        if cu_seqlens is not None:
+            self.sequences = cu_seqlens.shape[0] - 1
+            self.bounds, offsets = packed_chunks(cu_seqlens, self.length, chunk)
+            self.num_chunks = self.bounds.shape[0]
+        self.chunk = chunk
+        self.chunks = {"bounds": self.bounds, "num_chunks": self.num_chunks}
+        self.walks = {**self.chunks, "offsets": offsets}
         self.dtype = query.dtype
         sizes = {"HS": self.state_heads, "K": self.features, "V": self.width, "CHUNK": chunk}
         blocks = {"BK": block(self.features, query.dtype), "BV": block(self.width, query.dtype)}
@@ -39,19 +55,44 @@ class Layout:
         return like.new_empty(shape, dtype=state_dtype(like.dtype)), like.new_empty(shape[:3], dtype=torch.float32)
 
     def last(self, like: Tensor) -> Terms:
-        """Room for one set of sums, fp32."""
-        shape = self.batch, self.state_heads, self.features, self.width
+        """Room for one set of sums of every sequence, fp32."""
+        shape = self.sequences, self.state_heads, self.features, self.width
         return like.new_empty(shape, dtype=torch.float32), like.new_empty(shape[:3], dtype=torch.float32)
 
 
-def summed_gates(gates: Tensor | None, chunk: int) -> Tensor | None:
-    """Log decays summed up inside each chunk, fp32."""
+def packed_chunks(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Where the chunks of packed sequences start and end `[num_chunks, 2]`, and each one's first chunk, int32.
+
+    As many chunks as there can be at most, so that no number has to come from the device; those too many are empty.
+    """
+    counts = -(-cu_seqlens.diff() // chunk)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    index = torch.arange(length // chunk + counts.shape[0], device=cu_seqlens.device)
+    owner = torch.searchsorted(offsets[1:], index, right=True).clamp_max(counts.shape[0] - 1)
+    end = cu_seqlens[owner + 1]
+    first = torch.minimum(cu_seqlens[owner] + (index - offsets[owner]) * chunk, end)
+    return torch.stack([first, torch.minimum(first + chunk, end)], -1).int(), offsets.int()
+
+
+def owners(cu_seqlens: Tensor, length: int) -> Tensor:
+    """`[length]` which of packed sequences each token belongs to."""
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=cu_seqlens.device), right=True)
+
+
+def summed_gates(gates: Tensor | None, layout: Layout) -> Tensor | None:
+    """Log decays `[batch, state_heads, T]` summed up inside each chunk, fp32."""
     if gates is None:
         return None
-    length = gates.shape[-1]
-    padded = F.pad(gates.float(), (0, -length % chunk)).unflatten(-1, (-1, chunk))
-    sums: Tensor = padded.cumsum(-1).flatten(-2)[..., :length]
-    return sums.contiguous()
+    if layout.bounds is None:
+        padded = F.pad(gates.float(), (0, -layout.length % layout.chunk)).unflatten(2, (-1, layout.chunk))
+        sums: Tensor = padded.cumsum(3).flatten(2, 3)[:, :, : layout.length]
+        return sums.contiguous()
+    index = layout.bounds[:, :1] + torch.arange(layout.chunk, device=gates.device)
+    taken = gates.float()[:, :, index.clamp_max(layout.length - 1)]
+    by_chunk = taken.masked_fill(index >= layout.bounds[:, 1:], 0.0).cumsum(3)
+    tokens = torch.arange(layout.length, device=gates.device)
+    owner = torch.searchsorted(layout.bounds[:, 0].contiguous(), tokens, right=True) - 1
+    return by_chunk[:, :, owner, tokens - layout.bounds[owner, 0]].contiguous()
 
 
 def run_states(
@@ -64,8 +105,8 @@ def run_states(
     written = {"sums": sums, "norms": norms, "last_sums": last_sums, "last_norm": last_norm}
     launch(
         chunk_states,
-        (layout.blocks_k, layout.blocks_v, layout.states),
-        {**arguments, "first_sums": first_sums, "first_norm": first_norm, **written},
+        (layout.blocks_k, layout.blocks_v, layout.sequences * layout.state_heads),
+        {**arguments, **layout.walks, "first_sums": first_sums, "first_norm": first_norm, **written},
         {
             **layout.shared,
             **layout.starts,

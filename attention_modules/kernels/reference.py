@@ -1,10 +1,32 @@
 """What the kernels compute, in plain torch: chunk after chunk, for tensors that no kernel takes."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Terms = tuple[Tensor, Tensor]
+
+
+def packed_linear_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    memory: Terms | None,
+    cu_seqlens: Tensor,
+    chunk: int,
+) -> tuple[Terms, Terms]:
+    """The same as `chunk_linear` for several sequences in one row, one after the other."""
+    results = []
+    for row, (first, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        tensors = query[:, :, first:end], key[:, :, first:end], value[:, :, first:end]
+        decay = None if gates is None else gates[:, :, first:end]
+        past = None if memory is None else (memory[0][row : row + 1], memory[1][row : row + 1])
+        results.append(chunk_linear_torch(*tensors, decay, None, past, chunk))
+    (numerators, denominators), (sums, norms) = (zip(*parts, strict=True) for parts in zip(*results, strict=True))
+    return (torch.cat(numerators, 2), torch.cat(denominators, 2)), (torch.cat(sums), torch.cat(norms))
 
 
 def chunk_linear_torch(
@@ -31,7 +53,8 @@ def chunk_linear_torch(
     state = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     if memory is not None:
         state = torch.cat([memory[0], memory[1][..., None]], -1).to(dtype)
-    outs = []
+    # The first has no tokens, for a packed sequence may be empty.
+    outs = [values.new_empty(*queries.shape[:3], 0, values.shape[-1])]
     for first in range(0, length, chunk):
         here = slice(first, first + chunk)
         q, k, v, total = queries[:, :, :, here], keys[:, :, here], values[:, :, here], decay[:, :, here].cumsum(-1)

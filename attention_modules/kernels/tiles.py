@@ -45,6 +45,24 @@ def first_real(start, batch_index, HAS_START: tl.constexpr):
 
 
 @triton.jit
+def chunk_bounds(bounds, chunk, length, CHUNK: tl.constexpr):
+    """A chunk's first token and the one behind its last; those of packed sequences stand in a table."""
+    begin, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length)
+    if bounds is not None:
+        begin, end = tl.load(bounds + 2 * chunk), tl.load(bounds + 2 * chunk + 1)
+    return begin, end
+
+
+@triton.jit
+def sequence_chunks(offsets, sequence, num_chunks):
+    """A sequence's row of the batch, its first chunk and the one behind its last; packed ones stand in one row."""
+    row, low, high = sequence, 0, num_chunks
+    if offsets is not None:
+        row, low, high = sequence * 0, tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    return row, low, high
+
+
+@triton.jit
 def decay_inside(sums_row, sums_column, visible):
     """`exp(g_row - g_column)` where a row sees a column; elsewhere 1, for the difference could overflow there."""
     return tl.exp(tl.where(visible, sums_row[:, None] - sums_column[None, :], 0.0))

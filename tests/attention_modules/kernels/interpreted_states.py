@@ -1,12 +1,35 @@
 """Chunked linear attention and the methods that consist of it, interpreted; see `interpreting.py`."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
 from torch import Tensor
 
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
+
+# What has a row for each sequence instead of tokens.
+STATES = ("sums", "norm", "state")
+
+
+def cumulative(sizes: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+
+
+def unpacked(inputs: Inputs, sizes: tuple[int, ...]) -> Iterator[Inputs]:
+    """What belongs to each of the sequences in one row: their tokens, and their rows of what has no tokens."""
+    ends = list(accumulate(sizes, initial=0))
+    for row, (first, end) in enumerate(pairwise(ends)):
+        yield {
+            name: t if name == "decay" else t[row : row + 1] if name in STATES else t[:, :, first:end]
+            for name, t in inputs.items()
+        }
+
+
+def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([r[name] for r in results], 0 if name in STATES else 2) for name in results[0]}
 
 
 @dataclass(frozen=True)
@@ -22,6 +45,8 @@ class Linear:
     padded: bool = False
     memory: bool = False
     cuts: tuple[int, ...] = ()
+    # Lengths of sequences packed in one row; their sum is the length.
+    packed: tuple[int, ...] = ()
     chunk: int = 16
     implementation: str = "triton"
 
@@ -39,8 +64,9 @@ class Linear:
         if self.gate_heads:
             inputs["gates"] = -0.3 * torch.rand(self.batch, self.gate_heads, self.length)
         if self.memory:
-            inputs["sums"] = torch.randn(self.batch, state_heads, features, width)
-            inputs["norm"] = torch.rand(self.batch, state_heads, features)
+            rows = len(self.packed) or self.batch
+            inputs["sums"] = torch.randn(rows, state_heads, features, width)
+            inputs["norm"] = torch.rand(rows, state_heads, features)
         return inputs
 
     def start(self) -> Tensor | None:
@@ -64,6 +90,7 @@ class Linear:
                 log_gates=x["gates"][:, :, part] if self.gate_heads else None,
                 start=None if start is None else (start - first).clamp(0, size),
                 memory=memory,
+                cu_seqlens=cumulative(self.packed) if self.packed else None,
                 implementation=self.implementation,
                 chunk=self.chunk,
             )
@@ -79,7 +106,13 @@ class Linear:
         }
 
     def oracle(self, x: Inputs) -> dict[str, Tensor]:
-        """Token after token."""
+        """Token after token, and packed sequences one by one."""
+        if self.packed:
+            alone = (
+                replace(self, length=size, packed=()).oracle(part)
+                for size, part in zip(self.packed, unpacked(x, self.packed), strict=True)
+            )
+            return joined(list(alone))
         start, heads = self.start(), self.heads[0]
         gates = token_gates(x["query"], x.get("decay"), x.get("gates"), start)
         key, value = (x[name].repeat_interleave(heads // x[name].shape[1], 1) for name in ("key", "value"))
@@ -92,15 +125,17 @@ class Linear:
         norm = sums[..., 0]
         if self.memory:
             sums, norm = x["sums"].repeat_interleave(every, 1), x["norm"].repeat_interleave(every, 1)
-        numerators, denominators = [], []
+        numerators = [key.new_empty(self.batch, heads, 0, self.dims[1])]
+        denominators = [numerators[0][..., 0]]
         for t in range(self.length):
             sums = sums * decay[:, :, t, None, None] + key[:, :, t, :, None] * value[:, :, t, None, :]
             norm = norm * decay[:, :, t, None] + key[:, :, t]
-            numerators.append((x["query"][:, :, t, None] @ sums)[:, :, 0])
-            denominators.append((x["query"][:, :, t] * norm).sum(-1))
+            query = x["query"][:, :, t, None]
+            numerators.append(query @ sums)
+            denominators.append((query @ norm[..., None])[..., 0])
         return {
-            "numerator": torch.stack(numerators, 2),
-            "denominator": torch.stack(denominators, 2),
+            "numerator": torch.cat(numerators, 2),
+            "denominator": torch.cat(denominators, 2),
             "sums": sums[:, ::every],
             "norm": norm[:, ::every],
         }
@@ -118,6 +153,11 @@ CASES: dict[str, Case] = {
     "linear-decay": Linear(batch=1, decay=True, memory=True, padded=True).run,
     "linear-gates": Linear(batch=1, gate_heads=2, heads=(4, 2, 1), memory=True).run,
     "linear-gates-decay-cuts": Linear(batch=1, gate_heads=4, decay=True, padded=True, cuts=(21, 16)).run,
+    "linear-packed": Linear(batch=1, length=62, packed=(17, 1, 32, 12)).run,
+    "linear-packed-gates": Linear(batch=1, length=41, packed=(5, 0, 33, 3), gate_heads=4, decay=True, memory=True).run,
+    "linear-packed-torch": Linear(
+        batch=1, length=41, packed=(0, 5, 33, 3), gate_heads=4, memory=True, implementation="torch"
+    ).run,
     "linear-torch-padded": Linear(padded=True, memory=True, implementation="torch").run,
     "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
     "module-hedgehog": Module("hedgehog", record_past=True).run,

@@ -58,6 +58,18 @@ def test_heads_and_lengths_are_checked() -> None:
         chunk_linear(query, key[:, :, :4], value)
 
 
+def test_packed_sequences_stand_in_one_row_and_without_padding() -> None:
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    (numerator, _), (sums, _) = chunk_linear(*tensors(), cu_seqlens=cu_seqlens)
+    assert (*numerator.shape, *sums.shape) == (1, 2, 5, 16, 2, 2, 16, 16)
+    with pytest.raises(ValueError, match="there are 2 rows"):
+        chunk_linear(*(torch.cat([t, t]) for t in tensors()), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="a start of each"):
+        chunk_linear(*tensors(), cu_seqlens=cu_seqlens, start=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"int32 \[num_seqs \+ 1\]"):
+        chunk_linear(*tensors(), cu_seqlens=cu_seqlens.long())
+
+
 def test_what_the_kernels_do_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "is_interpreted", lambda: True)
     assert selection.problem_with(*tensors(), dims=(16, 256)) is None
@@ -97,4 +109,7 @@ def test_operators_have_shapes_without_values() -> None:
         query, key, value = torch.rand(2, 4, 9, 16), torch.rand(2, 2, 9, 16), torch.rand(2, 1, 9, 8)
         gates = torch.rand(2, 4, 9)
         outs = torch.ops.attnconv.chunk_linear(query, key, value, gates, None, None, None, 16)
+        cu_seqlens = torch.zeros(4, dtype=torch.int32)
+        packed = torch.ops.attnconv.chunk_linear(query[:1], key[:1], value[:1], None, None, None, None, 16, cu_seqlens)
     assert [tuple(out.shape) for out in outs] == [(2, 4, 9, 8), (2, 4, 9), (2, 4, 16, 8), (2, 4, 16)]
+    assert [tuple(out.shape) for out in packed] == [(1, 4, 9, 8), (1, 4, 9), (3, 2, 16, 8), (3, 2, 16)]
