@@ -1,7 +1,8 @@
 """Batches: which sequences a step trains on, and what of them counts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,6 +43,36 @@ class Batch:
         mask = None if self.padding_mask is None else self.padding_mask.to(device)
         return Batch(self.input_ids.to(device), mask)
 
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a model in a dtype takes."""
+        mask = None if self.padding_mask is None else self.padding_mask.long()
+        return {"input_ids": self.input_ids, "attention_mask": mask, "use_cache": False}
+
+
+@dataclass(frozen=True)
+class ImageBatch(Batch):
+    """Images that go through the model together; there are no token ids.
+
+    Attributes:
+        pixel_values: `[batch, channels, height, width]`.
+    """
+
+    input_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    pixel_values: torch.Tensor = field(kw_only=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """Images, since all have equally many patches."""
+        return self.pixel_values.shape[0]
+
+    def to(self, device: torch.device) -> "ImageBatch":
+        """The same batch on a device."""
+        return ImageBatch(pixel_values=self.pixel_values.to(device))
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a model in a dtype takes."""
+        return {"pixel_values": self.pixel_values.to(dtype)}
+
 
 @dataclass(frozen=True)
 class StepData:
@@ -57,7 +88,12 @@ class StepData:
 
 
 def step_data(
-    sequences: Iterator[PackedSequence], *, batch_size: int, accumulation: int, team: Team
+    sequences: Iterator[PackedSequence],
+    *,
+    batch_size: int,
+    accumulation: int,
+    team: Team,
+    collate: Callable[[list[torch.Tensor]], Batch],
 ) -> Iterator[StepData]:
     """Deal out sequences to steps: each takes `batch_size * accumulation` for every process of the team.
 
@@ -69,13 +105,13 @@ def step_data(
         batch_size: Sequences in one micro-batch of one process.
         accumulation: Micro-batches of one process in one step.
         team: The processes that share the step.
+        collate: Makes a batch of sequences.
     """
     needed = batch_size * accumulation * team.size
     while True:
         taken = [next(sequences) for _ in range(needed)]
         own = [sequence.tokens for sequence in taken[team.rank :: team.size]]
         batches = tuple(
-            Batch(torch.stack(own[start : start + batch_size])).to(team.device)
-            for start in range(0, len(own), batch_size)
+            collate(own[start : start + batch_size]).to(team.device) for start in range(0, len(own), batch_size)
         )
         yield StepData(batches, taken[-1].end)

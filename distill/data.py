@@ -1,16 +1,18 @@
 """Where training text comes from: local files, the Hugging Face Hub, or the packaged sample; as ordered documents."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..convert.wording import first_line
 from ..errors import DataError
 from ..recipes import DataSection
+from .batches import Batch
 from .embedded import embedded_model_path, embedded_tokens
 from .packing import PackedSequence, Position, pack
 
@@ -25,6 +27,9 @@ BUILDERS = {
 # The shuffle buffer holds this much at most, so that whole books do not fill the memory.
 BUFFER_DOCUMENTS = 10_000
 BUFFER_CHARACTERS = 32_000_000
+
+# Text, token ids, or the bytes of an image.
+Document = TypeVar("Document", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,14 @@ class TokenStream:
     section: DataSection
     tokenizer: PreTrainedTokenizerBase
 
-    def sequences(self, length: int, start: Position | None = None) -> Iterator[PackedSequence]:
+    def sequences(self, length: int | None, start: Position | None = None) -> Iterator[PackedSequence]:
         """Endless training sequences of `length` tokens from a place on; see `pack`."""
+        assert length is not None, "a recipe gives every stage on text a sequence_length"
         return pack(self.token_lists, length, start)
+
+    def collate(self, sequences: list[torch.Tensor]) -> Batch:
+        """A batch of sequences."""
+        return Batch(torch.stack(sequences))
 
     def token_lists(self, epoch: int = 0, skip: int = 0) -> Iterator[list[int]]:
         """The token ids of each document of an epoch, boundary tokens included, without the first `skip` documents."""
@@ -64,9 +74,9 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def shuffled(documents: Iterator[str | list[int]], order: random.Random) -> Iterator[str | list[int]]:
+def shuffled(documents: Iterator[Document], order: random.Random) -> Iterator[Document]:
     """Draw documents at random from a buffer that is refilled as it empties; every document comes out once."""
-    buffer: list[str | list[int]] = []
+    buffer: list[Document] = []
     size = 0
     for document in documents:
         buffer.append(document)
@@ -79,7 +89,7 @@ def shuffled(documents: Iterator[str | list[int]], order: random.Random) -> Iter
         yield _draw(buffer, order)
 
 
-def _draw(buffer: list[str | list[int]], order: random.Random) -> str | list[int]:
+def _draw(buffer: list[Document], order: random.Random) -> Document:
     place = order.randrange(len(buffer))
     buffer[place], buffer[-1] = buffer[-1], buffer[place]
     return buffer.pop()
@@ -97,14 +107,11 @@ def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
     if section.embedded:
         yield from _embedded_documents(section, tokenizer)
         return
-    source = f'The data set "{section.hub}"' if section.path is None else f"The data file {section.path}"
-    found = False
-    for row in _rows(section, source):
+    source, found = name_of(section), False
+    for row in read_rows(section):
         text = row.get(section.field)
         if section.field not in row or not isinstance(text, str | None):
-            fields = ", ".join(row) or "none"
-            kind = "no field" if section.field not in row else f"no text ({type(text).__name__}) in the field"
-            raise DataError(f'{source} has {kind} "{section.field}"; its fields are: {fields}.')
+            raise wrong_field(source, "text", section.field, row)
         if text and not text.isspace():
             found = True
             yield text
@@ -123,17 +130,37 @@ def _embedded_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase
         yield from own.batch_decode(rows, skip_special_tokens=True)
 
 
-def _rows(section: DataSection, source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file or Hub data set, read as they are asked for."""
-    from datasets import load_dataset
+def name_of(section: DataSection) -> str:
+    """What messages call the source of a data section."""
+    if section.path is None:
+        return f'The data set "{section.hub}"'
+    return f"The data {'folder' if Path(section.path).is_dir() else 'file'} {section.path}"
 
+
+def wrong_field(source: str, wanted: str, field: str, row: Mapping[str, Any]) -> DataError:
+    """What to say of a row without the wanted kind of data in a field."""
+    fields = ", ".join(row) or "none"
+    kind = "no field" if field not in row else f"no {wanted} ({type(row[field]).__name__}) in the field"
+    return DataError(f'{source} has {kind} "{field}"; its fields are: {fields}.')
+
+
+def read_rows(section: DataSection) -> Iterator[dict[str, Any]]:
+    """The rows of a file, a folder of images or a Hub data set, read as they are asked for; images as they are stored.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    from datasets import Image, load_dataset
+
+    source = name_of(section)
     try:
         if section.path is None:
             dataset = load_dataset(section.hub, section.name, split=section.split or "train", streaming=True)
         else:
-            builder, files = _builder(Path(section.path))
-            options = {"sample_by": "paragraph"} if builder == "text" else {}
-            dataset = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+            builder, options = _builder(Path(section.path), images=section.image_field is not None)
+            dataset = load_dataset(builder, split="train", streaming=True, **options)
+        if section.image_field is not None and isinstance((dataset.features or {}).get(section.image_field), Image):
+            dataset = dataset.cast_column(section.image_field, Image(decode=False))
         rows = iter(dataset)
     except (DataError, StopIteration) as error:
         # An archive of nothing ends before its first row.
@@ -154,8 +181,10 @@ def _rows(section: DataSection, source: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _builder(path: Path) -> tuple[str, str]:
-    """Which reader of `datasets` takes the file, and the file's full path."""
+def _builder(path: Path, *, images: bool) -> tuple[str, dict[str, Any]]:
+    """Which reader of `datasets` takes a file or folder, and with which options."""
+    if images and path.is_dir():
+        return "imagefolder", {"data_dir": str(path.resolve())}
     if not path.is_file():
         raise DataError(f"There is no data file at {path}.")
     if path.stat().st_size == 0:
@@ -166,4 +195,5 @@ def _builder(path: Path) -> tuple[str, str]:
         raise DataError(
             f"The data file {path} is of no known kind; use {', '.join(BUILDERS)}, also with .gz behind it."
         )
-    return builder, str(path.resolve())
+    options = {"sample_by": "paragraph"} if builder == "text" else {}
+    return builder, {"data_files": str(path.resolve()), **options}

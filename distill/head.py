@@ -97,8 +97,7 @@ class ModelHead:
 
 def run_layers(model: PreTrainedModel, batch: Batch) -> Any:
     """Run a model up to its last layer, without its head."""
-    mask = None if batch.padding_mask is None else batch.padding_mask.long()
-    return model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+    return model.base_model(**batch.inputs(model.dtype))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..convert.checkpoint import Checkpoint, load_model
 from ..convert.plan import Plan
@@ -15,10 +16,10 @@ from ..convert.swap import apply_plan
 from ..errors import TrainingError
 from ..evaluate import perplexity
 from ..recipes import LogitsStage, LoraStage, Recipe, Stage
-from .batches import Batch
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation import evaluation_tokens
+from .images import ImageStream
 from .logits import LogitDistillation
 from .lora import LoraTuning
 from .metrics import MetricsFile
@@ -42,7 +43,7 @@ class Run:
         checkpoint: The teacher, as it lies on disk.
         plan: What is converted how.
         recipe: The recipe.
-        tokenizer: The teacher's tokenizer; None if it has none.
+        tokenizer: The teacher's tokenizer or processor; None if it has none.
         team: The processes that share the run.
         work: The run's work folder.
         progress: Whom to tell.
@@ -58,13 +59,20 @@ class Run:
     progress: Progress
     measured: dict[str, Any] = field(default_factory=dict)
 
-    def stream(self, stage: Stage) -> TokenStream:
-        """The text of a stage.
+    def stream(self, stage: Stage) -> TokenStream | ImageStream:
+        """The text or images of a stage.
 
         Raises:
-            TrainingError: The model has no tokenizer to read it with.
+            TrainingError: The model has no tokenizer to read text with, or no image processor.
         """
         section = stage.data or self.recipe.data
+        if section is not None and section.image_field is not None:
+            processor = getattr(self.tokenizer, "image_processor", self.tokenizer)
+            if not isinstance(processor, BaseImageProcessor):
+                raise TrainingError(
+                    f"{self.checkpoint.source} has no image processor, so a stage cannot take images for it."
+                )
+            return ImageStream(section, processor)
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase) or section is None:
             raise TrainingError(f"{self.checkpoint.source} has no tokenizer, so a stage cannot read text for it.")
         return TokenStream(section, self.tokenizer)
@@ -85,6 +93,10 @@ class Run:
         """What perplexity is measured on; None if the recipe does not ask for it."""
         if self.recipe.evaluate is None or self.tokenizer is None:
             return None
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TrainingError(
+                f"{self.checkpoint.source} reads no text, so it has no perplexity: set evaluate to null."
+            )
         return evaluation_tokens(self.recipe.evaluate, self.tokenizer)
 
 
@@ -205,8 +217,9 @@ def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
     if f"distance/{label}" in run.measured:
         return
     stage = run.recipe.stages[0]
-    sequence = next(run.stream(stage).sequences(stage.sequence_length))
-    run.record(f"distance/{label}", output_distance(trainee, Batch(sequence.tokens[None]).to(run.team.device)))
+    stream = run.stream(stage)
+    batch = stream.collate([next(stream.sequences(stage.sequence_length)).tokens])
+    run.record(f"distance/{label}", output_distance(trainee, batch.to(run.team.device)))
 
 
 def _fresh_trainee(run: Run, stage: Stage) -> Trainee:
@@ -261,11 +274,11 @@ def _training_figures(run: Run, state: StageState) -> dict[str, float]:
     return {**({"loss": lines[-1].loss} if lines else {}), "tokens": state.tokens, "tokens_per_second": speed}
 
 
-def _section_key(stream: TokenStream) -> str:
+def _section_key(stream: TokenStream | ImageStream) -> str:
     return f"position/{fingerprint(stream.section.model_dump_json())}"
 
 
-def _position(run: Run, stream: TokenStream) -> Position:
+def _position(run: Run, stream: TokenStream | ImageStream) -> Position:
     """Where a stage begins to read: behind what earlier stages took from the same data, so that it sees fresh text."""
     recorded: dict[str, Any] | None = run.measured.get(_section_key(stream))
     return Position() if recorded is None else Position(**recorded)

@@ -44,7 +44,7 @@ class PackedSequence:
     """One training sequence.
 
     Attributes:
-        tokens: `[length]` int64.
+        tokens: `[length]` int64; of an image its pixel values `[channels, height, width]`.
         end: The place behind its last token; packing from there goes on with the next sequence.
     """
 

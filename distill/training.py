@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..recipes import Stage
 from .batches import StepData, step_data
 from .data import TokenStream
+from .images import ImageStream
 from .metrics import MetricsFile, Record
 from .objective import Figures, Objective
 from .progress import Progress
@@ -35,7 +36,7 @@ class StageJob:
         stage: The recipe's stage.
         objective: What it computes.
         trainee: What it trains.
-        stream: Its text.
+        stream: Its text or images.
         team: The processes that share it.
         work: Where checkpoints and metrics go.
         progress: Whom to tell.
@@ -45,7 +46,7 @@ class StageJob:
     stage: Stage
     objective: Objective
     trainee: Trainee
-    stream: TokenStream
+    stream: TokenStream | ImageStream
     team: Team
     work: WorkFolder
     progress: Progress
@@ -156,7 +157,11 @@ def _data(job: StageJob, state: StageState) -> Iterator[StepData]:
     """The data of the steps that are left."""
     sequences = job.stream.sequences(job.stage.sequence_length, state.position)
     steps = step_data(
-        sequences, batch_size=job.stage.batch_size, accumulation=job.stage.gradient_accumulation, team=job.team
+        sequences,
+        batch_size=job.stage.batch_size,
+        accumulation=job.stage.gradient_accumulation,
+        team=job.team,
+        collate=job.stream.collate,
     )
     for _ in range(state.step, job.num_steps):
         yield next(steps)
@@ -198,8 +203,8 @@ def _gradients(job: StageJob, optimizer: torch.optim.Optimizer) -> list[torch.Te
     """The step's gradients in this process, the same parameters' in all processes."""
     if all(parameter.grad is None for parameter in _trained(optimizer)):
         raise TrainingError(
-            f"Stage {job.index + 1} ({job.stage.kind}) has nothing to learn from sequences of "
-            f"{job.stage.sequence_length} tokens: they are no longer than the window of the new attention."
+            f"Stage {job.index + 1} ({job.stage.kind}) has nothing to learn from sequences that are no longer than "
+            "the window of the new attention."
         )
     if job.team.size > 1:
         for parameter in _trained(optimizer):

@@ -1,4 +1,4 @@
-"""Where text comes from: the `data` and `evaluate` sections."""
+"""Where text and images come from: the `data` and `evaluate` sections."""
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -7,15 +7,17 @@ from .fields import Count, CountOrZero, Section, Text, exactly_one
 
 
 class DataSection(Section):
-    """Training text; exactly one of `path`, `hub` and `embedded`.
+    """Training text, or images for vision models; exactly one of `path`, `hub` and `embedded`.
 
     Attributes:
-        path: a local jsonl, parquet or txt file, which may end in .gz; relative to where the command runs.
+        path: a local jsonl, parquet or txt file, which may end in .gz, or a folder of images; relative to where the
+            command runs.
         hub: id of a data set on the Hugging Face Hub, read as a stream.
         embedded: the sample that comes with the package.
         name: configuration of the Hub data set.
         split: split of the Hub data set or of the embedded sample; null = train.
         field: field of each row that holds the text.
+        image_field: field of each row that holds an image, `image` for a folder; null = the data are text.
         seed: decides the order of the documents.
     """
 
@@ -25,6 +27,7 @@ class DataSection(Section):
     name: Text | None = None
     split: Text | None = None
     field: Text = "text"
+    image_field: Text | None = None
     seed: CountOrZero = 0
 
     @model_validator(mode="after")
@@ -34,6 +37,8 @@ class DataSection(Section):
             raise ValueError("name is the configuration of a Hub data set and needs hub")
         if self.split is not None and self.path is not None:
             raise ValueError("split belongs to hub or embedded; a file has no splits")
+        if self.image_field is not None and self.embedded:
+            raise ValueError("the embedded sample is text; images come from path or hub")
         return self
 
 

@@ -104,7 +104,7 @@ class Recipe(Section):
         paper: URL of the paper.
         attention: rules, the first that matches a layer wins; layers without a match keep their softmax.
         stages: healing stages in order; none = swap only.
-        data: training text of the stages that name none of their own.
+        data: training text or images of the stages that name none of their own.
         evaluate: text on which perplexity is measured; null = no measurement.
         output: how the result is saved.
     """
@@ -138,6 +138,11 @@ class Recipe(Section):
         if hungry and self.data is None:
             stages = f"stage{'s' * (len(hungry) > 1)} {', '.join(hungry)}"
             raise ValueError(f"{stages} would train on nothing: give data to the recipe or to each stage")
+        for number, stage in enumerate(self.stages):
+            section = stage.data or self.data
+            misfit = None if section is None else stage.misfit(section)
+            if misfit is not None:
+                raise ValueError(f"stage {number} ({stage.kind}) {misfit}")
         return self
 
     def to_yaml(self) -> str:

@@ -19,8 +19,8 @@ class StageBase(Section):
 
     Attributes:
         tokens: length of the stage in training tokens; either this or `steps`.
-        steps: length of the stage in optimizer steps.
-        sequence_length: tokens of one training sequence.
+        steps: length of the stage in optimizer steps; images need this.
+        sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
         batch_size: sequences a device takes at once.
         gradient_accumulation: batches of one optimizer step.
         learning_rate: peak learning rate.
@@ -36,7 +36,7 @@ class StageBase(Section):
 
     tokens: Count | None = None
     steps: Count | None = None
-    sequence_length: Annotated[Count, Field(ge=2)]
+    sequence_length: Annotated[Count, Field(ge=2)] | None = None
     batch_size: Count = 1
     gradient_accumulation: Count = 1
     learning_rate: Positive
@@ -61,8 +61,8 @@ class StageBase(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step on one device."""
-        return self.sequence_length * self.batch_size * self.gradient_accumulation
+        """Tokens of one optimizer step on one device; an image counts as one."""
+        return (self.sequence_length or 1) * self.batch_size * self.gradient_accumulation
 
     @property
     def num_steps(self) -> int:
@@ -70,6 +70,14 @@ class StageBase(Section):
         if self.steps is not None:
             return self.steps
         return max(1, (self.tokens or 0) // self.tokens_per_step)
+
+    def misfit(self, section: DataSection) -> str | None:
+        """Why the stage cannot train on these data, None if it can."""
+        if section.image_field is None:
+            return "needs sequence_length" if self.sequence_length is None else None
+        if self.steps is None or self.sequence_length is not None:
+            return "trains on images: give steps, and neither tokens nor sequence_length"
+        return None
 
 
 class TransferLoss(Section):
@@ -97,6 +105,16 @@ class AttentionTransferStage(StageBase):
 
     kind: Literal["attention_transfer"] = "attention_transfer"
     loss: TransferLoss = TransferLoss()
+
+
+class NextTokenStage(StageBase):
+    """A stage whose loss is about the next token."""
+
+    def misfit(self, section: DataSection) -> str | None:
+        """Images, besides what no stage can train on."""
+        if section.image_field is not None:
+            return "learns from the next token, which images do not have: use attention_transfer"
+        return super().misfit(section)
 
 
 class LoraPart(Section):
@@ -133,13 +151,13 @@ class CoreTraining(Section):
         return self
 
 
-class LoraStage(CoreTraining, LoraPart, StageBase):
+class LoraStage(CoreTraining, LoraPart, NextTokenStage):
     """Train low-rank updates on the next-token loss."""
 
     kind: Literal["lora"] = "lora"
 
 
-class LogitsStage(CoreTraining, StageBase):
+class LogitsStage(CoreTraining, NextTokenStage):
     """Train on the divergence from the teacher's next-token distribution.
 
     Attributes:

@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_stops_the_stage(make_job, monkeypatch):
 
 
 def test_sequences_within_the_window_are_refused(make_job):
-    with pytest.raises(TrainingError, match="nothing to learn from sequences of 8 tokens"):
+    with pytest.raises(TrainingError, match="nothing to learn from sequences that are no longer than the window"):
         run_stage(make_job(transfer_stage(sequence_length=8)), StageState(0), {})
 
 

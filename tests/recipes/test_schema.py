@@ -108,6 +108,34 @@ def test_data_refuses_what_belongs_to_another_source():
     assert DataSection(embedded=True, split="valid").split == "valid"
 
 
+def test_the_embedded_sample_has_no_images():
+    with pytest.raises(ValidationError, match="images come from path or hub"):
+        DataSection(embedded=True, image_field="image")
+
+
+IMAGES = HEAD + "data: {path: pictures, image_field: image}\n"
+TRANSFER = "kind: attention_transfer, learning_rate: 1"
+UNFIT = {
+    f"{TRANSFER}, steps: 1, sequence_length: 16": "stage 0 .* trains on images: give steps, and neither",
+    f"{TRANSFER}, tokens: 1": "stage 0 .* trains on images: give steps, and neither",
+    "kind: lora, learning_rate: 1, steps: 1": "next token, which images do not have: use attention_transfer",
+    "kind: logits, learning_rate: 1, steps: 1": "next token, which images do not have: use attention_transfer",
+}
+
+
+@pytest.mark.parametrize("stage", UNFIT)
+def test_images_are_learned_by_steps_and_from_the_teacher_alone(stage):
+    with pytest.raises(RecipeError, match=UNFIT[stage]):
+        parse_stages(stage, head=IMAGES)
+
+
+def test_an_image_is_a_sequence_and_text_needs_a_length():
+    (stage,) = parse_stages(f"{TRANSFER}, steps: 3, batch_size: 4, gradient_accumulation: 2", head=IMAGES)
+    assert (stage.num_steps, stage.tokens_per_step) == (3, 8)
+    with pytest.raises(RecipeError, match="stage 0 .* needs sequence_length"):
+        parse_stages(f"{TRANSFER}, steps: 3")
+
+
 def test_evaluate_has_one_source():
     assert EvaluateSection(embedded=True).tokens == 5120
     for given_sources in ({}, {"path": "a", "embedded": True}):

@@ -15,6 +15,8 @@ SHIPPED = [
     "gated",
     "gated-delta",
     "hedgehog",
+    "hedgehog-encoder",
+    "hedgehog-vision",
     "hybrid",
     "liger",
     "lightning",
@@ -79,10 +81,12 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     for stage, written in zip(recipe.stages, data["stages"], strict=True):
         left_out.update(written_keys(stage, written, f"stages.{stage.kind}."))
     alternatives = {"data", "data.path", "data.hub", "data.embedded", "data.name", "data.field"}
-    alternatives |= {"evaluate.path", "evaluate.field"}
+    alternatives |= {"data.image_field", "evaluate.path", "evaluate.field"}
     alternatives |= {
         f"stages.{kind}.{key}" for kind in ("attention_transfer", "lora", "logits") for key in ("steps", "data")
     }
+    if recipe.data is not None and recipe.data.image_field is not None:
+        alternatives |= {f"stages.attention_transfer.{key}" for key in ("tokens", "sequence_length")}
     assert left_out <= alternatives | {"stages.lora.core_learning_rate"}
 
 
@@ -118,6 +122,12 @@ def test_quickstart_needs_nothing_from_outside():
     assert recipe.data.embedded
     assert recipe.evaluate.embedded
     assert all(rule.options["window"] <= 32 for rule in recipe.attention)
+
+
+def test_encoders_and_vision_models_learn_from_the_teacher_alone():
+    text, images = load_recipe("hedgehog-encoder"), load_recipe("hedgehog-vision")
+    assert [stage.kind for recipe in (text, images) for stage in recipe.stages] == ["attention_transfer"] * 2
+    assert (text.data.image_field, images.data.image_field) == (None, "image")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
