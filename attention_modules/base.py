@@ -169,6 +169,32 @@ class AttentionModule(nn.Module, ABC):
         """
         return None
 
+    def decode_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor | None:
+        """One new token of every row, with a state that changes in place; None where a call like others is to serve.
+
+        Called where no gradients are wanted and nothing will be taken back.
+
+        Args:
+            query: `[batch, num_heads, 1, head_dim]`, fp32 or fp64.
+            key: `[batch, num_kv_heads, 1, head_dim]`, in the dtype it came in.
+            value: `[batch, num_kv_heads, 1, value_dim]`, likewise.
+            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
+            scaling: factor on query-key products.
+            state: memory of earlier calls, with no more than `tail_tokens` tokens in its tail.
+
+        Returns:
+            `[batch, num_heads, 1, value_dim]`.
+        """
+        return None
+
+    def decode_triton(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor | None:
+        """The same as one kernel, on tensors in the dtype they came in; None where the torch path is to serve."""
+        return None
+
     def new_state(self) -> AttentionState:
         """An empty state, which makes calls incremental."""
         return AttentionState()
@@ -226,17 +252,19 @@ class AttentionModule(nn.Module, ABC):
         """`forward`, with or without what follows the mixing of values."""
         self._check_shapes(query, key, value, padding_mask, state)
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
-        order = None if query_valid is None else right_align_order(query_valid)
+        order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:
             query = take_tokens(query, order)
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
         with torch.autocast(query.device.type, enabled=False):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
-            tail = _tail(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
-            out = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
-            if state is not None:
-                self._forget(state, dtype)
+            out = None if state is None else self._decode(query, key, value, padding_mask, scaling, state, dtype)
+            if out is None:
+                tail = _tail(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
+                out = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
+                if state is not None:
+                    self._forget(state, dtype)
             if order is not None:
                 out = restore_tokens(out, order)
             if finish:
@@ -244,6 +272,29 @@ class AttentionModule(nn.Module, ABC):
         if query_valid is not None:
             out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        state: AttentionState,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """One token in place, where method and call allow it."""
+        is_plain = query.shape[2] == 1 and not (torch.is_grad_enabled() or state.record_past or self.left_out)
+        if not is_plain or self.implementation == "naive":
+            return None
+        # What was recorded before.
+        self._forget(state, dtype)
+        out = None
+        if self.implementation != "torch":
+            out = self.decode_triton(query, key, value, valid, scaling, state)
+        if out is None and self.implementation != "triton":
+            out = self.decode_torch(query.to(dtype), key, value, valid, scaling, state)
+        return out
 
     def _mixture(self, query: Tensor, tail: Tail, scaling: float, memory: Memory, dtype: torch.dtype) -> Tensor:
         """The fastest form that the implementation allows."""
@@ -279,6 +330,7 @@ class AttentionModule(nn.Module, ABC):
         scaling: float,
         padding_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
         """What each key weighs in what each query mixes of the values, before `finish`.
 
@@ -288,6 +340,7 @@ class AttentionModule(nn.Module, ABC):
             scaling: factor on query-key products.
             padding_mask: `[batch, S]` bool, True = real token; None when all are.
             hidden_states: `[batch, T, hidden]`, for methods that route on the layer's input.
+            value: `[batch, num_kv_heads, S, value_dim]`, for methods whose weights depend on the values too.
 
         Returns:
             `[batch, num_heads, T, S]`, fp32 or fp64; rows and columns of padding are zero.

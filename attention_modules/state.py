@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .padding import right_align_order, take_tokens
+from .ring import Ring
 
 # Keys, values, validity (None: all real) and signals of some tokens.
 Tail = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
@@ -16,6 +17,8 @@ class AttentionState:
 
     The tail holds the newest keys and values in the dtype they came in, right-aligned: a row's padding always stands
     before its real tokens. Everything older lives in `memory`, named tensors `[batch, ...]` that the method owns.
+    While tokens come one by one, a ring that is written in place stands for the tail; whatever else is asked of the
+    state turns it into one again.
 
     Attributes:
         seen: tokens that went in so far, padding included.
@@ -28,18 +31,24 @@ class AttentionState:
         self.record_past = False
         self.memory: dict[str, Tensor] = {}
         self._tail: dict[str, Tensor] = {}
+        self._ring: Ring | None = None
         self._recorded = 0
+        # Newest tokens that can be taken back with the tail staying as long as the method needs it.
+        self._recoverable = 0
         self._padded = False
 
     @property
     def tail_length(self) -> int:
         """Tokens held exactly, padding included."""
+        if self._ring is not None:
+            return max(min(self._ring.held, self._ring.keys.shape[2] - 1), 0)
         return self._tail["keys"].shape[2] if self._tail else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *self.memory.values()))
+        ring = () if self._ring is None else self._ring.tensors
+        return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *ring, *self.memory.values()))
 
     def append(self, key: Tensor, value: Tensor, valid: Tensor | None, signals: Mapping[str, Tensor]) -> Tail:
         """Add new tokens behind the tail and return the whole tail.
@@ -54,8 +63,8 @@ class AttentionState:
             keys, values `[batch, num_kv_heads, tail + new, ...]`, valid `[batch, tail + new]` or None, and the signals.
         """
         batch, _, new, _ = key.shape
-        if self._tail and self._tail["keys"].shape[0] != batch:
-            raise ValueError(f"the state holds {self._tail['keys'].shape[0]} sequences, but {batch} came in")
+        self._straighten()
+        self._check_batch(batch)
         positions = torch.arange(self.seen, self.seen + new, device=key.device).expand(batch, -1)
         ours = torch.ones(batch, new, dtype=torch.bool, device=key.device) if valid is None else valid
         fresh = {"keys": key, "values": value, "valid": ours, "positions": positions, **signals}
@@ -65,7 +74,47 @@ class AttentionState:
         self._tail = _aligned(fresh) if self._padded else fresh
         self.seen += new
         self._recorded = self._recorded + new if self.record_past else 0
+        self._recoverable += new
         return self._parts(self._tail)
+
+    def ring(self, slots: int, key: Tensor, value: Tensor, valid: Tensor | None) -> Ring:
+        """Go over to what one new token of every row changes in place: a ring, and accumulators of the state's own.
+
+        The token counts as seen; putting it into the ring is left to the caller. It cannot be taken back.
+
+        Args:
+            slots: tokens that the ring has room for, more than the tail holds; 0 if the method keeps no exact tokens.
+            key: `[batch, num_kv_heads, 1, head_dim]`.
+            value: `[batch, num_kv_heads, 1, value_dim]`.
+            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
+        """
+        self._check_batch(key.shape[0])
+        if self._ring is None or not self._ring.fits(key, value):
+            self._straighten()
+            empty = {"keys": key[:, :, :0], "values": value[:, :, :0], "valid": key[:, 0, :0, 0].bool()}
+            keys, values, real, _ = self._parts(self._tail or empty)
+            keys, values = (t.to(torch.promote_types(t.dtype, new.dtype)) for t, new in ((keys, key), (values, value)))
+            self._ring, self._tail = Ring.from_tail(keys, values, real, slots), {}
+            self.memory = {name: t.clone(memory_format=torch.contiguous_format) for name, t in self.memory.items()}
+        self._padded = self._padded or valid is not None
+        self.seen += 1
+        self._recorded = self._recoverable = 0
+        return self._ring
+
+    def _straighten(self) -> None:
+        """Turn the ring into a tail."""
+        if self._ring is None:
+            return
+        keys, values, valid = self._ring.to_tail()
+        # Older than all that can be taken back.
+        positions = torch.full_like(valid, -1, dtype=torch.int64)
+        self._tail = {"keys": keys, "values": values, "valid": valid, "positions": positions}
+        self._ring = None
+
+    def _check_batch(self, batch: int) -> None:
+        held = self._tail["keys"] if self._tail else None if self._ring is None else self._ring.keys
+        if held is not None and held.shape[0] != batch:
+            raise ValueError(f"the state holds {held.shape[0]} sequences, but {batch} came in")
 
     def _parts(self, tail: dict[str, Tensor]) -> Tail:
         signals = {name: t for name, t in tail.items() if name not in ("keys", "values", "valid", "positions")}
@@ -79,10 +128,12 @@ class AttentionState:
         Returns:
             keys, values, valid and signals of the tokens that left, oldest first, or None if nothing left.
         """
-        keep += self._recorded if self.record_past else 0
+        needed, keep = keep, keep + (self._recorded if self.record_past else 0)
         leaving = self.tail_length - keep
         if leaving <= 0:
             return None
+        self._recoverable = min(self._recoverable, keep - needed)
+        self._straighten()
         gone = {name: t.narrow(_axis(t), 0, leaving) for name, t in self._tail.items()}
         # A copy, so that the evicted tokens' storage is really given back.
         self._tail = {name: t.narrow(_axis(t), leaving, keep).clone() for name, t in self._tail.items()}
@@ -92,18 +143,20 @@ class AttentionState:
         """Forget the newest `num_tokens` tokens.
 
         Raises:
-            ValueError: some of them already went into the accumulators, which cannot be undone; set `record_past`
-                before the call that adds tokens which may be taken back.
+            ValueError: the state before them cannot be had again, for they or tokens that would be among the newest
+                without them went into the accumulators; set `record_past` before the call that adds tokens which may
+                be taken back.
         """
         self._recorded = 0
         if num_tokens <= 0:
             return
-        if num_tokens > self.tail_length:
+        if num_tokens > self._recoverable:
             raise ValueError(
-                f"cannot take back {num_tokens} tokens: only the newest {self.tail_length} are still held exactly; "
+                f"cannot take back {num_tokens} tokens: only {self._recoverable} can be taken back exactly; "
                 "set record_past before the call that adds them"
             )
         self.seen -= num_tokens
+        self._recoverable -= num_tokens
         if self._padded:
             self._tail["valid"] = self._tail["valid"] & (self._tail["positions"] < self.seen)
             self._tail = _aligned(self._tail)
@@ -113,8 +166,8 @@ class AttentionState:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.seen = self._recorded = 0
-        self.memory, self._tail = {}, {}
+        self.seen = self._recorded = self._recoverable = 0
+        self.memory, self._tail, self._ring = {}, {}, None
         self._padded = False
 
     def reorder(self, index: Tensor) -> None:
@@ -128,6 +181,7 @@ class AttentionState:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to every tensor held, for moves between devices."""
         self._tail = {name: function(t) for name, t in self._tail.items()}
+        self._ring = None if self._ring is None else self._ring.map(function)
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 

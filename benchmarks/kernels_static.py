@@ -15,13 +15,18 @@ from common import RESULTS, parser_of, set_threads, write_result
 
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPERATORS = ["linear", "gated", "packed", "delta", "hybrid", "fused", "decode"]
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator's tensors: `linear` is hedgehog's, `gated` has a gate per token, the others are those of LoLCATs."""
+    """One operator's tensors.
+
+    `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `delta` is the
+    gated delta rule; the others are those of LoLCATs.
+    """
 
     operator: str
     head_dim: int
@@ -36,6 +41,8 @@ def record(case: Case, target: int):
         chunk_linear,
         chunk_linear_backward,
         decode,
+        delta_rule,
+        delta_rule_backward,
         fused,
         hybrid,
         launching,
@@ -47,19 +54,22 @@ def record(case: Case, target: int):
     def keep(kernel, grid, arguments, constants, *, num_warps=4, num_stages=2):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
-    for module in (chunk_linear, chunk_linear_backward, decode, fused, hybrid, layout):
+    for module in (chunk_linear, chunk_linear_backward, decode, delta_rule, delta_rule_backward, fused, hybrid, layout):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
     start, gates = torch.zeros(1, dtype=torch.int32), torch.zeros(1, KV_HEADS, TOKENS)
     chunk = launching.default_chunk(dtype)
-    features = [t if case.operator == "gated" else torch.cat([t, t], -1) for t in (query, key)]
+    narrow = case.operator in ("gated", "packed", "delta")
+    features = [t if narrow else torch.cat([t, t], -1) for t in (query, key)]
     memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
     if case.operator == "decode":
-        ring = torch.zeros(1, KV_HEADS, WINDOW + 1, head_dim, dtype=dtype)
+        ring = torch.zeros(1, KV_HEADS, WINDOW, head_dim, dtype=dtype)
+        valid = torch.ones(1, 1, dtype=torch.bool)
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         new = query[:, :, :1], key[:, :, :1], key[:, :, :1]
-        torch.ops.attnconv.decode_step(*new, ring, ring.clone(), *memory, *weights, torch.zeros(HEADS), start, 1.0)
+        state = *new, ring, ring.clone(), *memory, *weights, torch.zeros(HEADS), start.long(), valid
+        torch.ops.attnconv.decode_step(*state, 1.0)
     elif case.operator == "fused":
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         sizes = 1.0, WINDOW, fused.fused_chunk(query, key, target // 10)
@@ -71,10 +81,15 @@ def record(case: Case, target: int):
         )
         launches.pop(0)
         torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
+    elif case.operator == "delta":
+        shared = query, key, key, gates, gates, start, memory[0]
+        out, last = torch.ops.attnconv.delta_rule(*shared, chunk)
+        torch.ops.attnconv.delta_rule_gradients(*shared, out, last, chunk)
     else:
-        shared = *features, key, gates if case.operator == "gated" else None, start, *memory
-        out, mass, *last = torch.ops.attnconv.chunk_linear(*shared, chunk)
-        torch.ops.attnconv.chunk_linear_gradients(*shared, out, mass, *last, 0, chunk)
+        cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32) if case.operator == "packed" else None
+        shared = *features, key, None if case.operator == "linear" else gates, start, *memory
+        out, mass, *last = torch.ops.attnconv.chunk_linear(*shared, chunk, cu_seqlens)
+        torch.ops.attnconv.chunk_linear_gradients(*shared, out, mass, *last, 0, chunk, cu_seqlens)
     return list({launch[0].__name__: launch for launch in launches}.values())
 
 
@@ -85,6 +100,7 @@ def compile_for(launch, target: int):
 
     kernel, arguments, constants, num_warps, num_stages = launch
     pointers = {"torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.float32": "*fp32", "torch.int32": "*i32"}
+    pointers["torch.int64"] = "*i64"
     constants = constants | {name: None for name, value in arguments.items() if value is None}
     signature = {}
     for name in kernel.arg_names:
@@ -146,7 +162,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED_LIMITS, default=[*SHARED_LIMITS])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--operators", nargs="+", default=["linear", "gated", "hybrid", "fused", "decode"])
+    parser.add_argument("--operators", nargs="+", default=OPERATORS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--check", action="store_true", help="print the table as JSON lines and write no result")
     arguments = parser.parse_args()

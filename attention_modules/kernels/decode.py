@@ -1,88 +1,61 @@
 """One decoding step of the hybrid as one launch: a ring of exact tokens and fp32 sums, both updated in place."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ..ring import Ring
 from ..window import LOG2E
 from .launching import launch, power_of_two
-from .selection import problem_with, use_triton
+from .selection import problem_with
 
 MAX_DECODE_DIM = 128
 
 
-@dataclass
-class DecodeState:
-    """What the hybrid remembers between tokens.
+def step_problem(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel cannot take a step, or None.
 
-    Attributes:
-        keys: `[batch, num_kv_heads, window + 1, head_dim]`; the token at position p is in slot `p % (window + 1)`.
-        values: `[batch, num_kv_heads, window + 1, value_dim]`.
-        sums: `[batch, state_heads, 2 * feature_dim, value_dim]`, fp32: Σ φ(k) vᵀ of all tokens before the window.
-        norm: `[batch, state_heads, 2 * feature_dim]`, fp32: Σ φ(k) of them.
-        positions: `[batch]` int32, real tokens of every row since its ring began.
+    Args:
+        query: `[batch, num_heads, 1, head_dim]`.
+        key: `[batch, num_kv_heads, 1, head_dim]`.
+        value: `[batch, num_kv_heads, 1, value_dim]`.
+        weight: `[heads, head_dim, feature_dim]`.
     """
-
-    keys: Tensor
-    values: Tensor
-    sums: Tensor
-    norm: Tensor
-    positions: Tensor
-
-    @classmethod
-    def from_tail(
-        cls, keys: Tensor, values: Tensor, valid: Tensor | None, sums: Tensor, norm: Tensor, window: int
-    ) -> "DecodeState":
-        """A state from the newest tokens and the sums over all before them.
-
-        Args:
-            keys: `[batch, num_kv_heads, tail, head_dim]`, with `tail` below `window`, or 0.
-            values: `[batch, num_kv_heads, tail, value_dim]`.
-            valid: `[batch, tail]` bool, padding before real tokens, or None.
-            sums: over all tokens before the tail; copied.
-            norm: the same of the keys alone; copied.
-            window: tokens attended exactly.
-
-        Raises:
-            ValueError: the tail does not leave room for the next token.
-        """
-        batch, _, tail, _ = keys.shape
-        if tail >= window:
-            raise ValueError(f"a window of {window} leaves no room for a token behind {tail} others")
-        real = torch.full((batch,), tail, device=keys.device) if valid is None else valid.sum(-1)
-        # Rows count from their first real token; padding goes to the slots that are read last, and never are.
-        slots = torch.arange(tail, device=keys.device) - (tail - real)[:, None]
-        slots = torch.where(slots < 0, slots + window + 1, slots)[:, None, :, None]
-
-        def ring(tensor: Tensor) -> Tensor:
-            empty = tensor.new_zeros(*tensor.shape[:2], window + 1, tensor.shape[-1])
-            return empty.scatter(2, slots.expand(tensor.shape), tensor)
-
-        return cls(ring(keys), ring(values), sums.float().clone(), norm.float().clone(), real.to(torch.int32))
+    widest = max(query.shape[-1], value.shape[-1], weight.shape[-1])
+    problem = problem_with(query, key, value)
+    if problem is None and widest > MAX_DECODE_DIM:
+        problem = f"a vector has {widest} numbers, and decoding takes at most {MAX_DECODE_DIM}"
+    return problem
 
 
 def decode_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    state: DecodeState,
+    ring: Ring,
+    sums: Tensor,
+    norm: Tensor,
     query_weight: Tensor,
     key_weight: Tensor,
     gamma: Tensor,
+    valid: Tensor | None = None,
     *,
     scaling: float,
 ) -> Tensor:
-    """Attend from one new token and take it into the state, which changes in place; φ is LoLCATs' hedgehog map.
+    """Attend from one new token and take it into the ring; the token that the window loses next goes into the sums.
+
+    φ is LoLCATs' hedgehog map. Ring and sums change in place.
 
     Args:
         query: `[batch, num_heads, 1, head_dim]`.
         key: `[batch, num_kv_heads, 1, head_dim]`.
         value: `[batch, num_kv_heads, 1, value_dim]`.
-        state: the memory.
+        ring: the window's tokens, with as many slots as it has.
+        sums: `[batch, state_heads, 2 * feature_dim, value_dim]`, fp32: Σ φ(k) vᵀ of all tokens before the window.
+        norm: `[batch, state_heads, 2 * feature_dim]`, fp32: Σ φ(k) of them.
         query_weight: `[num_heads, head_dim, feature_dim]`.
         key_weight: `[state_heads, head_dim, feature_dim]`.
         gamma: `[num_heads]`, factor on the softmax terms.
+        valid: `[batch, 1]` bool, rows whose token is real, or None when all are; the others give anything.
         scaling: factor on query-key products.
 
     Returns:
@@ -91,26 +64,12 @@ def decode_step(
     Raises:
         ValueError: the kernel does not take such tensors.
     """
-    widest = max(query.shape[-1], value.shape[-1], query_weight.shape[-1])
-    problem = problem_with(query, key, value)
-    if problem is None and widest > MAX_DECODE_DIM:
-        problem = f"a vector has {widest} numbers, and decoding takes at most {MAX_DECODE_DIM}"
-    use_triton("triton", problem, query.device)
-    out: Tensor = _step(
-        query,
-        key,
-        value,
-        state.keys,
-        state.values,
-        state.sums,
-        state.norm,
-        query_weight,
-        key_weight,
-        gamma.float(),
-        state.positions,
-        scaling,
-    )
-    state.positions += 1
+    problem = step_problem(query, key, value, query_weight)
+    if problem is not None:
+        raise ValueError(f"the kernel cannot decode: {problem}")
+    weights = query_weight, key_weight, gamma.float()
+    out: Tensor = _step(query, key, value, ring.keys, ring.values, sums, norm, *weights, ring.count, valid, scaling)
+    ring.advance(valid)
     return out
 
 
@@ -126,13 +85,14 @@ def _step(
     query_weight: Tensor,
     key_weight: Tensor,
     gamma: Tensor,
-    positions: Tensor,
+    count: Tensor,
+    valid: Tensor | None,
     scaling: float,
 ) -> Tensor:
     from .decode_kernels import decode_hybrid
 
     batch, heads, _, head_dim = query.shape
-    state_heads, window = sums.shape[1], ring_keys.shape[2] - 1
+    state_heads, window = sums.shape[1], ring_keys.shape[2]
     features, width = query_weight.shape[-1], value.shape[-1]
     out = value.new_empty((batch, heads, 1, width))
     read = {"q": query, "k": key, "v": value, "query_weight": query_weight, "key_weight": key_weight, "gamma": gamma}
@@ -147,11 +107,18 @@ def _step(
             "ring_values": ring_values,
             "sums": sums,
             "norm": norm,
-            "positions": positions,
+            "count": count,
+            "valid": None if valid is None else valid.to(torch.int32).contiguous(),
             "out": out,
             "scale": scaling * LOG2E,
         },
-        {**sizes, **blocks, "WINDOW": window, "MEMBERS": 1 << (heads // state_heads - 1).bit_length()},
+        {
+            **sizes,
+            **blocks,
+            "WINDOW": window,
+            "MEMBERS": 1 << (heads // state_heads - 1).bit_length(),
+            "HAS_VALID": valid is not None,
+        },
         num_warps=8,
     )
     return out
@@ -169,7 +136,8 @@ def _(
     query_weight: Tensor,
     key_weight: Tensor,
     gamma: Tensor,
-    positions: Tensor,
+    count: Tensor,
+    valid: Tensor | None,
     scaling: float,
 ) -> Tensor:
     return value.new_empty((*query.shape[:3], value.shape[-1]))

@@ -47,7 +47,7 @@ def window_terms(
     for first in range(1, WINDOW, BW):
         age = first + tl.arange(0, BW)
         exists = (age < WINDOW) & (age <= position)
-        slots = tl.where(exists, position - age, 0) % (WINDOW + 1)
+        slots = tl.where(exists, position - age, 0) % WINDOW
         keys = tile(ring_keys, slots, exists, columns_d, D).to(tl.float32)
         logits = tl.where(exists, tl.sum(keys * query[None, :], 1) * scale, -1e30)
         new_peak = tl.maximum(peak, tl.max(logits, 0))
@@ -72,7 +72,8 @@ def decode_hybrid(
     query_weight,
     key_weight,
     gamma,
-    positions,
+    count,
+    valid,
     out,
     scale,
     H: tl.constexpr,
@@ -82,26 +83,32 @@ def decode_hybrid(
     F: tl.constexpr,
     V: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     MEMBERS: tl.constexpr,
     BD: tl.constexpr,
     BF: tl.constexpr,
     BV: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """One program for each state: the token that leaves the window goes into the sums, then its query heads read.
+    """One program for each state: its query heads read, then the token that the window loses next goes into the sums.
 
-    The ring has a slot more than the window has tokens, so that the new token never lands where another program reads.
+    The slot of the new token is that of the one before the window, so that no other program reads where it is written.
     """
     index = tl.program_id(0).to(tl.int64)
     b, s = index // HS, index % HS
     kv = b * HV + s // (HS // HV)
-    position = tl.load(positions + b)
-    ring_keys += kv * (WINDOW + 1) * D
-    ring_values += kv * (WINDOW + 1) * V
+    position = tl.load(count + b)
+    is_real = True
+    if HAS_VALID:
+        is_real = tl.load(valid + b) != 0
+    ring_keys += kv * WINDOW * D
+    ring_values += kv * WINDOW * V
     columns_d, columns_v, columns_f = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BF)
-    leaves = position >= WINDOW
-    leaving = (position + 1) % (WINDOW + 1)
-    old_value = tl.load(ring_values + leaving * V + columns_v, mask=leaves & (columns_v < V), other=0.0).to(tl.float32)
+    leaves = is_real & (position + 1 >= WINDOW)
+    # A window of one loses the new token itself.
+    leaving_key = k + kv * D if WINDOW == 1 else ring_keys + (position + 1) % WINDOW * D
+    leaving_value = v + kv * V if WINDOW == 1 else ring_values + (position + 1) % WINDOW * V
+    old_value = tl.load(leaving_value + columns_v, mask=leaves & (columns_v < V), other=0.0).to(tl.float32)
     member = tl.arange(0, MEMBERS)
     acc = tl.zeros([MEMBERS, BV], dtype=tl.float32)
     mass = tl.zeros([MEMBERS], dtype=tl.float32)
@@ -111,18 +118,18 @@ def decode_hybrid(
         rows = half * F + columns_f
         state = tile(sums + index * 2 * F * V, rows, inside_f, columns_v, V)
         total = tl.load(norm + index * 2 * F + rows, mask=inside_f, other=0.0)
-        if leaves:
-            old = hedgehog_half(ring_keys + leaving * D, key_weight + s * D * F, sign, D, F, BF)
-            state += old[:, None] * old_value[None, :]
-            total += old
-            places = sums + index * 2 * F * V + rows[:, None] * V + columns_v[None, :]
-            tl.store(places, state, mask=inside_f[:, None] & (columns_v < V)[None, :])
-            tl.store(norm + index * 2 * F + rows, total, mask=inside_f)
         for r in range(H // HS):
             h = s * (H // HS) + r
             features = hedgehog_half(q + (b * H + h) * D, query_weight + h * D * F, sign, D, F, BF)
             acc += tl.where(member[:, None] == r, tl.sum(features[:, None] * state, 0)[None, :], 0.0)
             mass += tl.where(member == r, tl.sum(features * total, 0), 0.0)
+        if leaves:
+            old = hedgehog_half(leaving_key, key_weight + s * D * F, sign, D, F, BF)
+            places = sums + index * 2 * F * V + rows[:, None] * V + columns_v[None, :]
+            tl.store(
+                places, state + old[:, None] * old_value[None, :], mask=inside_f[:, None] & (columns_v < V)[None, :]
+            )
+            tl.store(norm + index * 2 * F + rows, total + old, mask=inside_f)
     for r in range(H // HS):
         h = b * H + s * (H // HS) + r
         exact, exact_mass = window_terms(
@@ -132,8 +139,8 @@ def decode_hybrid(
         above = share * exact + tl.sum(tl.where(member[:, None] == r, acc, 0.0), 0)
         below = share * exact_mass + tl.sum(tl.where(member == r, mass, 0.0), 0)
         tl.store(out + h * V + columns_v, (above / below).to(out.dtype.element_ty), mask=columns_v < V)
-    if s % (HS // HV) == 0:
-        slot = position % (WINDOW + 1)
+    if is_real & (s % (HS // HV) == 0):
+        slot = position % WINDOW
         new_key = tl.load(k + kv * D + columns_d, mask=columns_d < D, other=0.0)
         new_value = tl.load(v + kv * V + columns_v, mask=columns_v < V, other=0.0)
         tl.store(ring_keys + slot * D + columns_d, new_key.to(ring_keys.dtype.element_ty), mask=columns_d < D)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
 from ..kernels.selection import needs_package, problem_with, use_triton
+from ..state import AttentionState
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
@@ -71,6 +72,21 @@ class LinearAttentionModule(AttentionModule):
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
         """Add tokens to the running sums."""
         return add_memory(memory, linear_sums(self.key_features(keys, valid), values))
+
+    def absorb_in_place(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Add one token of every row to running sums that belong to nobody else; arguments as for `absorb`."""
+        sums, normalizer = memory["key_values"], memory["normalizer"]
+        features = self.key_features(keys, valid)
+        rows = values.flatten(0, 1)
+        sums.view(len(rows), -1, rows.shape[-1]).baddbmm_(features.reshape(len(rows), -1, 1), rows)
+        normalizer.add_(features.squeeze(2))
+
+    def memory_of(self, state: AttentionState, like: Tensor) -> Memory:
+        """The running sums of a state, zeros in the dtype of `like` `[batch, ...]` while there are none."""
+        if not state.memory:
+            shapes = self.memory_shapes()
+            state.memory = {name: like.new_zeros(len(like), *shape) for name, shape in shapes.items()}
+        return state.memory
 
     @needs_package
     def runs_in_triton(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:

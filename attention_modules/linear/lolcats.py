@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..base import Memory
 from ..geometry import Geometry
+from ..kernels.decode import decode_step, step_problem
 from ..kernels.fused import fused_problem, hedgehog_window_linear
 from ..kernels.hybrid import hybrid_window_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from ..registry import register
+from ..state import AttentionState
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
@@ -125,6 +127,39 @@ class LolcatsAttention(LinearAttentionModule):
             outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
+    def decode_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor:
+        """The ring is the window: what leaves it with the next token goes into the sums."""
+        ring = state.ring(self.window, key, value, valid)
+        ring.put(key, value, valid)
+        memory = self.memory_of(state, query)
+        rows = (query * (scaling * LOG2E)).unflatten(1, (key.shape[1], -1)).squeeze(3)
+        logits = rows @ ring.keys.to(query.dtype).transpose(-1, -2)
+        terms = softmax_terms(logits, ring.filled[:, None, None], ring.values.to(query.dtype))
+        window_terms = terms[0].flatten(1, 2).unsqueeze(2), terms[1].flatten(1, 2).unsqueeze(2)
+        out = self._mix(window_terms, memory_terms(self.query_map(query), memory))
+        keys, values, leaves = ring.leaving(valid)
+        self.absorb_in_place(memory, keys.to(query.dtype), values.to(query.dtype), leaves)
+        return out
+
+    @needs_package
+    def decode_triton(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor | None:
+        """One launch, with the published map inside."""
+        is_wanted = self.implementation == "triton" or query.device.type == "cuda"
+        if not is_wanted or self.query_map.name != "hedgehog":
+            return None
+        query, key, value = in_one_dtype(query, key, value)
+        maps = self.query_map.weight, self.key_map.weight
+        if step_problem(query, key, value, maps[0]) is not None:
+            return None
+        ring = state.ring(self.window, key, value, valid)
+        memory = self.memory_of(state, query.float())
+        sums = memory["key_values"], memory["normalizer"]
+        return decode_step(query, key, value, ring, *sums, *maps, self.mixing.float().sigmoid(), valid, scaling=scaling)
+
     @needs_package
     def attend_triton(
         self,
@@ -156,7 +191,7 @@ class LolcatsAttention(LinearAttentionModule):
             keys,
             values,
             *weights,
-            self.mixing.sigmoid(),
+            self.mixing.float().sigmoid(),
             scaling=scaling,
             window=self.window,
             start=padding_before(valid),

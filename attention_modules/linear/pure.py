@@ -9,6 +9,7 @@ from ..base import Memory
 from ..kernels.chunk_linear import chunk_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
+from ..state import AttentionState
 from .base import LinearAttentionModule, causal_mask
 from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
 
@@ -60,6 +61,15 @@ class PureLinearModule(LinearAttentionModule):
             terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
             outs.append(self.combine(*terms))
         return torch.cat(outs, 2)
+
+    def decode_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor:
+        """Sums are added to, then read."""
+        state.ring(0, key, value, valid).advance(valid)
+        memory = self.memory_of(state, query)
+        self.absorb_in_place(memory, key.to(query.dtype), value.to(query.dtype), valid)
+        return self.combine(*memory_terms(self.query_map(query), memory))
 
     @needs_package
     def attend_triton(

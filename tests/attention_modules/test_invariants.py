@@ -3,6 +3,7 @@
 A new method joins by adding rows to `ROWS`; `test_every_method_has_a_row` fails until it does.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,6 +108,14 @@ rows_and_directions = pytest.mark.parametrize(
     ids=lambda value: value.id if isinstance(value, Row) else "causal" if value else "bidirectional",
 )
 all_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+# Without gradients some methods decode in place.
+with_and_without_gradients = pytest.mark.usefixtures("grad_mode")
+
+
+@pytest.fixture(params=[True, False], ids=["grad", "no-grad"])
+def grad_mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled(request.param):
+        yield
 
 
 def build(row: Row, geometry: Geometry = BASE, *, implementation: str = "torch", **options: Any) -> AttentionModule:
@@ -219,6 +228,7 @@ def test_causal_and_prefix_invariant(row: Row) -> None:
         close(attend(module, part(inputs, 0, length)), whole[:, :, :length])
 
 
+@with_and_without_gradients
 @all_rows
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
 @pytest.mark.parametrize("cuts", [[1] * 90, [7] * 13, [63, 1, 26], [90]], ids=["tokens", "sevens", "mixed", "one"])
@@ -253,6 +263,7 @@ def test_padding_is_absent(row: Row, causal: bool, implementation: str) -> None:
         assert (outs[b, :, ~mask] == 0).all()
 
 
+@with_and_without_gradients
 @all_rows
 def test_padding_is_absent_with_a_state(row: Row) -> None:
     """Turns of a batched conversation: padding left of, behind and between the turns, then decoding."""
@@ -294,6 +305,7 @@ def test_geometries(row: Row, geometry: Geometry) -> None:
     assert expected.shape == (2, geometry.num_heads, 37, geometry.value_dim)
 
 
+@with_and_without_gradients
 @all_rows
 def test_state_reorder_repeat_reset(row: Row) -> None:
     module, inputs = build(row), tokens(50)
@@ -310,6 +322,7 @@ def test_state_reorder_repeat_reset(row: Row) -> None:
     close(attend(module, inputs, state=state), whole)
 
 
+@with_and_without_gradients
 @all_rows
 def test_state_crop_is_exact(row: Row) -> None:
     """Drafted tokens are taken back, as assisted decoding does."""
@@ -390,6 +403,7 @@ def test_fresh_parameters_and_options_round_trip(row: Row) -> None:
         assert torch.equal(module.state_dict()[name], tensor)
 
 
+@with_and_without_gradients
 @all_rows
 def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
     """2,048 decoded tokens do not drift away from the prefill."""

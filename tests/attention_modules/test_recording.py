@@ -37,3 +37,22 @@ def test_single_tokens_are_taken_back(name: str) -> None:
     attend(module, kept, 0, 1, state)
     if module.tail_tokens is not None:
         assert state.tail_length == module.tail_tokens + 1
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "lolcats"])
+def test_tokens_are_not_taken_back_from_under_a_window(name: str) -> None:
+    """What the window would need in their place was forgotten, so that the next outputs could not be exact."""
+    module = create(name, GEOMETRY, window=8).double()
+    inputs = torch.randn(1, 4, 30, 16, dtype=torch.float64)
+    state = module.new_state()
+    attend(module, inputs, 0, 7, state)
+    state.crop(2)
+    torch.testing.assert_close(attend(module, inputs, 5, 20, state), attend(module, inputs, 0, 20)[:, :, 5:])
+    with pytest.raises(ValueError, match="only 0 can be taken back exactly; set record_past"):
+        state.crop(1)
+    state.record_past = True
+    attend(module, inputs, 25, 30, state)
+    with pytest.raises(ValueError, match="cannot take back 6 tokens: only 5"):
+        state.crop(6)
+    state.crop(5)
+    torch.testing.assert_close(attend(module, inputs, 20, 30, state), attend(module, inputs, 0, 30)[:, :, 20:])

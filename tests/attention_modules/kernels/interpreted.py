@@ -7,7 +7,6 @@ from interpreting import Case, Inputs, Module, differentiate, errors, print_erro
 from torch import Tensor
 
 from attnconv.attention_modules import Geometry, create
-from attnconv.attention_modules.kernels.decode import DecodeState, decode_step
 from attnconv.attention_modules.kernels.fused import hedgehog_window_linear
 from attnconv.attention_modules.kernels.hybrid import hybrid_window_linear
 
@@ -83,58 +82,6 @@ class Hybrid:
         return errors(differentiate(attend, inputs, self.dtype), differentiate(attend, inputs, torch.float64))
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """A prefill in torch, then tokens one by one through the kernel, rows of different lengths."""
-
-    heads: tuple[int, int] = (4, 2)
-    window: int = 5
-    prefill: int = 9
-    steps: int = 8
-    state_per: str = "query_head"
-
-    def run(self) -> dict[str, float]:
-        torch.manual_seed(0)
-        geometry = Geometry(*self.heads, 16, 24)
-        options = {"window": self.window, "state_per": self.state_per, "feature_dim": 20}
-        module = create("lolcats", geometry, implementation="naive", **options).double()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-        length = self.prefill + self.steps
-        shapes = (self.heads[0], length, 16), (self.heads[1], length, 16), (self.heads[1], length, 24)
-        tensors = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
-        mask = torch.arange(length) >= torch.tensor([[self.prefill - 2], [0]])
-        expected = module(*tensors, scaling=0.3, padding_mask=mask)[:, :, self.prefill :]
-        state = module.new_state()
-        module(
-            *(t[:, :, : self.prefill] for t in tensors),
-            scaling=0.3,
-            padding_mask=mask[:, : self.prefill],
-            state=state,
-        )
-        shapes = {name: torch.zeros(2, *shape) for name, shape in module.memory_shapes().items()}
-        memory = {name: state.memory.get(name, zeros) for name, zeros in shapes.items()}
-        tail = max(0, min(self.prefill, self.window - 1))
-        newest = slice(self.prefill - tail, self.prefill)
-        ours = DecodeState.from_tail(
-            tensors[1][:, :, newest].float(),
-            tensors[2][:, :, newest].float(),
-            mask[:, newest],
-            memory["key_values"],
-            memory["normalizer"],
-            self.window,
-        )
-        weights = module.query_map.weight.float(), module.key_map.weight.float(), module.mixing.sigmoid()
-        with torch.no_grad():
-            outs = [
-                decode_step(*(t[:, :, now : now + 1].float() for t in tensors), ours, *weights, scaling=0.3)
-                for now in range(self.prefill, length)
-            ]
-        assert ours.positions.tolist() == mask[:, newest.start :].sum(-1).tolist()
-        return errors({"out": torch.cat(outs, 2).double()}, {"out": expected.detach()})
-
-
 CASES: dict[str, Case] = {
     "hybrid-1": Hybrid(length=1, window=3).run,
     "hybrid-7": Hybrid(heads=(1, 1), length=7, window=4).run,
@@ -147,10 +94,6 @@ CASES: dict[str, Case] = {
     "fused-kv-head": Hybrid(length=23, heads=(2, 1), state_per="kv_head", window=5, fused=True).run,
     "module-lolcats": Module("lolcats", options=(("window", 8),), record_past=True).run,
     "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
-    "decode": Decoding(steps=4).run,
-    "decode-kv-head": Decoding(heads=(3, 1), state_per="kv_head").run,
-    "decode-window-1": Decoding(heads=(1, 1), window=1, prefill=4, steps=3).run,
-    "decode-all-in-window": Decoding(heads=(1, 1), window=64, steps=3).run,
     "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
 }
 
