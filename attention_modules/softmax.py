@@ -28,7 +28,7 @@ class SoftmaxAttention(AttentionModule):
         """All weights written out."""
         keys, values = (t.repeat_interleave(self.geometry.num_groups, 1) for t in (keys, values))
         visible = self._visible(query, keys, valid)
-        numerator, denominator = softmax_terms(query @ keys.transpose(-1, -2) * (scaling * LOG2E), visible, values)
+        numerator, denominator, _ = softmax_terms(query @ keys.transpose(-1, -2) * (scaling * LOG2E), visible, values)
         empty = denominator == 0
         return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 

@@ -1,11 +1,12 @@
 """Exact softmax terms inside a sliding window, in blocks: time and memory linear in the length.
 
-Both functions return numerator and denominator relative to the row's maximum, so that a caller can add other terms to
-the same fraction before dividing.
+Both functions return the two sides of a fraction relative to the row's maximum, so that a caller can add other terms to
+them before dividing.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,20 @@ LOG2E = math.log2(math.e)
 # Finite, so that a row with nothing to see gives zeros instead of NaN.
 MASKED = -1e30
 BLOCK = 32
+
+
+class SoftmaxTerms(NamedTuple):
+    """The two sides of a masked softmax before the division, relative to its maximum.
+
+    Attributes:
+        numerator: `[..., T, value_dim]`.
+        denominator: `[..., T, 1]`.
+        peak: `[..., T, 1]` the largest logit in units of log 2, far below all logits where nothing is visible.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    peak: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ def window_mask(num_queries: int, num_keys: int, window: int, *, causal: bool, d
     return inside & (key <= query) if causal else inside & (key - query < window)
 
 
-def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator `[..., T, value_dim]` and denominator `[..., T, 1]` of a masked softmax, relative to its maximum.
+def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> SoftmaxTerms:
+    """Terms of a masked softmax.
 
     Args:
         logits: `[..., T, S]` in units of log 2, that is times `LOG2E`.
@@ -55,7 +70,7 @@ def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> tuple[Tens
     # Clamped above MASKED: where nothing is visible every weight underflows to zero.
     peak = logits.amax(-1, keepdim=True).clamp_min(MASKED / 1e10)
     weights = (logits - peak).exp2()
-    return weights @ values, weights.sum(-1, keepdim=True)
+    return SoftmaxTerms(weights @ values, weights.sum(-1, keepdim=True), peak)
 
 
 def windowed_softmax(
@@ -68,7 +83,7 @@ def windowed_softmax(
     window: int,
     causal: bool,
     sinks: Sinks | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> SoftmaxTerms:
     """Softmax terms over the window of every query, and over sinks outside of it.
 
     Args:
@@ -80,9 +95,6 @@ def windowed_softmax(
         window: tokens seen back from the query, itself included; when not causal, as many ahead.
         causal: whether keys after the query are hidden.
         sinks: tokens seen wherever the window stands.
-
-    Returns:
-        numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T, 1]`.
     """
     num_heads, length = query.shape[1:3]
     num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
@@ -116,8 +128,7 @@ def windowed_softmax(
         seen = outside.view(-1, 1, num_blocks, 1, block, outside.shape[-1])
         logits, visible, weighted = _with_sinks(rows, logits, visible, weighted, sinks, seen)
     visible = visible.expand(-1, -1, -1, groups, -1, -1).flatten(3, 4)
-    numerator, denominator = softmax_terms(logits, visible, weighted)
-    return from_blocks(numerator, groups, length), from_blocks(denominator, groups, length)
+    return SoftmaxTerms(*(from_blocks(term, groups, length) for term in softmax_terms(logits, visible, weighted)))
 
 
 def _outside_window(sinks: Sinks, offset: int, length: int, window: int, *, causal: bool) -> Tensor:

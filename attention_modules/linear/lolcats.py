@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,13 @@ from ..padding import padding_before
 from ..registry import register
 from ..state import AttentionState
 from ..weights import Statistic, share_outside
-from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, SoftmaxTerms, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
+
+# Absolute terms span many orders of magnitude: their factor is learned as its logarithm, in steps ten times as large
+# as those of the feature maps, so that one learning rate suits both.
+LOG_STEP = 10.0
 
 
 class LolcatsOptions(LinearOptions):
@@ -29,10 +34,15 @@ class LolcatsOptions(LinearOptions):
     Attributes:
         window: newest tokens attended exactly, itself included; when not causal, as many on either side.
         mixing: start of the factor γ on the softmax terms, in (0, 1); learned per head.
+        window_terms: what linear terms stand beside. `relative`: softmax terms over the largest of each query's window,
+            as published; a query that looks past its window can say so only as far as its features overlap more.
+            `absolute`: softmax terms as they are, `e^{s q·k}`; what is inside the window then leaves the weights of
+            what is before it alone, as in softmax, and the feature maps learn far better; γ may exceed 1.
     """
 
     window: int = Field(64, ge=1)
     mixing: float = Field(0.1, gt=0, lt=1)
+    window_terms: Literal["relative", "absolute"] = "relative"
 
 
 @register(
@@ -44,7 +54,8 @@ class LolcatsOptions(LinearOptions):
 class LolcatsAttention(LinearAttentionModule):
     """Sliding form: softmax terms of the window W (the last w tokens) and linear terms of all tokens P before it.
 
-    `y_i = [γ Σ_W e^{s q·k - c_i} v + Σ_P φ(q)·φ(k) v] / [γ Σ_W e^{s q·k - c_i} + Σ_P φ(q)·φ(k)]`, `c_i` = max over W.
+    `y_i = [γ Σ_W e^{s q·k - c_i} v + Σ_P φ(q)·φ(k) v] / [γ Σ_W e^{s q·k - c_i} + Σ_P φ(q)·φ(k)]`, `c_i` = max over W,
+    or 0 with absolute window terms.
 
     Paper: https://arxiv.org/abs/2410.10254
     """
@@ -62,7 +73,9 @@ class LolcatsAttention(LinearAttentionModule):
 
     @torch.no_grad()
     def _reset_mixing(self) -> None:
-        self.mixing.fill_(math.log(self.options.mixing / (1 - self.options.mixing)))
+        start = self.options.mixing
+        is_absolute = self.options.window_terms == "absolute"
+        self.mixing.fill_(math.log(start) / LOG_STEP if is_absolute else math.log(start / (1 - start)))
 
     def reset_parameters(self) -> None:
         """Start the feature maps and the mixing factors again."""
@@ -137,7 +150,7 @@ class LolcatsAttention(LinearAttentionModule):
         rows = (query * (scaling * LOG2E)).unflatten(1, (key.shape[1], -1)).squeeze(3)
         logits = rows @ ring.keys.to(query.dtype).transpose(-1, -2)
         terms = softmax_terms(logits, ring.filled[:, None, None], ring.values.to(query.dtype))
-        window_terms = terms[0].flatten(1, 2).unsqueeze(2), terms[1].flatten(1, 2).unsqueeze(2)
+        window_terms = SoftmaxTerms(*(term.flatten(1, 2).unsqueeze(2) for term in terms))
         out = self._mix(window_terms, memory_terms(self.query_map(query), memory))
         keys, values, leaves = ring.leaving(valid)
         self.absorb_in_place(memory, keys.to(query.dtype), values.to(query.dtype), leaves)
@@ -149,7 +162,7 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Tensor | None:
         """One launch, with the published map inside."""
         is_wanted = self.implementation == "triton" or query.device.type == "cuda"
-        if not is_wanted or self.query_map.name != "hedgehog":
+        if not is_wanted or self.query_map.name != "hedgehog" or self.options.window_terms == "absolute":
             return None
         query, key, value = in_one_dtype(query, key, value)
         maps = self.query_map.weight, self.key_map.weight
@@ -173,7 +186,7 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Tensor | None:
         """Both terms in one kernel, the published map inside where it fits, else on features mapped before."""
         query, keys, values = in_one_dtype(query, keys, values)
-        if self.left_out or not self.runs_in_triton(query, keys, values):
+        if self.left_out or self.options.window_terms == "absolute" or not self.runs_in_triton(query, keys, values):
             return None
         exact = torch.promote_types(query.dtype, torch.float32)
         gone = max(keys.shape[2] - query.shape[2] - self.window, 0)
@@ -242,16 +255,23 @@ class LolcatsAttention(LinearAttentionModule):
             return nothing, nothing
         return behind[0] + ahead[0].flip(2), behind[1] + ahead[1].flip(2)
 
-    def _mix(self, window_terms: Terms, past_terms: Terms | None) -> Tensor:
-        if "linear" in self.left_out:
-            past_terms = None
+    def _mix(self, window_terms: SoftmaxTerms, past_terms: Terms | None) -> Tensor:
+        numerator, denominator, peak = window_terms
         if "window" in self.left_out:
-            # Of the shape of the output, which the terms of nothing at all may not have.
-            window_terms = torch.zeros_like(window_terms[0]), torch.zeros_like(window_terms[1])
-        if past_terms is None:
-            return divide(*window_terms)
-        gamma = self.mixing.to(window_terms[0].dtype).sigmoid()[:, None, None]
-        return divide(gamma * window_terms[0] + past_terms[0], gamma * window_terms[1] + past_terms[1])
+            numerator, denominator = torch.zeros_like(numerator), torch.zeros_like(denominator)
+        if past_terms is None or "linear" in self.left_out:
+            return divide(numerator, denominator)
+        near, far = self._factors(peak, past_terms[1])
+        return divide(near * numerator + far * past_terms[0], near * denominator + far * past_terms[1])
+
+    def _factors(self, peak: Tensor, past: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the terms of the window, relative to their peak, and those before it are multiplied by."""
+        mixing = self.mixing.to(peak.dtype)[:, None, None]
+        if self.options.window_terms == "relative":
+            return mixing.sigmoid(), 1.0
+        level = peak + mixing * (LOG_STEP * LOG2E)
+        # The larger of the two is 1 and never overflows; a window with nothing before it must not vanish either.
+        return level.clamp_max(0.0).exp2().masked_fill(past == 0, 1.0), (-level).clamp_max(0.0).exp2()
 
 
 def _part(valid: Tensor | None, start: int, stop: int) -> Tensor | None:

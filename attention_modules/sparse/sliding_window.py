@@ -91,14 +91,14 @@ class SlidingWindowAttention(AttentionModule):
             values = torch.cat([memory["sink_values"], values], 2)
             visible = torch.cat([remembered[:, None, :].expand(-1, num_queries, -1), visible], -1)
         logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling * LOG2E)
-        numerator, denominator = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
+        numerator, denominator, _ = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
 
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Tensor:
         """Blocks of the window, with the sinks beside every block."""
-        numerator, denominator = windowed_softmax(
+        numerator, denominator, _ = windowed_softmax(
             query,
             keys,
             values,
