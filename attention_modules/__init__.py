@@ -7,6 +7,7 @@ from .linear.gated_delta import GatedDeltaAttention
 from .linear.hedgehog import HedgehogAttention
 from .linear.lightning import LightningAttention
 from .linear.linear import LinearAttention
+from .linear.lola import LolaAttention
 from .linear.lolcats import LolcatsAttention
 from .registry import MethodInfo, available, create, get_method, register
 from .softmax import SoftmaxAttention
@@ -23,6 +24,7 @@ __all__ = [
     "HedgehogAttention",
     "LightningAttention",
     "LinearAttention",
+    "LolaAttention",
     "LolcatsAttention",
     "MethodInfo",
     "SlidingWindowAttention",

@@ -97,6 +97,7 @@ class AttentionCall:
             scaling=self.scaling,
             padding_mask=self.padding_mask,
             hidden_states=self.hidden_states,
+            value=self.value,
         )
 
     @torch.no_grad()

@@ -49,6 +49,15 @@ ROWS = [
     Row("lolcats", {"window": 9, "feature_map": "elu", "initialization": "kaiming"}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "feature_map": "exp", "state_per": "kv_head"}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "feature_map": "taylor", "feature_dim": 5}, degenerate=WIDE),
+    Row("lolcats", {"window": 9, "window_terms": "absolute", "mixing": 0.01}, degenerate=WIDE),
+    Row("lola", {"window": 5, "cache_size": 3}, degenerate=WIDE, bidirectional=False),
+    Row(
+        "lola",
+        {"window": 40, "cache_size": 9, "feature_map": "elu", "state_per": "kv_head", "mixing": 0.5},
+        degenerate=WIDE,
+        bidirectional=False,
+    ),
+    Row("lola", {"window": 1, "cache_size": 40}, degenerate=WIDE, bidirectional=False),
     Row("linear", no_degenerate_because=PURE),
     Row("linear", {"feature_map": "elu", "projection": "none"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
@@ -102,12 +111,17 @@ BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
 LENGTHS = [1, 7, 63, 123]
 
 all_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-rows_and_directions = pytest.mark.parametrize(
-    ("row", "causal"),
-    [(row, causal) for row in ROWS for causal in (True, False) if causal or row.bidirectional],
-    ids=lambda value: value.id if isinstance(value, Row) else "causal" if value else "bidirectional",
-)
-all_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def in_all_directions(rows: list[Row]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("row", "causal"),
+        [(row, causal) for row in rows for causal in (True, False) if causal or row.bidirectional],
+        ids=lambda value: value.id if isinstance(value, Row) else "causal" if value else "bidirectional",
+    )
+
+
+rows_and_directions = in_all_directions(ROWS)
 # Without gradients some methods decode in place.
 with_and_without_gradients = pytest.mark.usefixtures("grad_mode")
 
@@ -284,8 +298,7 @@ def test_padding_is_absent_with_a_state(row: Row) -> None:
         close(out[b : b + 1, :, mask[b]], attend(module, alone))
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.degenerate is not None], ids=lambda row: row.id)
-@all_directions
+@in_all_directions([row for row in ROWS if row.degenerate is not None])
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
 def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: str) -> None:
     inputs = tokens(65)

@@ -21,6 +21,7 @@ SHIPPED = [
     "liger",
     "lightning",
     "linear",
+    "lola",
     "lolcats",
     "lolcats-plus",
     "quickstart",
