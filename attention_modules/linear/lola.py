@@ -1,21 +1,22 @@
 """LoLA: LoLCATs with a small cache of exact tokens that the linear state would recall worst."""
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register
-from ..window import LOG2E, softmax_terms
-from .base import LinearAttentionModule, divide
+from ..weights import Statistic
+from ..window import LOG2E, SoftmaxTerms, softmax_terms
+from .base import divide
 from .chunked import Terms, causal_linear, linear_sums, memory_terms
-from .lolcats import LolcatsOptions
+from .lolcats import LolcatsAttention, LolcatsOptions
 from .recall import Pool, folding_steps
 
 # Queries handled at a time: each step looks at the cache and at all tokens that leave the window meanwhile.
@@ -38,7 +39,7 @@ class LolaOptions(LolcatsOptions):
     paper="https://arxiv.org/abs/2505.23666",
     summary="LoLCATs with a cache of exact tokens that the linear state would recall worst",
 )
-class LolaAttention(LinearAttentionModule):
+class LolaAttention(LolcatsAttention):
     """The formula of `lolcats` with three kinds of tokens: softmax terms of window and cache, linear terms of the rest.
 
     The token that leaves the window joins the cache. If that holds more than `cache_size` tokens then, the one that the
@@ -55,29 +56,10 @@ class LolaAttention(LinearAttentionModule):
     Paper: https://arxiv.org/abs/2505.23666
     """
 
+    implementations = ("auto", "naive", "torch")
     paths = ("window", "linear", "cache")
 
     options: LolaOptions
-
-    def __init__(self, geometry: Geometry, options: LolaOptions, implementation: str = "auto") -> None:
-        super().__init__(geometry, options, implementation)
-        self.window = options.window
-        self.mixing = nn.Parameter(torch.empty(geometry.num_heads))
-        self._reset_mixing()
-
-    @torch.no_grad()
-    def _reset_mixing(self) -> None:
-        self.mixing.fill_(math.log(self.options.mixing / (1 - self.options.mixing)))
-
-    def reset_parameters(self) -> None:
-        """Start the feature maps and the mixing factors again."""
-        super().reset_parameters()
-        self._reset_mixing()
-
-    @property
-    def tail_tokens(self) -> int:
-        """With the next token these fill the window."""
-        return self.window - 1
 
     @classmethod
     def misfit(cls, geometry: Geometry, options: Any) -> str | None:
@@ -132,6 +114,18 @@ class LolaAttention(LinearAttentionModule):
             outs.append(out)
         return torch.cat(outs, 2)
 
+    def attend_triton(self, *args: Any, **kwargs: Any) -> None:
+        """There are no kernels for the cache."""
+        return
+
+    def decode_torch(self, *args: Any, **kwargs: Any) -> None:
+        """A token is a call like others."""
+        return
+
+    def decode_triton(self, *args: Any, **kwargs: Any) -> None:
+        """There are no kernels for the cache."""
+        return
+
     def attention_weights(
         self,
         query: Tensor,
@@ -158,6 +152,10 @@ class LolaAttention(LinearAttentionModule):
             return weights
         weights = weights.masked_fill(~padding_mask[:, None, :, None], 0.0)
         return restore_tokens(restore_tokens(weights, order).transpose(-1, -2), order).transpose(-1, -2)
+
+    def statistics(self, *args: Any, **kwargs: Any) -> Mapping[str, Statistic]:
+        """Nothing that could be told without values; `paths` show what window, cache and state are worth."""
+        return {}
 
     def _begun(self, memory: Memory, like: Tensor) -> Memory:
         """The memory, or an empty one in the dtype of `like` `[batch, ...]`."""
@@ -189,7 +187,7 @@ class LolaAttention(LinearAttentionModule):
         rows = (query * (scaling * LOG2E)).unflatten(1, (keys.shape[1], -1))
         exact = softmax_terms(rows @ keys[:, :, None].transpose(-1, -2), visible[:, :, None], values[:, :, None])
         linear, sums = causal_linear(self.query_map(query), *pool.folded(), memory)
-        out = self._mix((exact[0].flatten(1, 2), exact[1].flatten(1, 2)), linear)
+        out = self._mix(SoftmaxTerms(*(term.flatten(1, 2) for term in exact)), linear)
         return out, {**pool.cache(), **sums}
 
     def _exact(self, place: Tensor, left: Tensor, now: Tensor) -> Tensor:
@@ -207,11 +205,13 @@ class LolaAttention(LinearAttentionModule):
             exact = exact & (place > left)
         return exact
 
-    def _mix(self, exact: Terms, linear: Terms) -> Tensor:
-        if "linear" in self.left_out:
-            return divide(*exact)
-        gamma = self.mixing.to(exact[0].dtype).sigmoid()[:, None, None]
-        return divide(gamma * exact[0] + linear[0], gamma * exact[1] + linear[1])
+    def _mix(self, window_terms: SoftmaxTerms, past_terms: Terms | None) -> Tensor:
+        """Those of window and cache, of which what is left out is hidden already, and the linear ones."""
+        numerator, denominator, peak = window_terms
+        if past_terms is None or "linear" in self.left_out:
+            return divide(numerator, denominator)
+        near, far = self._factors(peak, past_terms[1])
+        return divide(near * numerator + far * past_terms[0], near * denominator + far * past_terms[1])
 
     def _naive(
         self,

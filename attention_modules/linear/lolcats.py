@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ class LolcatsAttention(LinearAttentionModule):
     Paper: https://arxiv.org/abs/2410.10254
     """
 
-    implementations = ("auto", "naive", "torch", "triton")
-    paths = ("window", "linear")
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch", "triton")
+    paths: ClassVar[tuple[str, ...]] = ("window", "linear")
 
     options: LolcatsOptions
 
@@ -142,7 +142,7 @@ class LolcatsAttention(LinearAttentionModule):
 
     def decode_torch(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The ring is the window: what leaves it with the next token goes into the sums."""
         ring = state.ring(self.window, key, value, valid)
         ring.put(key, value, valid)

@@ -57,7 +57,7 @@ ROWS = [
         degenerate=WIDE,
         bidirectional=False,
     ),
-    Row("lola", {"window": 1, "cache_size": 40}, degenerate=WIDE, bidirectional=False),
+    Row("lola", {"window": 1, "cache_size": 40, "window_terms": "absolute"}, degenerate=WIDE, bidirectional=False),
     Row("linear", no_degenerate_because=PURE),
     Row("linear", {"feature_map": "elu", "projection": "none"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
