@@ -22,7 +22,7 @@ from ..convert.save import save_converted, write_companions
 from ..convert.stream import stream_convert
 from ..errors import TrainingError
 from ..recipes import Recipe
-from .healing import Run, check_data, final_model, heal, load_converted, measure, seeded, stage_label
+from .healing import Run, check_data, final_model, heal, load_converted, measure, measure_path_use, seeded, stage_label
 from .metrics import MetricsFile
 from .plots import plot_layers, plot_losses
 from .progress import Progress, Silent
@@ -196,6 +196,7 @@ def _healed(run: Run) -> Trainee | None:
         return None
     trainee = load_converted(run, dtype, first_time=True)
     measure(run, trainee.model, "swap")
+    measure_path_use(run, trainee.model, "swap")
     return trainee
 
 
@@ -226,6 +227,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> Non
         inputs=digests,
         start_distance=start_distance(run),
         metrics=metric_rows(run),
+        linear_path_use=run.measured.get("linear_path_use"),
     )
     recipe_yaml = run.recipe.to_yaml()
     card = make_card(

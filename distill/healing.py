@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..attention_modules.paths import leaving_out, paths_of
 from ..convert.checkpoint import Checkpoint, load_model
 from ..convert.plan import Plan
 from ..convert.swap import apply_plan
@@ -32,6 +33,8 @@ from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
 from .work import StageState, WorkFolder, fingerprint
 
+# The path that hybrids tend to bypass (https://arxiv.org/abs/2510.05901).
+LINEAR_PATH = "linear"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -154,6 +157,7 @@ def heal(run: Run) -> Trainee:
         measure(run, trainee.model, label)
         if stage.kind == "attention_transfer":
             measure_distance(run, trainee, label)
+    measure_path_use(run, trainee.model, stage_label(run.recipe, len(stages) - 1))
     return trainee
 
 
@@ -210,6 +214,17 @@ def measure(run: Run, model: PreTrainedModel, label: str) -> None:
     result = perplexity(model, tokens, context=section.context, limit=section.tokens, tokenizer=run.tokenizer)
     run.progress.end()
     run.record(f"perplexity/{label}", asdict(result))
+
+
+def measure_path_use(run: Run, model: PreTrainedModel, label: str) -> None:
+    """Record how many times the perplexity under a label the model's is without its linear path, if it has one."""
+    if f"perplexity/{label}" not in run.measured or LINEAR_PATH not in paths_of(model):
+        return
+    without = f"{label}, without the {LINEAR_PATH} path"
+    with leaving_out(model, LINEAR_PATH):
+        measure(run, model, without)
+    intact, left = (run.measured[f"perplexity/{name}"]["perplexity"] for name in (label, without))
+    run.record("linear_path_use", left / intact)
 
 
 def measure_distance(run: Run, trainee: Trainee, label: str) -> None:

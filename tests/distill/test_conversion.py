@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from attnconv.attention_modules.paths import leaving_out
 from attnconv.distill import embedded_model_path, embedded_tokens, run_conversion
 from attnconv.distill.metrics import MetricsFile
 from attnconv.errors import AttnConvError, DataError, OutputError, TrainingError
@@ -65,6 +66,16 @@ def test_the_saved_model_is_the_healed_one(healed):
     result = perplexity(model, embedded_tokens("valid"), context=128, limit=1000)
     assert result.perplexity == pytest.approx(healed.metrics[-1]["perplexity"], rel=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_receipt_says_how_much_the_linear_path_is_used(healed):
+    model = AutoModelForCausalLM.from_pretrained(healed.output)
+    with leaving_out(model, "linear"):
+        without = perplexity(model, embedded_tokens("valid"), context=128, limit=1000).perplexity
+    receipt = json.loads((healed.output / "receipt.json").read_text())
+    assert receipt["linear_path_use"] == pytest.approx(without / healed.metrics[-1]["perplexity"], rel=1e-4)
+    assert abs(receipt["linear_path_use"] - 1) > 0.01
+    assert "Perplexity without the linear path" in (healed.output / "README.md").read_text()
 
 
 def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
