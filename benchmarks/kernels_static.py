@@ -73,12 +73,12 @@ def record(case: Case, target: int):
     elif case.operator == "fused":
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         sizes = 1.0, WINDOW, fused.fused_chunk(query, key, target // 10)
-        torch.ops.attnconv.hedgehog_window_linear(query, key, key, *weights, torch.zeros(HEADS), start, *memory, *sizes)
+        shared = query, key, key, *weights, torch.zeros(HEADS), start, *memory
+        torch.ops.attnconv.hedgehog_window_linear(*shared, *sizes, True)
     elif case.operator == "hybrid":
         sizes = 1.0, WINDOW, hybrid.hybrid_chunk(query, key)
-        out, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(
-            query, key, key, *features, torch.zeros(HEADS), start, *memory, *sizes
-        )
+        shared = query, key, key, *features, torch.zeros(HEADS), start, *memory
+        out, _, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(*shared, *sizes, True)
         launches.pop(0)
         torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
     elif case.operator == "delta":
@@ -177,8 +177,6 @@ def main() -> None:
         for size in arguments.head_dims
         for target in arguments.targets
         for operator in arguments.operators
-        # Maps inside the kernels are for bf16 only; see `fused_problem`.
-        if operator != "fused" or dtype == "bfloat16"
     ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = [row for rows in pool.map(measure, cases) for row in rows]

@@ -1,5 +1,7 @@
 """The gradients of causal linear attention: three Triton passes as one operator."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,14 +53,14 @@ def chunk_gradients(
     sizes = {"length": layout.length, "num_keys": layout.num_keys, "shift": shift}
     (sums, norms), _ = run_states(layout, {**keys, **sizes}, contiguous(first_sums), contiguous(first_norm))
     later, first = _state_gradients(layout, query, shared_gates, d_out, d_mass, d_last_sums, d_last_norm)
-    d_query, d_key, d_value = _rooms(layout, query)
-    _feature_gradients(
+    d_query, d_key, d_value = rooms(layout, query)
+    feature_gradients(
         layout,
         {"q": query, **keys, "sums": sums, "norms": norms, "d_out": d_out, "d_mass": d_mass, **later, **sizes},
         d_query,
         d_key,
     )
-    _value_gradients(
+    value_gradients(
         layout,
         {
             "q": query,
@@ -101,7 +103,8 @@ def _(
     return query.new_empty(query.shape, dtype=dtype), d_key, d_value, sums, torch.empty_like(sums[..., 0])
 
 
-def _rooms(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rooms(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For the gradients of queries, keys and values, the last two per state head."""
     # Gradients of gates are small differences of these products, which bf16 would drown.
     dtype = torch.float32 if layout.shared["HAS_GATES"] else like.dtype
     keys = layout.batch, layout.state_heads, layout.num_keys
@@ -144,14 +147,20 @@ def _state_gradients(
     return {"d_sums": d_sums, "d_norms": d_norms}, (d_first_sums, d_first_norm)
 
 
-def _feature_gradients(
-    layout: Layout, arguments: dict[str, Tensor | int | None], d_query: Tensor, d_key: Tensor
+def feature_gradients(
+    layout: Layout,
+    arguments: dict[str, Any],
+    d_query: Tensor,
+    d_key: Tensor,
+    *,
+    value_heads: int | None = None,
 ) -> None:
+    """Write the gradients of queries and keys; `arguments` are the kernel's, and values may have heads of their own."""
     from .chunk_gradients import chunk_feature_gradients
 
     # Half the columns of other kernels: it holds the most tiles at a time.
     columns = max(16, layout.shared["BK"] // 2)
-    heads = {**layout.query_heads, **layout.key_heads, **layout.value_heads}
+    heads = {**layout.query_heads, **layout.key_heads, "HV": value_heads or layout.value_heads["HV"]}
     launch(
         chunk_feature_gradients,
         (-(-layout.features // columns), layout.num_chunks, layout.states),
@@ -162,7 +171,8 @@ def _feature_gradients(
     )
 
 
-def _value_gradients(layout: Layout, arguments: dict[str, Tensor | int | None], d_value: Tensor) -> None:
+def value_gradients(layout: Layout, arguments: dict[str, Any], d_value: Tensor) -> None:
+    """Write the gradients of values; `arguments` are the kernel's."""
     from .chunk_gradients import chunk_value_gradients
 
     launch(

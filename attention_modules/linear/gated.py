@@ -63,7 +63,6 @@ class GatedLinearAttention(RecurrentModule):
     """
 
     options: GatedOptions
-    implementations = ("auto", "naive", "torch", "triton")
 
     def __init__(self, geometry: Geometry, options: GatedOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation, normed=not options.normalizer)

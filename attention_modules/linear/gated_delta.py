@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from ..base import Memory
 from ..geometry import Geometry
+from ..kernels.selection import needs_package
 from ..registry import register
 from .delta import delta_chunks, delta_state, delta_steps
 from .output import LowRankLinear
+from .recurrence_kernels import delta_kernels
 from .recurrent import RecurrentModule, RecurrentOptions, decay_slopes
 
 # Inside the root of a vector's squared length, so that a zero stays a zero.
@@ -108,6 +110,19 @@ class GatedDeltaAttention(RecurrentModule):
     ) -> tuple[Tensor, Tensor]:
         """The same in chunks."""
         return delta_chunks(queries, keys, values, signals["log_decay"], signals["beta"], state)
+
+    @needs_package
+    def run_kernels(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        signals: Memory,
+        start: Tensor | None,
+        state: Tensor | None,
+    ) -> Tensor:
+        """The same in Triton."""
+        return delta_kernels(queries, keys, values, signals["log_decay"], signals["beta"], start, state)
 
     def update(self, keys: Tensor, values: Tensor, signals: Memory, state: Tensor | None) -> Tensor:
         """The state after some tokens, without their outputs."""

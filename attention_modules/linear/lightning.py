@@ -43,7 +43,6 @@ class LightningAttention(RecurrentModule):
     """
 
     options: LightningOptions
-    implementations = ("auto", "naive", "torch", "triton")
 
     def __init__(self, geometry: Geometry, options: LightningOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)

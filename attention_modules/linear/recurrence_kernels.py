@@ -2,7 +2,7 @@
 
 - `queries` `[batch, num_heads, T, key_dim]` and `keys` `[batch, num_kv_heads, T, key_dim]`, activated,
 - `values` `[batch, num_kv_heads, T, value_dim]`,
-- `log_decay` `[batch, state_heads, T, 1]`,
+- `log_decay` and `beta` `[batch, state_heads, T, 1]`,
 - `start` `[batch]` int32, tokens of padding that every row begins with, or None,
 - `state` `[batch, state_heads, key_dim, value_dim]` before the first token, or None.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.chunk_linear import chunk_linear
+from ..kernels.delta_rule import delta_rule
 
 
 def decayed_kernels(
@@ -42,3 +43,18 @@ def decayed_kernels(
     )
     numerator = numerator.to(denominator.dtype)
     return torch.cat([numerator, denominator[..., None]], -1) if ones else numerator
+
+
+def delta_kernels(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    start: Tensor | None,
+    state: Tensor | None,
+) -> Tensor:
+    """What the queries read from the states of the gated delta rule."""
+    gates, strengths = log_decay.squeeze(-1), beta.squeeze(-1)
+    out, _ = delta_rule(queries, keys, values, gates, strengths, start=start, state=state)
+    return out.float()

@@ -55,6 +55,7 @@ class RecurrentModule(AttentionModule):
     """
 
     options: RecurrentOptions
+    implementations = ("auto", "naive", "torch", "triton")
 
     def __init__(
         self, geometry: Geometry, options: RecurrentOptions, implementation: str = "auto", *, normed: bool = True

@@ -9,6 +9,7 @@ from interpreting import Case, Inputs, Module, differentiate, errors, print_erro
 from torch import Tensor
 
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
+from attnconv.attention_modules.kernels.delta_rule import delta_rule
 
 # What has a row for each sequence instead of tokens.
 STATES = ("sums", "norm", "state")
@@ -141,7 +142,97 @@ class Linear:
         }
 
 
+@dataclass(frozen=True)
+class Delta:
+    """One call of delta_rule, or several."""
+
+    batch: int = 2
+    heads: tuple[int, int, int] = (4, 2, 2)
+    state_heads: int = 4
+    length: int = 37
+    dims: tuple[int, int] = (16, 24)
+    padded: bool = False
+    memory: bool = False
+    cuts: tuple[int, ...] = ()
+    packed: tuple[int, ...] = ()
+    chunk: int = 16
+    # Every key the same, never fading and replaced in full: the worst case for the triangular systems. Gradients of
+    # gates, small differences of large numbers then, are not asked for.
+    same_keys: bool = False
+
+    def run(self) -> dict[str, float]:
+        torch.manual_seed(self.length)
+        (heads, key_heads, value_heads), (key_dim, width) = self.heads, self.dims
+        key = torch.randn(self.batch, key_heads, self.length, key_dim)
+        gates, beta = (factor * torch.rand(self.batch, self.state_heads, self.length) for factor in (-0.3, 1.0))
+        if self.same_keys:
+            key, beta = torch.ones_like(key), torch.ones_like(beta)
+        inputs = {
+            "query": torch.randn(self.batch, heads, self.length, key_dim),
+            "key": key / key.norm(dim=-1, keepdim=True),
+            "value": torch.randn(self.batch, value_heads, self.length, width),
+            "beta": beta,
+        }
+        if not self.same_keys:
+            inputs["gates"] = gates
+        if self.memory:
+            inputs["state"] = torch.randn(len(self.packed) or self.batch, self.state_heads, key_dim, width)
+        actual = differentiate(self.ours, inputs, torch.float32)
+        return errors(actual, differentiate(self.oracle, inputs, torch.float64))
+
+    def start(self) -> Tensor | None:
+        return starts(self.batch, self.length) if self.padded else None
+
+    def ours(self, x: Inputs) -> dict[str, Tensor]:
+        state, outs, first, start = x.get("state"), [], 0, self.start()
+        x = {"gates": torch.zeros_like(x["beta"]), **x}
+        for size in self.cuts or (self.length,):
+            part = slice(first, first + size)
+            out, state = delta_rule(
+                *(x[name][:, :, part] for name in ("query", "key", "value", "gates", "beta")),
+                start=None if start is None else (start - first).clamp(0, size),
+                state=state,
+                cu_seqlens=cumulative(self.packed) if self.packed else None,
+                chunk=self.chunk,
+            )
+            first += size
+            outs.append(out)
+        assert state is not None
+        return {"out": self.real(torch.cat(outs, 2)), "state": state}
+
+    def real(self, out: Tensor) -> Tensor:
+        start = self.start()
+        return out if start is None else out * (torch.arange(self.length) >= start[:, None])[:, None, :, None]
+
+    def oracle(self, x: Inputs) -> dict[str, Tensor]:
+        """Token after token, and packed sequences one by one."""
+        if self.packed:
+            alone = zip(self.packed, unpacked(x, self.packed), strict=True)
+            return joined([replace(self, length=size, packed=()).oracle(part) for size, part in alone])
+        start, heads = self.start(), self.heads[0]
+        padding = torch.zeros(self.batch, 1, self.length, dtype=torch.bool)
+        if start is not None:
+            padding = (torch.arange(self.length) < start[:, None])[:, None]
+        gates = x.get("gates", torch.zeros_like(x["beta"]))
+        decay, beta = gates.masked_fill(padding, 0.0).exp(), x["beta"].masked_fill(padding, 0.0)
+        tokens = {name: x[name] for name in ("query", "key", "value")} | {"decay": decay, "beta": beta}
+        tokens = {name: t.repeat_interleave(heads // t.shape[1], 1) for name, t in tokens.items()}
+        every = heads // self.state_heads
+        state = tokens["key"].new_zeros(self.batch, heads, *self.dims)
+        if "state" in x:
+            state = x["state"].repeat_interleave(every, 1)
+        outs = [state.new_empty(self.batch, heads, 0, self.dims[1])]
+        for t in range(self.length):
+            query, key, value = (tokens[name][:, :, t, None] for name in ("query", "key", "value"))
+            state = state * tokens["decay"][:, :, t, None, None]
+            added = tokens["beta"][:, :, t, None, None] * (value - key @ state)
+            state = state + key.transpose(-1, -2) @ added
+            outs.append(query @ state)
+        return {"out": self.real(torch.cat(outs, 2)), "state": state[:, ::every]}
+
+
 SOFTMAX = (("activation", "softmax"), ("normalizer", True))
+PLAIN = (("activation", "none"), ("output_norm", False), ("output_gate", False))
 LIGER = (("gate_from", "keys"), ("gate_temperature", 1.0), ("state_per", "kv_head"))
 CASES: dict[str, Case] = {
     "linear-1": Linear(length=1).run,
@@ -160,10 +251,19 @@ CASES: dict[str, Case] = {
     ).run,
     "linear-torch-padded": Linear(padded=True, memory=True, implementation="torch").run,
     "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
+    "delta-1": Delta(length=1).run,
+    "delta-7": Delta(batch=1, heads=(1, 1, 1), state_heads=1, length=7).run,
+    "delta-63-padded": Delta(heads=(4, 2, 1), state_heads=2, length=63, padded=True, memory=True, chunk=32).run,
+    "delta-123": Delta(batch=1, heads=(2, 1, 1), state_heads=1, length=123, dims=(80, 40), chunk=64).run,
+    "delta-cuts": Delta(batch=1, memory=True, cuts=(20, 1, 16)).run,
+    "delta-packed": Delta(batch=1, length=41, packed=(5, 0, 33, 3), memory=True).run,
+    "delta-same-keys": Delta(batch=1, heads=(1, 1, 1), state_heads=1, length=64, chunk=64, same_keys=True).run,
     "module-hedgehog": Module("hedgehog", record_past=True).run,
     "module-linear": Module("linear").run,
     "module-lightning": Module("lightning", record_past=True).run,
     "module-lightning-kv-head": Module("lightning", options=(("decay", "learned"), ("state_per", "kv_head"))).run,
+    "module-gated-delta": Module("gated_delta", record_past=True).run,
+    "module-gated-delta-kv-head": Module("gated_delta", options=(("state_per", "kv_head"), *PLAIN)).run,
     "module-gated-scalar": Module("gated", options=(("gate", "scalar"),)).run,
     "module-gated-normalized": Module("gated", options=(("gate", "scalar"), *SOFTMAX), record_past=True).run,
     "module-liger-kv-head": Module("gated", options=(("gate", "scalar"), *LIGER, *SOFTMAX)).run,

@@ -12,8 +12,13 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize(
     ("head_dim", "targets", "operators"),
-    [(64, [80, 90, 100], {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}), (128, [90], {"hybrid": 3, "fused": 2})],
-    ids=["64", "128"],
+    [
+        (64, [80, 90, 100], {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}),
+        (128, [90], {"hybrid": 3, "fused": 2}),
+        (64, [80, 90, 100], {"packed": 5, "delta": 7}),
+        (128, [80, 90, 100], {"packed": 5, "delta": 7}),
+    ],
+    ids=["64", "128", "64-gates", "128-gates"],
 )
 def test_compiled_for_every_target(
     repository: Path, head_dim: int, targets: list[int], operators: dict[str, int]

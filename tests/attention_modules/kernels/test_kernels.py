@@ -111,5 +111,8 @@ def test_operators_have_shapes_without_values() -> None:
         outs = torch.ops.attnconv.chunk_linear(query, key, value, gates, None, None, None, 16)
         cu_seqlens = torch.zeros(4, dtype=torch.int32)
         packed = torch.ops.attnconv.chunk_linear(query[:1], key[:1], value[:1], None, None, None, None, 16, cu_seqlens)
+        strengths = torch.rand(2, 4, 9)
+        delta = torch.ops.attnconv.delta_rule(query, key, value, gates, strengths, None, None, 16)
+    assert [tuple(out.shape) for out in delta] == [(2, 4, 9, 8), (2, 4, 16, 8)]
     assert [tuple(out.shape) for out in outs] == [(2, 4, 9, 8), (2, 4, 9), (2, 4, 16, 8), (2, 4, 16)]
     assert [tuple(out.shape) for out in packed] == [(1, 4, 9, 8), (1, 4, 9), (3, 2, 16, 8), (3, 2, 16)]
