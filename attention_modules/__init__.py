@@ -2,6 +2,7 @@
 
 from .base import AttentionModule, AttentionOptions
 from .geometry import Geometry
+from .linear.agent import AgentAttention
 from .linear.gated import GatedLinearAttention
 from .linear.gated_delta import GatedDeltaAttention
 from .linear.hedgehog import HedgehogAttention
@@ -15,6 +16,7 @@ from .sparse.sliding_window import SlidingWindowAttention
 from .state import AttentionState
 
 __all__ = [
+    "AgentAttention",
     "AttentionModule",
     "AttentionOptions",
     "AttentionState",

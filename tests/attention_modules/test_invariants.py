@@ -19,7 +19,7 @@ class Row:
     """One method with one set of options.
 
     `degenerate` holds the options under which the method is softmax attention (None: there are none, with the reason).
-    A row that is not `bidirectional` is refused for layers that look both ways.
+    A row that is not `bidirectional` is refused for layers that look both ways, one that is not `causal` for others.
     """
 
     method: str
@@ -27,6 +27,12 @@ class Row:
     degenerate: dict[str, Any] | None = None
     no_degenerate_because: str = ""
     bidirectional: bool = True
+    causal: bool = True
+
+    @property
+    def directions(self) -> list[bool]:
+        """Whether a layer is causal, as far as the method can serve it."""
+        return [causal for causal in (True, False) if (self.causal if causal else self.bidirectional)]
 
     @property
     def id(self) -> str:
@@ -34,6 +40,7 @@ class Row:
 
 
 PURE = "a linear method has no setting in which it is softmax"
+AGENTS = "weights are a product of two softmaxes, whatever the number of agents"
 WIDE = {"window": 4096}
 ROWS = [
     Row("softmax", degenerate={}),
@@ -63,6 +70,9 @@ ROWS = [
     Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "dpfp", "state_per": "kv_head"}, no_degenerate_because=PURE),
     Row("linear", {"feature_map": "taylor", "feature_dim": 7}, no_degenerate_because=PURE),
+    Row("agent", {"num_agents": 6}, no_degenerate_because=AGENTS, causal=False),
+    Row("agent", {"num_agents": 80, "kernel_size": 0}, no_degenerate_because=AGENTS, causal=False),
+    Row("agent", {"num_agents": 1, "kernel_size": 7}, no_degenerate_because=AGENTS, causal=False),
     Row("lightning", no_degenerate_because=PURE, bidirectional=False),
     Row(
         "lightning",
@@ -110,13 +120,13 @@ GEOMETRIES = [
 BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
 LENGTHS = [1, 7, 63, 123]
 
-all_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+causal_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.causal], ids=lambda row: row.id)
 
 
 def in_all_directions(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("row", "causal"),
-        [(row, causal) for row in rows for causal in (True, False) if causal or row.bidirectional],
+        [(row, causal) for row in rows for causal in row.directions],
         ids=lambda value: value.id if isinstance(value, Row) else "causal" if value else "bidirectional",
     )
 
@@ -192,16 +202,22 @@ def test_a_method_that_runs_from_left_to_right_refuses_to_look_both_ways(row: Ro
         build(row, directed(BASE, False))
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.causal], ids=lambda row: row.id)
+def test_a_method_that_needs_the_whole_sequence_refuses_to_run_from_left_to_right(row: Row) -> None:
+    with pytest.raises(ValueError, match="cannot serve a causal layer"):
+        build(row)
+
+
 @rows_and_directions
 @pytest.mark.parametrize("length", [*LENGTHS, 200])
 def test_oracle_forward_and_gradients(row: Row, causal: bool, length: int) -> None:
     compare_gradients(row, directed(BASE, causal), tokens(length))
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.method != "softmax"], ids=lambda row: row.id)
-def test_oracle_over_several_segments(row: Row) -> None:
+@in_all_directions([row for row in ROWS if row.method != "softmax"])
+def test_oracle_over_several_segments(row: Row, causal: bool) -> None:
     """Longer than what is handled at a time."""
-    compare_gradients(row, BASE, tokens(1100, batch=1))
+    compare_gradients(row, directed(BASE, causal), tokens(1100, batch=1))
 
 
 def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tensor]) -> None:
@@ -219,18 +235,19 @@ def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tenso
         close(results[1][name], expected, 1e-8)
 
 
-@all_rows
+@rows_and_directions
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-def test_oracle_in_low_precision(row: Row, dtype: torch.dtype, tolerance: float) -> None:
+def test_oracle_in_low_precision(row: Row, causal: bool, dtype: torch.dtype, tolerance: float) -> None:
+    geometry = directed(BASE, causal)
     inputs = {name: t.to(dtype) for name, t in tokens(1100 if row.method != "softmax" else 123).items()}
-    expected = attend(build(row, implementation="naive"), {name: t.double() for name, t in inputs.items()})
-    actual = attend(build(row).float(), inputs)
+    expected = attend(build(row, geometry, implementation="naive"), {name: t.double() for name, t in inputs.items()})
+    actual = attend(build(row, geometry).float(), inputs)
     assert actual.dtype == dtype
     error = (actual.double() - expected).abs().max() / expected.abs().max()
     assert error < tolerance
 
 
-@all_rows
+@causal_rows
 def test_causal_and_prefix_invariant(row: Row) -> None:
     inputs, module = tokens(100), build(row)
     whole = attend(module, inputs)
@@ -243,7 +260,7 @@ def test_causal_and_prefix_invariant(row: Row) -> None:
 
 
 @with_and_without_gradients
-@all_rows
+@causal_rows
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
 @pytest.mark.parametrize("cuts", [[1] * 90, [7] * 13, [63, 1, 26], [90]], ids=["tokens", "sevens", "mixed", "one"])
 def test_prefill_chunks_and_decode_agree(row: Row, implementation: str, cuts: list[int]) -> None:
@@ -278,7 +295,7 @@ def test_padding_is_absent(row: Row, causal: bool, implementation: str) -> None:
 
 
 @with_and_without_gradients
-@all_rows
+@causal_rows
 def test_padding_is_absent_with_a_state(row: Row) -> None:
     """Turns of a batched conversation: padding left of, behind and between the turns, then decoding."""
     module, turns = build(row), [(12, [5, 12, 9]), (20, [20, 3, 11]), (1, [1, 1, 1]), (1, [1, 1, 1]), (9, [2, 9, 0])]
@@ -306,12 +323,12 @@ def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: s
     close(attend(module, inputs), sdpa(inputs, causal=causal))
 
 
-@all_rows
+@rows_and_directions
 @pytest.mark.parametrize(
     "geometry", GEOMETRIES, ids=lambda g: f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
 )
-def test_geometries(row: Row, geometry: Geometry) -> None:
-    geometry = replace(geometry, hidden_size=HIDDEN_SIZE)
+def test_geometries(row: Row, causal: bool, geometry: Geometry) -> None:
+    geometry = replace(geometry, hidden_size=HIDDEN_SIZE, causal=causal)
     inputs = tokens(37, geometry)
     expected = attend(build(row, geometry, implementation="naive"), inputs)
     close(attend(build(row, geometry), inputs), expected)
@@ -319,7 +336,7 @@ def test_geometries(row: Row, geometry: Geometry) -> None:
 
 
 @with_and_without_gradients
-@all_rows
+@causal_rows
 def test_state_reorder_repeat_reset(row: Row) -> None:
     module, inputs = build(row), tokens(50)
     whole = attend(module, inputs)
@@ -336,7 +353,7 @@ def test_state_reorder_repeat_reset(row: Row) -> None:
 
 
 @with_and_without_gradients
-@all_rows
+@causal_rows
 def test_state_crop_is_exact(row: Row) -> None:
     """Drafted tokens are taken back, as assisted decoding does."""
     module, inputs, drafts = build(row), tokens(60), tokens(9, seed=5)
@@ -351,7 +368,7 @@ def test_state_crop_is_exact(row: Row) -> None:
     assert state.seen == 60
 
 
-@all_rows
+@causal_rows
 def test_state_crop_refuses_what_is_folded(row: Row) -> None:
     module, state = build(row), build(row).new_state()
     attend(module, tokens(100), state=state)
@@ -363,7 +380,7 @@ def test_state_crop_refuses_what_is_folded(row: Row) -> None:
             state.crop(99)
 
 
-@all_rows
+@causal_rows
 def test_state_size(row: Row) -> None:
     module = build(row).float()
     sizes = []
@@ -379,10 +396,10 @@ def test_state_size(row: Row) -> None:
     assert state.nbytes == sizes[1]
 
 
-@all_rows
+@rows_and_directions
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
-def test_finite(row: Row, implementation: str) -> None:
-    module = build(row, implementation=implementation).float()
+def test_finite(row: Row, causal: bool, implementation: str) -> None:
+    module = build(row, directed(BASE, causal), implementation=implementation).float()
     inputs = {name: t.float() for name, t in tokens(80).items()}
     padded = torch.ones(2, 80, dtype=torch.bool)
     padded[0] = False
@@ -401,11 +418,12 @@ def test_finite(row: Row, implementation: str) -> None:
     assert all(t.grad is not None and t.grad.isfinite().all() for t in read)
 
 
-@all_rows
-def test_fresh_parameters_and_options_round_trip(row: Row) -> None:
-    module = create(row.method, BASE, **row.options)
+@rows_and_directions
+def test_fresh_parameters_and_options_round_trip(row: Row, causal: bool) -> None:
+    geometry = directed(BASE, causal)
+    module = create(row.method, geometry, **row.options)
     torch.manual_seed(7)
-    again = create(row.method, BASE, **module.options.model_dump(mode="json"))
+    again = create(row.method, geometry, **module.options.model_dump(mode="json"))
     assert again.options == module.options
     for parameter in module.parameters():
         parameter.data.fill_(float("nan"))
@@ -417,7 +435,7 @@ def test_fresh_parameters_and_options_round_trip(row: Row) -> None:
 
 
 @with_and_without_gradients
-@all_rows
+@causal_rows
 def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
     """2,048 decoded tokens do not drift away from the prefill."""
     geometry = Geometry(2, 1, 16, 16, hidden_size=HIDDEN_SIZE)

@@ -12,6 +12,7 @@ from attnconv.errors import RecipeError
 from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 
 SHIPPED = [
+    "agent",
     "gated",
     "gated-delta",
     "hedgehog",
