@@ -13,14 +13,15 @@ from ...recipes import load_recipe, recipe_text
 from .measures import NUM_SINKS
 from .profiles import Diagnosis, LayerProfile
 
-# Share of retrieval heads from which a layer keeps softmax. They are few and the ones that a fixed-size state cannot
-# stand in for (https://arxiv.org/abs/2410.10819); one head in five leaves most layers of most models free to change.
-KEPT_RETRIEVAL_SHARE = 0.2
+# Layers at most that keep softmax for their retrieval heads, which are few and the ones that a fixed-size state cannot
+# stand in for (https://arxiv.org/abs/2410.10819): one in four, as in published hybrids.
+KEPT_SHARE = 0.25
 # Part of the context within which windows must lie: beyond, a window is not told apart from seeing everything.
 WINDOW_PART = 4
 # Windows are powers of two from this on, so that layers with about the same need share a rule.
 SMALLEST_WINDOW = 16
 LINEAR_METHODS = ("lolcats", "hedgehog")
+LINEAR_RECIPE = "lolcats-plus"
 LINE = 110
 
 _Options = Mapping[str, Any]
@@ -48,23 +49,33 @@ class LayerAdvice:
 def recommend(diagnosis: Diagnosis) -> list[LayerAdvice]:
     """Advise on every self-attention layer.
 
-    A layer keeps softmax where many of its heads retrieve, where it is narrow by itself and where it cannot be
-    converted; becomes a sliding window where a narrow one holds what each of its heads looks at; and LoLCATs otherwise.
+    A layer keeps softmax where it is among the quarter of the layers that retrieve best, where it is narrow by itself
+    and where it cannot be converted; becomes a sliding window where a narrow one holds what each of its heads looks at;
+    and LoLCATs otherwise.
     """
     # The options of the shipped recipe, whose healing is meant for them.
-    linear = load_recipe("lolcats").attention[0].options
-    advice = [_advise(layer, diagnosis.context // WINDOW_PART, linear) for layer in diagnosis.layers]
+    linear = load_recipe(LINEAR_RECIPE).attention[0].options
+    best = sorted(diagnosis.layers, key=_retrieval, reverse=True)
+    most = max(1, math.floor(KEPT_SHARE * (len(diagnosis.layers) + len(diagnosis.skipped))))
+    kept = {layer.name for layer in best[:most] if _retrieval(layer) > 0}
+    widest = diagnosis.context // WINDOW_PART
+    advice = [_advise(layer, widest, linear, keep=layer.name in kept) for layer in diagnosis.layers]
     advice += [LayerAdvice(layer.index, layer.name, "softmax", reason=layer.reason) for layer in diagnosis.skipped]
     return sorted(advice, key=lambda one: one.layer)
 
 
-def _advise(layer: LayerProfile, widest: int, linear: _Options) -> LayerAdvice:
+def _retrieval(layer: LayerProfile) -> float:
+    """How much of the attention of a layer's retrieval heads is on what they look for, in all."""
+    return sum(head.induction or 0.0 for head in layer.heads if head.role == "retrieval")
+
+
+def _advise(layer: LayerProfile, widest: int, linear: _Options, *, keep: bool) -> LayerAdvice:
     count = len(layer.heads)
     retrieval = layer.role_counts["retrieval"]
     if layer.native_window is not None:
         reason = f"it sees no more than {layer.native_window} tokens by itself"
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
-    if retrieval >= KEPT_RETRIEVAL_SHARE * count:
+    if keep:
         best = 100 * max(head.induction or 0.0 for head in layer.heads)
         reason = (
             f"{retrieval} of {count} heads retrieve, the best with {best:.0f} % of its attention on what it looks for"
@@ -84,7 +95,7 @@ def _advise(layer: LayerProfile, widest: int, linear: _Options) -> LayerAdvice:
 
 
 def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source: str | None = None) -> str:
-    """Write advice as a recipe, with the reasons as comments and the healing of `lolcats` where a layer becomes linear.
+    """Write advice as a recipe, reasons as comments, with the healing of `lolcats-plus` where a layer becomes linear.
 
     Args:
         advice: What `recommend` returned.
@@ -98,7 +109,7 @@ def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source:
     rules = ["# Rules: the first that matches a layer wins; a layer without a match keeps its softmax.", "attention:"]
     for _, same in groupby(advice, key=lambda one: (one.method, sorted(one.options.items()))):
         rules += _rule(list(same))
-    blocks = _blocks(recipe_text("lolcats" if linear else "sliding-window"))
+    blocks = _blocks(recipe_text(LINEAR_RECIPE if linear else "sliding-window"))
     rest = [blocks[key] for key in ("data", "stages", "evaluate", "output") if key in blocks]
     return "\n\n".join([head.strip(), "\n".join(rules), *rest]) + "\n"
 

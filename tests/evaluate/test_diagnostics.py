@@ -329,13 +329,23 @@ def test_advice() -> None:
         (4, "softmax"),
         (5, "softmax"),
     ]
-    assert found[0].options == load_recipe("lolcats").attention[0].options
+    assert found[0].options == load_recipe("lolcats-plus").attention[0].options
     assert "5 of 5 heads need more than 128 tokens" in found[0].reason
     assert found[1].options == {"window": 128, "num_sinks": 4}
     assert "101 newest" in found[1].reason
     assert found[2].reason.startswith("1 of 5 heads retrieve, the best with 80 %")
     assert found[3].reason == "1 of 6 heads retrieve, which a window would end"
     assert found[4].reason == "it runs 2 times"
+
+
+def test_the_quarter_that_retrieves_best_keeps_softmax() -> None:
+    inductions = {1: 0.3, 4: 0.9, 6: 0.5}
+    layers = (
+        layer(n, head(0, "retrieval" if n in inductions else "global", induction=inductions.get(n, 0.05)))
+        for n in range(8)
+    )
+    found = recommend(advised(*layers))
+    assert [one.layer for one in found if one.method == "softmax"] == [4, 6]
 
 
 @pytest.mark.parametrize(("needed", "window"), [(1, 16), (16, 16), (16.2, 32), (64, 64), (128, 128)])
@@ -357,7 +367,7 @@ def test_the_recipe_of_an_advice(tmp_path: Path, diagnosis: Diagnosis) -> None:
         ("4-5", "sliding_window"),
         ("6", "lolcats"),
     ]
-    shipped = load_recipe("lolcats")
+    shipped = load_recipe("lolcats-plus")
     assert (recipe.stages, recipe.data) == (shipped.stages, shipped.data)
     assert "some/model: a test" in recipe.description
     for one in found:
