@@ -16,10 +16,11 @@ from ..convert.plan import Plan
 from ..convert.swap import apply_plan
 from ..errors import TrainingError
 from ..evaluate import perplexity
-from ..recipes import LogitsStage, LoraStage, Recipe, Stage
+from ..recipes import FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation import evaluation_tokens
+from .features import FeatureDistillation
 from .images import ImageStream
 from .logits import LogitDistillation
 from .lora import LoraTuning
@@ -279,6 +280,8 @@ def _objective(trainee: Trainee, stage: Stage) -> Objective:
         return LoraTuning(trainee, stage, trainee.adapters[-1])
     if isinstance(stage, LogitsStage):
         return LogitDistillation(trainee, stage, None if stage.lora is None else trainee.adapters[-1])
+    if isinstance(stage, FeaturesStage):
+        return FeatureDistillation(trainee, stage)
     return AttentionTransfer(trainee, stage)
 
 

@@ -4,13 +4,23 @@ from .data import DataSection, EvaluateSection
 from .loading import build_recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 from .schema import AttentionRule, OutputSection, Recipe
 from .selectors import LayerSelector, parse_layers
-from .stages import AttentionTransferStage, LogitsStage, LoraPart, LoraStage, Stage, StageBase, TransferLoss
+from .stages import (
+    AttentionTransferStage,
+    FeaturesStage,
+    LogitsStage,
+    LoraPart,
+    LoraStage,
+    Stage,
+    StageBase,
+    TransferLoss,
+)
 
 __all__ = [
     "AttentionRule",
     "AttentionTransferStage",
     "DataSection",
     "EvaluateSection",
+    "FeaturesStage",
     "LayerSelector",
     "LogitsStage",
     "LoraPart",

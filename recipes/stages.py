@@ -113,8 +113,14 @@ class NextTokenStage(StageBase):
     def misfit(self, section: DataSection) -> str | None:
         """Images, besides what no stage can train on."""
         if section.image_field is not None:
-            return "learns from the next token, which images do not have: use attention_transfer"
+            return "learns from the next token, which images do not have: use attention_transfer or features"
         return super().misfit(section)
+
+
+class FeaturesStage(StageBase):
+    """Train the new attention of all layers together on the distance of the model's features from the teacher's."""
+
+    kind: Literal["features"] = "features"
 
 
 class LoraPart(Section):
@@ -177,4 +183,4 @@ class LogitsStage(CoreTraining, NextTokenStage):
         return self
 
 
-Stage = Annotated[AttentionTransferStage | LoraStage | LogitsStage, Field(discriminator="kind")]
+Stage = Annotated[AttentionTransferStage | FeaturesStage | LoraStage | LogitsStage, Field(discriminator="kind")]

@@ -17,10 +17,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from attnconv.distill import run_conversion
 from attnconv.distill.batches import ImageBatch
+from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
 from attnconv.errors import DataError, TrainingError
 from attnconv.recipes import DataSection, Recipe
@@ -112,13 +114,16 @@ def test_what_holds_no_images_is_refused_in_one_sentence(sources, tmp_path):
         next(ImageStream(section(tmp_path / "odd.parquet"), processor()).sequences())
 
 
-def recipe(data, method="hedgehog", **stage):
+LOSS = {"output_mse": 1, "normalize_per_layer": True}
+
+
+def recipe(data, method="hedgehog", options=None, **stage):
     settings = {"kind": "attention_transfer", "steps": 25, "batch_size": 4, "learning_rate": 0.02, "log_every": 5}
     return Recipe(
         name="test",
-        attention=[{"layers": "all", "method": method}],
+        attention=[{"layers": "all", "method": method, "options": options or {}}],
         data=data,
-        stages=[settings | {"loss": {"output_mse": 1, "normalize_per_layer": True}} | stage],
+        stages=[{key: value for key, value in (settings | {"loss": LOSS} | stage).items() if value is not None}],
     )
 
 
@@ -148,11 +153,8 @@ def check_healed(result, inputs):
 @pytest.mark.parametrize("method", ["hedgehog", "linear", "lolcats"])
 def test_dinov2_is_converted_whole(tmp_path, sources, method):
     folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
-    chosen = recipe(section(sources["known.parquet"]).model_dump(), method)
-    if method == "lolcats":
-        chosen = chosen.model_copy(
-            update={"attention": [chosen.attention[0].model_copy(update={"options": {"window": 3}})]}
-        )
+    options = {"window": 3} if method == "lolcats" else {}
+    chosen = recipe(section(sources["known.parquet"]).model_dump(), method, options)
     result = run_conversion(folder, chosen, tmp_path / "out", device="cpu")
     check_healed(result, {"pixel_values": torch.randn(2, 3, 24, 24)})
     assert (result.output / "preprocessor_config.json").is_file()
@@ -163,6 +165,48 @@ def test_a_vit_classifier_is_converted_from_a_folder(tmp_path, sources):
     folder = save_vision(tmp_path / "vit", ViTForImageClassification, ViTConfig(**VISION, num_labels=3))
     result = run_conversion(folder, recipe(section(sources["pictures"]).model_dump()), tmp_path / "out", device="cpu")
     check_healed(result, {"pixel_values": torch.randn(2, 3, 24, 24)})
+
+
+def test_features_are_distilled_through_all_layers(tmp_path, sources):
+    """From where attention transfer got to."""
+    folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
+    first = recipe(section(sources["known.parquet"]).model_dump())
+    features = {"kind": "features", "steps": 60, "batch_size": 4, "learning_rate": 0.01, "schedule": "cosine"}
+    both = Recipe(**first.model_dump() | {"stages": [*first.model_dump()["stages"], features]})
+    pixels = torch.randn(8, 3, 24, 24)
+    teacher = AutoModel.from_pretrained(folder).eval()
+    errors = []
+    for number, chosen in enumerate((first, both)):
+        result = run_conversion(folder, chosen, tmp_path / str(number), device="cpu")
+        student = AutoModel.from_pretrained(result.output).eval()
+        with torch.no_grad():
+            errors.append(float(feature_error(student(pixel_values=pixels), teacher(pixel_values=pixels), None)))
+    assert [row["stage"] for row in result.metrics] == ["attention_transfer", "features"]
+    assert result.metrics[-1]["tokens"] == 60 * 4
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_error_of_features_is_relative_and_knows_no_padding():
+    hidden, taught = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    broken = hidden.masked_fill(~mask[..., None], float("nan"))
+    expected = (hidden - taught)[mask].square().mean() / taught[mask].square().mean()
+    error = feature_error(BaseModelOutput(broken), BaseModelOutput(taught), mask)
+    torch.testing.assert_close(error, expected)
+    pooled = hidden[:, 0], taught[:, 0]
+    outputs = (BaseModelOutputWithPooling(*both) for both in zip((broken, taught), pooled, strict=True))
+    both = expected + (pooled[0] - pooled[1]).square().mean() / pooled[1].square().mean()
+    torch.testing.assert_close(feature_error(*outputs, mask), both)
+    assert feature_error(BaseModelOutput(taught), BaseModelOutput(taught), mask) == 0
+
+
+def test_there_must_be_something_to_distil_into(tmp_path, sources):
+    folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
+    chosen = recipe(
+        section(sources["pictures"]).model_dump(), "sliding_window", {"window": 4}, kind="features", loss=None
+    )
+    with pytest.raises(TrainingError, match="features has nothing to train"):
+        run_conversion(folder, chosen, tmp_path / "out", device="cpu")
 
 
 def save_bert(folder):

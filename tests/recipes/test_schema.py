@@ -118,7 +118,7 @@ TRANSFER = "kind: attention_transfer, learning_rate: 1"
 UNFIT = {
     f"{TRANSFER}, steps: 1, sequence_length: 16": "stage 0 .* trains on images: give steps, and neither",
     f"{TRANSFER}, tokens: 1": "stage 0 .* trains on images: give steps, and neither",
-    "kind: lora, learning_rate: 1, steps: 1": "next token, which images do not have: use attention_transfer",
+    "kind: lora, learning_rate: 1, steps: 1": "images do not have: use attention_transfer or features",
     "kind: logits, learning_rate: 1, steps: 1": "next token, which images do not have: use attention_transfer",
 }
 
