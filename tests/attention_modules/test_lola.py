@@ -162,7 +162,6 @@ def test_it_refuses_to_look_both_ways() -> None:
 
 def test_the_recipe_heals_as_lolcats_plus_does_and_its_weights_serve_both(tmp_path) -> None:
     lola, plus = load_recipe("lola"), load_recipe("lolcats-plus")
-    assert [stage.kind for stage in lola.stages] == [stage.kind for stage in plus.stages]
     assert set(lola.attention[0].options) == {*plus.attention[0].options, "cache_size"}
     stages = [
         {"kind": "attention_transfer", "steps": 3, "sequence_length": 48, "learning_rate": 0.01},
