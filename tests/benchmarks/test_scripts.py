@@ -11,6 +11,7 @@ SCRIPTS = [
     "decode_state",
     "demo",
     "kernels_static",
+    "minilm_sst2",
     "multiple_choice_check",
     "smollm2_lolcats",
     "stream_memory",
