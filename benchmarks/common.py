@@ -65,7 +65,7 @@ def write_result(name: str, *, settings: Mapping[str, Any], results: Mapping[str
         "benchmark": name,
         "label": label,
         "time": stamp,
-        **_commit(),
+        **commit_state(),
         "hardware": _hardware(),
         "versions": _versions(),
         # Without the folders of this machine.
@@ -84,7 +84,7 @@ def write_result(name: str, *, settings: Mapping[str, Any], results: Mapping[str
     return path
 
 
-def _commit() -> dict[str, Any]:
+def commit_state() -> dict[str, Any]:
     """The commit that ran, and whether tracked files differed from it."""
 
     def git(*arguments: str) -> str:

@@ -18,7 +18,7 @@ from ..convert.plan import Plan, PlanEntry, make_plan
 from ..convert.probe import ProbedModule, probe
 from ..convert.sources import locate
 from ..recipes import Recipe
-from .footprint import CachedLayer, Footprint, footprints, native_window
+from .footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,19 @@ class Inspection:
         }
 
 
-def inspect_model(source: str, *, recipe: Recipe | None = None, trust_remote_code: bool = False) -> Inspection:
+def inspect_model(
+    source: str,
+    *,
+    recipe: Recipe | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    trust_remote_code: bool = False,
+) -> Inspection:
     """Probe a model's attention without its weights, which of a Hub model are not even downloaded, and plan a recipe.
 
     Args:
         source: A local folder, Hub id or `.gguf` file.
         recipe: What to plan; what it would lose or be refused is reported, not raised.
+        lengths: Tokens of the sequences whose cache is counted.
         trust_remote_code: Whether a model that brings its own code may run it.
 
     Raises:
@@ -134,7 +141,7 @@ def inspect_model(source: str, *, recipe: Recipe | None = None, trust_remote_cod
         recipe=None if recipe is None else recipe.name,
         already_converted=carried is not None,
         groups=group_modules(probed, by_name, cores),
-        footprints=footprints(layers, dtype) if layers else (),
+        footprints=footprints(layers, dtype, lengths) if layers else (),
     )
 
 

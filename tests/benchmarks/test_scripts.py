@@ -12,6 +12,7 @@ SCRIPTS = [
     "demo",
     "kernels_static",
     "minilm_sst2",
+    "method_table",
     "multiple_choice_check",
     "smollm2_lolcats",
     "stream_memory",
@@ -53,7 +54,7 @@ def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["smollm2_lolcats", "transfer_speed"])
+@pytest.mark.parametrize("script", ["method_table", "smollm2_lolcats", "transfer_speed"])
 def test_missing_data_are_said(repository: Path, script: str, tmp_path: Path) -> None:
     model = repository / "distill" / "assets" / "stories260K"
     done = run(repository, script, "--model", str(model), ATTNCONV_SHARED=str(tmp_path))

@@ -54,6 +54,8 @@ def test_without_a_recipe_it_shows_what_is_there(tmp_path: Path) -> None:
     # 4 layers, 2 heads, 8 + 8 numbers of 2 bytes a token.
     assert [row.before for row in found.footprints] == [4 * 2 * 16 * 2 * n for n in (4096, 32768, 131072)]
     assert all(row.after == row.before for row in found.footprints)
+    short = inspect_model(llama(tmp_path, dtype="bfloat16"), lengths=[100]).footprints
+    assert [(row.tokens, row.before) for row in short] == [(100, 4 * 2 * 16 * 2 * 100)]
 
 
 def test_a_recipe_splits_the_layers_into_runs(tmp_path: Path) -> None:
