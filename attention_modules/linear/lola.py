@@ -20,7 +20,7 @@ from .lolcats import LolcatsAttention, LolcatsOptions
 from .recall import Pool, folding_steps
 
 # Queries handled at a time: each step looks at the cache and at all tokens that leave the window meanwhile.
-BLOCK = 32
+CACHE_BLOCK = 32
 
 
 class LolaOptions(LolcatsOptions):
@@ -81,8 +81,8 @@ class LolaAttention(LolcatsAttention):
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
         """Pass tokens through the cache into the running sums."""
         memory = self._begun(memory, keys)
-        for start in range(0, keys.shape[2], BLOCK):
-            now = slice(start, start + BLOCK)
+        for start in range(0, keys.shape[2], CACHE_BLOCK):
+            now = slice(start, start + CACHE_BLOCK)
             pool = self._pool(memory, keys[:, :, now], values[:, :, now], _real(keys, valid)[:, now])
             sums = linear_sums(*pool.folded())
             memory = {**pool.cache(), **{name: memory[name] + total for name, total in sums.items()}}
@@ -107,8 +107,8 @@ class LolaAttention(LolcatsAttention):
         keys, values = (F.pad(t[:, :, gone:], (0, 0, made_up, 0)) for t in (keys, values))
         real = F.pad(real[:, gone:], (made_up, 0), value=False)
         outs = []
-        for start in range(0, query.shape[2], BLOCK):
-            part = query[:, :, start : start + BLOCK]
+        for start in range(0, query.shape[2], CACHE_BLOCK):
+            part = query[:, :, start : start + CACHE_BLOCK]
             near = slice(start, start + part.shape[2] + self.window)
             out, memory = self._block(part, keys[:, :, near], values[:, :, near], real[:, near], scaling, memory)
             outs.append(out)

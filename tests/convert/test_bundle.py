@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from attnconv.attention_modules import Geometry, available, create, get_method
+from attnconv.attention_modules import available, get_method
 from attnconv.convert import bundle, plain_options
 from attnconv.convert.bundle import bundle_source
 from attnconv.convert.bundle_modules import BundleError
@@ -157,7 +157,7 @@ def test_every_method_fits_into_one_file(methods: list[str]) -> None:
 @pytest.mark.parametrize("name", available())
 def test_plain_options_hold_what_pydantic_would(name: str) -> None:
     """The stand-in gives a class with the same annotations and defaults the same options."""
-    options = create(name, Geometry(4, 2, 16, 16, hidden_size=8)).options
+    options = get_method(name).options_class()
     dumped = options.model_dump(mode="json")
     fields = {key: plain_options.Field(value) for key, value in dumped.items()}
     plain = type("Plain", (plain_options.BaseModel,), {**fields, "__annotations__": dict.fromkeys(fields, object)})
