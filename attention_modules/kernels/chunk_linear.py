@@ -54,7 +54,7 @@ def chunk_linear(
     check_tensors(query, key, value, start, cu_seqlens)
     chunk = chunk or default_chunk(query.dtype)
     gates = token_gates(query, log_decay, log_gates, start)
-    problem = problem_with(query, key, value, dims=(query.shape[-1], value.shape[-1]))
+    problem = problem_with(query, key, value, dims=(value.shape[-1],), features=query.shape[-1])
     if not use_triton(implementation, problem, query.device):
         if cu_seqlens is not None:
             return packed_linear_torch(query, key, value, gates, memory, cu_seqlens, chunk)

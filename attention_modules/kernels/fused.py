@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..window import LOG2E
-from .hybrid import hybrid_chunk, hybrid_gradients
-from .launching import block, is_interpreted, launch, power_of_two, precision, state_dtype
+from .hybrid import hybrid_chunk, hybrid_gradients, outputs, wants_rest
+from .launching import block, launch, power_of_two, precision, state_dtype
 from .layout import contiguous
 
 Terms = tuple[Tensor, Tensor]
-MAX_FUSED_DIM = 128
+# What fits into registers beside the maps' matrices, by compiling for GPUs: see benchmarks/kernels_static.py.
+MAX_FUSED_DIM = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 64}
 
 
 def hedgehog_window_linear(
@@ -31,10 +32,10 @@ def hedgehog_window_linear(
     """What `hybrid_window_linear` gives for `φ(x) = [softmax(xW), softmax(-xW)]`.
 
     Args:
-        query: `[batch, num_heads, T, head_dim]`, head_dim at most 128.
+        query: `[batch, num_heads, T, head_dim]`, head_dim at most `MAX_FUSED_DIM`.
         key: `[batch, num_kv_heads, S, head_dim]`, with `S - T` at most `window`.
         value: `[batch, num_kv_heads, S, value_dim]`.
-        query_weight: `[num_heads, head_dim, feature_dim]`, feature_dim at most 128.
+        query_weight: `[num_heads, head_dim, feature_dim]`, feature_dim likewise.
         key_weight: `[state_heads, head_dim, feature_dim]`.
         gamma: `[num_heads]`, factor on the softmax terms.
         scaling: factor on query-key products.
@@ -54,20 +55,19 @@ def hedgehog_window_linear(
         raise ValueError(f"{key.shape[2]} keys do not fit {query.shape[2]} queries with a window of {window}")
     problem = fused_problem(query, value, query_weight)
     if problem is not None:
-        raise ValueError(f"maps inside the kernels take bfloat16 and at most {MAX_FUSED_DIM} numbers, but {problem}")
+        raise ValueError(f"the maps cannot be inside the kernels: {problem}")
     chunk = chunk or fused_chunk(query, value)
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
     weights = query_weight.to(query.dtype), key_weight.to(query.dtype)
-    out: Tensor = _forward(query, key, value, *weights, gamma.float(), start, sums, norm, scaling, window, chunk)[0]
+    tensors = query, key, value, *weights, gamma.float()
+    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query))[0]
     return out
 
 
 def fused_problem(query: Tensor, value: Tensor, weight: Tensor) -> str | None:
-    """Why the maps cannot be inside the kernels, or None; other dtypes than bf16 would not fit into registers."""
-    if query.dtype != torch.bfloat16 and not is_interpreted():
-        return f"the dtype is {query.dtype}"
-    widest = max(query.shape[-1], value.shape[-1], weight.shape[-1])
-    return f"a vector has {widest} numbers" if widest > MAX_FUSED_DIM else None
+    """Why the maps cannot be inside the kernels, or None."""
+    widest, most = max(query.shape[-1], value.shape[-1], weight.shape[-1]), MAX_FUSED_DIM.get(query.dtype, 0)
+    return f"a vector of {query.dtype} has {widest} numbers, and there is room for {most}" if widest > most else None
 
 
 def fused_chunk(query: Tensor, value: Tensor, major: int | None = None) -> int:
@@ -78,6 +78,8 @@ def fused_chunk(query: Tensor, value: Tensor, major: int | None = None) -> int:
         value: `[..., value_dim]`.
         major: first number of the compute capability; None asks the device.
     """
+    if query.dtype != torch.bfloat16 or max(query.shape[-1], value.shape[-1]) > 128:
+        return 16
     if major is None:
         major = torch.cuda.get_device_capability(query.device)[0] if query.device.type == "cuda" else 9
     return hybrid_chunk(query, value) // (2 if major < 9 else 1)
@@ -97,7 +99,8 @@ def _forward(
     scaling: float,
     window: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keeps_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .fused_kernels import hedgehog_hybrid_outputs, hedgehog_states
 
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -107,7 +110,7 @@ def _forward(
     norms = query.new_empty((states, num_chunks, 2 * features), dtype=torch.float32)
     sums = query.new_empty((*norms.shape, width), dtype=state_dtype(query.dtype))
     constants = {"HS": key_weight.shape[0], "HV": value.shape[1], "D": head_dim, "F": features, "V": width}
-    constants |= {"CHUNK": chunk, "BD": power_of_two(head_dim), "BF": power_of_two(features)}
+    constants |= {"CHUNK": chunk, "STEP": block(head_dim, query.dtype), "BF": power_of_two(features)}
     constants |= {"BV": block(width, query.dtype), "HAS_START": start is not None, **precision(query.dtype)}
     shared = {"k": key, "v": value, "key_weight": key_weight.contiguous(), "start": start, "sums": sums, "norms": norms}
     blocks = -(-width // constants["BV"])
@@ -127,9 +130,7 @@ def _forward(
         num_warps=8,
         num_stages=1,
     )
-    out = value.new_empty((*query.shape[:3], width))
-    mass, peak = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
-    best = query.new_empty(query.shape[:3], dtype=torch.int32)
+    out, rest, mass, peak, best = outputs(query, value, keeps_rest)
     launch(
         hedgehog_hybrid_outputs,
         (blocks, num_chunks, batch * heads),
@@ -139,6 +140,7 @@ def _forward(
             "query_weight": query_weight.contiguous(),
             "gamma": gamma.contiguous(),
             "out": out,
+            "rest": rest if keeps_rest else None,
             "mass_out": mass,
             "peak_out": peak,
             "best_out": best,
@@ -148,11 +150,11 @@ def _forward(
             "offset": num_keys - length,
             "window": window,
         },
-        {**constants, "H": heads},
+        {**constants, "H": heads, "BD": power_of_two(head_dim)},
         num_warps=8,
-        num_stages=1 if chunk == 64 else 2,
+        num_stages=1 if chunk != 32 else 2,
     )
-    return out, mass, peak, best
+    return out, rest, mass, peak, best
 
 
 @_forward.register_fake
@@ -169,10 +171,9 @@ def _(
     scaling: float,
     window: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = query.new_empty(query.shape[:3], dtype=torch.float32)
-    out = value.new_empty((*query.shape[:3], value.shape[-1]))
-    return out, rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
+    keeps_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return outputs(query, value, keeps_rest)
 
 
 def _map(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +195,7 @@ def _map_gradients(x: Tensor, weight: Tensor, halves: tuple[Tensor, Tensor], gra
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scaling, ctx.window, ctx.chunk = inputs
+    *tensors, ctx.scaling, ctx.window, ctx.chunk, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -204,7 +205,7 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     query_halves, key_halves = _map(query, query_weight), _map(key, key_weight)
     features = [torch.cat(halves, -1).to(query.dtype) for halves in (query_halves, key_halves)]
     # As many tokens at a time as the kernels of the gradients like best.
-    chunk = max(ctx.chunk, hybrid_chunk(query, value)) if query.dtype == torch.bfloat16 else ctx.chunk
+    chunk = max(ctx.chunk, hybrid_chunk(query, value))
     saved = query, key, value, *features, gamma, start, *rest
     (d_query, d_key, d_value, *d_features, d_gamma), d_memory = hybrid_gradients(
         saved, d_out, ctx.scaling, ctx.window, chunk
@@ -212,7 +213,7 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     more_query, d_query_weight = _map_gradients(query, query_weight, query_halves, d_features[0])
     more_key, d_key_weight = _map_gradients(key, key_weight, key_halves, d_features[1])
     gradients = d_query + more_query, d_key + more_key, d_value, d_query_weight, d_key_weight, d_gamma
-    return *gradients, None, *d_memory, None, None, None
+    return *gradients, None, *d_memory, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_remember)

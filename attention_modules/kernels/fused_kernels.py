@@ -21,15 +21,19 @@ def hedgehog_tile(
     exists,
     D: tl.constexpr,
     F: tl.constexpr,
-    BD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     BF: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One half of φ of some rows, `[rows, BF]`, clamped as the module clamps it; zero outside."""
-    columns_d, columns_f = tl.arange(0, BD), tl.arange(0, BF)
-    inputs = tile(x, rows, exists, columns_d, D)
-    logits = product(inputs, tile(weight, columns_d, columns_d < D, columns_f, F), COMPUTE, PRECISION)
+    """One half of φ of some rows, `[CHUNK, BF]`, clamped as the module clamps it; zero outside."""
+    columns_f = tl.arange(0, BF)
+    logits = tl.zeros([CHUNK, BF], dtype=tl.float32)
+    for first in range(0, D, STEP):
+        columns_d = first + tl.arange(0, STEP)
+        weights = tile(weight, columns_d, columns_d < D, columns_f, F)
+        logits += product(tile(x, rows, exists, columns_d, D), weights, COMPUTE, PRECISION)
     logits = tl.where((columns_f < F)[None, :], logits * (1.0 - 2.0 * half), -1e30)
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights = tl.maximum(weights / tl.sum(weights, 1)[:, None], 1e-12)
@@ -55,7 +59,7 @@ def hedgehog_states(
     F: tl.constexpr,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
-    BD: tl.constexpr,
+    STEP: tl.constexpr,
     BF: tl.constexpr,
     BV: tl.constexpr,
     HAS_START: tl.constexpr,
@@ -86,7 +90,7 @@ def hedgehog_states(
         steps = chunk * CHUNK + tl.arange(0, CHUNK)
         rows = steps + shift
         exists = (steps < length) & (rows >= low) & (rows < num_keys)
-        keys = hedgehog_tile(k, key_weight + s * D * F, half, rows, exists, D, F, BD, BF, COMPUTE, PRECISION)
+        keys = hedgehog_tile(k, key_weight + s * D * F, half, rows, exists, D, F, CHUNK, STEP, BF, COMPUTE, PRECISION)
         state += product(tl.trans(keys), tile(v, rows, exists, columns_v, V), COMPUTE, PRECISION)
         norm += tl.sum(keys, 0)
 
@@ -103,6 +107,7 @@ def hedgehog_hybrid_outputs(
     sums,
     norms,
     out,
+    rest,
     mass_out,
     peak_out,
     best_out,
@@ -119,6 +124,7 @@ def hedgehog_hybrid_outputs(
     V: tl.constexpr,
     CHUNK: tl.constexpr,
     BD: tl.constexpr,
+    STEP: tl.constexpr,
     BF: tl.constexpr,
     BV: tl.constexpr,
     HAS_START: tl.constexpr,
@@ -167,8 +173,10 @@ def hedgehog_hybrid_outputs(
     inside_k = tl.arange(0, BF) < F
     for half in range(2):
         columns_k = half * F + tl.arange(0, BF)
-        queries = hedgehog_tile(q, query_weight + h * D * F, half, steps, is_query, D, F, BD, BF, COMPUTE, PRECISION)
-        keys = hedgehog_tile(k, key_weight + s * D * F, half, rows, is_key, D, F, BD, BF, COMPUTE, PRECISION)
+        queries = hedgehog_tile(
+            q, query_weight + h * D * F, half, steps, is_query, D, F, CHUNK, STEP, BF, COMPUTE, PRECISION
+        )
+        keys = hedgehog_tile(k, key_weight + s * D * F, half, rows, is_key, D, F, CHUNK, STEP, BF, COMPUTE, PRECISION)
         weights += product(queries, tl.trans(keys), COMPUTE, PRECISION)
         acc += product(queries, tile(sums + here * 2 * F * V, columns_k, inside_k, columns_v, V), COMPUTE, PRECISION)
         norm = tl.load(norms + here * 2 * F + columns_k, mask=inside_k, other=0.0)
@@ -178,6 +186,9 @@ def hedgehog_hybrid_outputs(
     mass += tl.sum(weights, 1)
     acc /= tl.where(mass == 0.0, 1.0, mass)[:, None]
     store_tile(out + index * length * V, acc, steps, is_query, columns_v, V)
+    if rest is not None:
+        acc -= acc.to(out.dtype.element_ty).to(tl.float32)
+        store_tile(rest + index * length * V, acc, steps, is_query, columns_v, V)
     if block_v == 0:
         tl.store(mass_out + index * length + steps, mass, mask=is_query)
         tl.store(peak_out + index * length + steps, peak, mask=is_query)

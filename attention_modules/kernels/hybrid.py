@@ -56,9 +56,14 @@ def hybrid_window_linear(
         raise ValueError(f"{key.shape[2]} keys do not fit {query.shape[2]} queries with a window of {window}")
     chunk = chunk or hybrid_chunk(query, value)
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
-    features = query_features.to(query.dtype), key_features.to(query.dtype)
-    out: Tensor = _forward(query, key, value, *features, gamma.float(), start, sums, norm, scaling, window, chunk)[0]
+    tensors = query, key, value, query_features.to(query.dtype), key_features.to(query.dtype), gamma.float()
+    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query))[0]
     return out
+
+
+def wants_rest(query: Tensor) -> bool:
+    """Whether what outputs lose by rounding is to be kept: gradients take small differences of them."""
+    return query.dtype != torch.float32 and torch.is_grad_enabled()
 
 
 def hybrid_chunk(query: Tensor, value: Tensor) -> int:
@@ -91,7 +96,8 @@ def _forward(
     scaling: float,
     window: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keeps_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .window_kernels import hybrid_outputs
 
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -101,9 +107,7 @@ def _forward(
     linear = {"length": layout.length, "num_keys": layout.num_keys, "shift": sizes["offset"] - window}
     arguments = {"k": key_features, "v": value, "gates": None, "start": start, **linear}
     (sums, norms), _ = run_states(layout, arguments, contiguous(first_sums), contiguous(first_norm))
-    out = value.new_empty((*query.shape[:3], layout.width))
-    mass, peak = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
-    best = query.new_empty(query.shape[:3], dtype=torch.int32)
+    out, rest, mass, peak, best = outputs(query, value, keeps_rest)
     constants = {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads, **layout.value_heads}
     constants = {**constants, **_blocks(query, value)}
     # Half the columns of features: queries and outputs are held beside them.
@@ -125,6 +129,7 @@ def _forward(
             "sums": sums,
             "norms": norms,
             "out": out,
+            "rest": rest if keeps_rest else None,
             "mass_out": mass,
             "peak_out": peak,
             "best_out": best,
@@ -133,7 +138,7 @@ def _forward(
         constants,
         num_warps=8,
     )
-    return out, mass, peak, best
+    return out, rest, mass, peak, best
 
 
 @_forward.register_fake
@@ -150,10 +155,17 @@ def _(
     scaling: float,
     window: int,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+    keeps_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return outputs(query, value, keeps_rest)
+
+
+def outputs(query: Tensor, value: Tensor, keeps_rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for outputs, what they lose by rounding, normalisers, largest logits and where those stand."""
     out = value.new_empty((*query.shape[:3], value.shape[-1]))
-    return out, rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
+    rest = torch.empty_like(out) if keeps_rest else out.new_empty(0)
+    mass, peak = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    return out, rest, mass, peak, torch.empty_like(peak, dtype=torch.int32)
 
 
 @torch.library.custom_op("attnconv::window_gradients", mutates_args=())
@@ -216,14 +228,14 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scaling, ctx.window, ctx.chunk = inputs
+    *tensors, ctx.scaling, ctx.window, ctx.chunk, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients, d_memory = hybrid_gradients(ctx.saved_tensors, d_out, ctx.scaling, ctx.window, ctx.chunk)
-    return *gradients, None, *d_memory, None, None, None
+    return *gradients, None, *d_memory, None, None, None, None
 
 
 def hybrid_gradients(
@@ -233,17 +245,19 @@ def hybrid_gradients(
 
     Args:
         saved: what the forward pass took and gave: query, key, value, both features, gamma, start, both sums, output,
-            normaliser, largest logits and their rows.
+            what that lost by rounding, normaliser, largest logits and their rows.
         d_out: gradient of the output.
         scaling: factor on query-key products.
         window: tokens attended exactly.
         chunk: tokens handled at a time.
     """
-    query, key, value, query_features, key_features, gamma, start, sums, norm, out, mass, peak, best = saved
-    # The fraction's two sides: numerator and normaliser.
+    query, key, value, query_features, key_features, gamma, start, sums, norm, out, rest, mass, peak, best = saved
+    # The fraction's two sides: numerator and normaliser. What all terms of a row get adds up to zero only if the second
+    # is made of the first as it is rounded, and of the output before it was.
     inverse = torch.where(mass == 0, 0.0, 1 / mass)[..., None]
-    d_mass = -(d_out.float() * out.float()).sum(-1) * inverse[..., 0]
-    d_sides = (d_out.float() * inverse).to(state_dtype(query.dtype)), d_mass
+    d_above = (d_out.float() * inverse).to(state_dtype(query.dtype))
+    exact = out.float() + rest.float() if rest.numel() else out.float()
+    d_sides = d_above, -(d_above.float() * exact).sum(-1)
     d_query, d_key, d_value, response = window_gradients(
         query, key, value, gamma, start, *d_sides, peak, best, scaling, window, chunk
     )

@@ -1,25 +1,23 @@
 """How a kernel is started: block sizes, precision of the products, and one door through which every launch goes."""
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_DIM = 256
+# φ is read in parts, but what it adds up to is written out for every chunk.
+MAX_FEATURES = 512
+HAS_TRITON = find_spec("triton") is not None
 
 
-@functools.cache
 def has_triton() -> bool:
-    """Whether triton can be imported here."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether triton is installed."""
+    return HAS_TRITON
 
 
 def is_interpreted() -> bool:
@@ -51,8 +49,7 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     """COMPUTE and PRECISION of a kernel: fp16 goes through tf32, which has as many digits and more range."""
     import triton.language as tl
 
-    # Interpreted products of bf16 are garbage, for numpy has no such numbers.
-    if dtype == torch.bfloat16 and not is_interpreted():
+    if dtype == torch.bfloat16:
         return {"COMPUTE": tl.bfloat16, "PRECISION": "tf32"}
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {"COMPUTE": tl.float32, "PRECISION": "tf32x3" if exact else "tf32"}

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .launching import MAX_DIM, has_triton, is_interpreted
+from .launching import MAX_DIM, MAX_FEATURES, has_triton, is_interpreted
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,12 +23,13 @@ def needs_package(method: Method) -> Method:
     return method
 
 
-def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:
+def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0) -> str | None:
     """Why the kernels cannot take these tensors, or None.
 
     Args:
         tensors: what a kernel would read; all of one device and dtype.
-        dims: sizes of vectors and features, which are limited.
+        dims: sizes of vectors, which are limited.
+        features: size of φ, likewise.
     """
     first = tensors[0]
     if not has_triton():
@@ -47,6 +48,8 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = ()) -> str | None:
             return f"the dtype is {tensor.dtype}, and the kernels take bfloat16, float16 or float32, one for all"
     if dims and max(dims) > MAX_DIM:
         return f"a vector has {max(dims)} numbers, and the kernels take at most {MAX_DIM}"
+    if features > MAX_FEATURES:
+        return f"φ gives {features} features, and the kernels take at most {MAX_FEATURES}"
     return None
 
 

@@ -8,11 +8,19 @@ Importing this module imports triton, which only Linux on x86-64 has.
 import triton
 import triton.language as tl
 
+from .launching import is_interpreted
+
+# Interpreted products of bf16 are garbage, for numpy has no such numbers.
+IS_INTERPRETED = tl.constexpr(is_interpreted())
+
 
 @triton.jit
 def product(left, right, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """`left @ right` with operands rounded to COMPUTE and an fp32 sum."""
-    return tl.dot(left.to(COMPUTE), right.to(COMPUTE), input_precision=PRECISION)
+    left, right = left.to(COMPUTE), right.to(COMPUTE)
+    if IS_INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision=PRECISION)
 
 
 @triton.jit

@@ -72,6 +72,7 @@ def hybrid_outputs(
     sums,
     norms,
     out,
+    rest,
     mass_out,
     peak_out,
     best_out,
@@ -95,7 +96,10 @@ def hybrid_outputs(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs of one chunk of queries of one head; also each row's normaliser, largest logit and where that stands."""
+    """Outputs of one chunk of queries of one head; also each row's normaliser, largest logit and where that stands.
+
+    `rest` takes what the outputs lose by rounding, for the gradients.
+    """
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = index // H, index % H
     here = (b * HS + h // (H // HS)) * tl.cdiv(length, CHUNK) + chunk
@@ -154,6 +158,9 @@ def hybrid_outputs(
     mass = share * mass + past_mass
     acc = (share * acc + past) / tl.where(mass == 0.0, 1.0, mass)[:, None]
     store_tile(out + index * length * V, acc, steps, is_query, columns_v, V)
+    if rest is not None:
+        acc -= acc.to(out.dtype.element_ty).to(tl.float32)
+        store_tile(rest + index * length * V, acc, steps, is_query, columns_v, V)
     if block_v == 0:
         tl.store(mass_out + index * length + steps, mass, mask=is_query)
         tl.store(peak_out + index * length + steps, peak, mask=is_query)

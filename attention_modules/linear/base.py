@@ -95,8 +95,8 @@ class LinearAttentionModule(AttentionModule):
         Raises:
             ValueError: they were asked for and cannot.
         """
-        dims = self.geometry.head_dim, self.geometry.value_dim, self.key_map.output_dim
-        problem = problem_with(query, keys, values, dims=dims)
+        dims = self.geometry.head_dim, self.geometry.value_dim
+        problem = problem_with(query, keys, values, dims=dims, features=self.key_map.output_dim)
         if not self.geometry.causal:
             problem = "the layer looks both ways"
         # One token is not worth a chunk.

@@ -94,7 +94,14 @@ CASES: dict[str, Case] = {
     "fused-kv-head": Hybrid(length=23, heads=(2, 1), state_per="kv_head", window=5, fused=True).run,
     "module-lolcats": Module("lolcats", options=(("window", 8),), record_past=True).run,
     "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
+    "hybrid-features-512": Hybrid(heads=(1, 1), length=18, dims=(256, 16), window=5).run,
+    "fused-columns-in-parts": Hybrid(heads=(1, 1), length=35, dims=(40, 24), window=9, fused=True).run,
     "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
+    "hybrid-memory-bf16": Hybrid(batch=2, length=45, window=12, memory=True, padded=True, dtype=torch.bfloat16).run,
+    "fused-bf16": Hybrid(length=33, dtype=torch.bfloat16, fused=True).run,
+    "fused-wide-bf16": Hybrid(heads=(1, 1), length=25, dims=(144, 40), dtype=torch.bfloat16, fused=True).run,
+    "hybrid-fp16": Hybrid(length=33, dtype=torch.float16).run,
+    "fused-fp16": Hybrid(length=33, past=6, memory=True, dtype=torch.float16, fused=True).run,
 }
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ pytest.importorskip("triton")
     [
         (64, [80, 90, 100], {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}),
         (128, [90], {"hybrid": 3, "fused": 2}),
+        (256, [90], {"fused": 2}),
         (64, [80, 90, 100], {"packed": 5, "delta": 7}),
         (128, [80, 90, 100], {"packed": 5, "delta": 7}),
     ],
-    ids=["64", "128", "64-gates", "128-gates"],
+    ids=["64", "128", "256", "64-gates", "128-gates"],
 )
 def test_compiled_for_every_target(
     repository: Path, head_dim: int, targets: list[int], operators: dict[str, int]
@@ -33,3 +34,13 @@ def test_compiled_for_every_target(
     assert [row for row in rows if row["spilled_bytes"]] == []
     assert [row for row in rows if row["shared_bytes"] > row["shared_limit"]] == []
     assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (128, "float16")], ids=["64-fp32", "128-fp16"])
+def test_maps_inside_the_kernels_in_other_dtypes(repository: Path, head_dim: int, dtype: str) -> None:
+    command = [sys.executable, repository / "benchmarks" / "kernels_static.py", "--check", "--operators", "fused"]
+    command += ["--dtypes", dtype, "--head-dims", str(head_dim), "--targets", "80"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["spilled_bytes"], row["shared_bytes"] < row["shared_limit"]) for row in rows] == [(0, True)] * 2
