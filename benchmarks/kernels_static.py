@@ -15,7 +15,7 @@ from common import RESULTS, parser_of, set_threads, write_result
 
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPERATORS = ["linear", "gated", "packed", "delta", "hybrid", "fused", "decode"]
+OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode"]
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
 
@@ -24,8 +24,8 @@ HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
 class Case:
     """One operator's tensors.
 
-    `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `delta` is the
-    gated delta rule; the others are those of LoLCATs.
+    `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `vector` a gate
+    for each channel, `delta` is the gated delta rule; the others are those of LoLCATs.
     """
 
     operator: str
@@ -59,8 +59,8 @@ def record(case: Case, target: int):
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
     start, gates = torch.zeros(1, dtype=torch.int32), torch.zeros(1, KV_HEADS, TOKENS)
-    chunk = launching.default_chunk(dtype)
-    narrow = case.operator in ("gated", "packed", "delta")
+    chunk = layout.VECTOR_CHUNK if case.operator == "vector" else launching.default_chunk(dtype)
+    narrow = case.operator in ("gated", "packed", "vector", "delta")
     features = [t if narrow else torch.cat([t, t], -1) for t in (query, key)]
     memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
     if case.operator == "decode":
@@ -87,7 +87,8 @@ def record(case: Case, target: int):
         torch.ops.attnconv.delta_rule_gradients(*shared, out, last, chunk)
     else:
         cu_seqlens = torch.tensor([0, TOKENS], dtype=torch.int32) if case.operator == "packed" else None
-        shared = *features, key, None if case.operator == "linear" else gates, start, *memory
+        decays = {"linear": None, "vector": torch.zeros(1, KV_HEADS, TOKENS, head_dim)}
+        shared = *features, key, decays.get(case.operator, gates), start, *memory
         out, mass, *last = torch.ops.attnconv.chunk_linear(*shared, chunk, cu_seqlens)
         torch.ops.attnconv.chunk_linear_gradients(*shared, out, mass, *last, 0, chunk, cu_seqlens)
     return list({launch[0].__name__: launch for launch in launches}.values())

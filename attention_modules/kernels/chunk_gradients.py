@@ -47,6 +47,7 @@ def chunk_state_gradients(
     HAS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr = False,
 ):
     """Write the gradients of the sums after every chunk, and of those before the first; chunks from the last on."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -61,7 +62,7 @@ def chunk_state_gradients(
         state += tile(d_last_sums + index * K * V, columns_k, inside_k, columns_v, V)
         norm += tl.load(d_last_norm + index * K + columns_k, mask=inside_k, other=0.0)
     if HAS_GATES:
-        gates += state_index * length
+        gates += state_index * length * (K if VECTOR else 1)
     for back in range(high_chunk - low_chunk):
         chunk = high_chunk - 1 - back
         here = state_index * num_chunks + chunk
@@ -71,17 +72,22 @@ def chunk_state_gradients(
         begin, end = chunk_bounds(bounds, chunk, length, CHUNK)
         steps = begin + tl.arange(0, CHUNK)
         is_query = steps < end
-        inner = tl.zeros([CHUNK], dtype=tl.float32)
-        if HAS_GATES:
+        inner = tl.zeros([1, CHUNK], dtype=tl.float32)
+        if VECTOR:
+            total = tl.load(gates + (end - 1) * K + columns_k, mask=inside_k, other=0.0)
+            inner = tile_transposed(gates, steps, is_query, columns_k, K)
+            state *= tl.exp(total)[:, None]
+            norm *= tl.exp(total)
+        elif HAS_GATES:
             total = tl.load(gates + end - 1)
-            inner += tl.load(gates + steps, mask=is_query, other=0.0)
+            inner += tl.load(gates + steps, mask=is_query, other=0.0)[None, :]
             state *= tl.exp(total)
             norm *= tl.exp(total)
         for member in range(H // HS):
             head = state_index * (H // HS) + member
             queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K).to(tl.float32)
             if HAS_GATES:
-                queries *= tl.exp(inner)[None, :]
+                queries *= tl.exp(inner)
             mass = tl.load(d_mass + head * length + steps, mask=is_query, other=0.0)
             state += product(
                 queries, tile(d_out + head * length * V, steps, is_query, columns_v, V), COMPUTE, PRECISION
@@ -188,6 +194,7 @@ def chunk_value_gradients(
     gates,
     start,
     bounds,
+    weights,
     d_out,
     d_sums,
     d_v,
@@ -207,6 +214,7 @@ def chunk_value_gradients(
     HAS_START: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr = False,
 ):
     """Gradient of the values, per state head `[batch, HS, num_keys, V]`."""
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -226,21 +234,31 @@ def chunk_value_gradients(
         for first in range(0, K, BK):
             columns_k = first + tl.arange(0, BK)
             later = tile(d_sums + here * K * V, columns_k, columns_k < K, columns_v, V)
-            d_values += product(tile(k, rows, is_key, columns_k, K), later, COMPUTE, PRECISION)
+            keys = tile(k, rows, is_key, columns_k, K)
+            if VECTOR:
+                base = gates + index * length * K
+                total = tl.load(base + (end - 1) * K + columns_k, mask=columns_k < K, other=0.0)
+                keys *= tl.exp(tl.minimum(total[None, :] - tile(base, steps, is_query, columns_k, K), 0.0))
+            d_values += product(keys, later, COMPUTE, PRECISION)
     decay = tl.full([CHUNK, CHUNK], 1.0, dtype=tl.float32)
-    if HAS_GATES:
+    if HAS_GATES and not VECTOR:
         inner = tl.load(gates + index * length + steps, mask=is_query, other=0.0)
         total = tl.load(gates + index * length + end - 1)
         d_values *= tl.exp(tl.where(is_query, total - inner, 0.0))[:, None]
         decay = tl.exp(tl.where(visible, inner[None, :] - inner[:, None], 0.0))
     for member in range(H // HS):
         head = index * (H // HS) + member
-        weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
-        for first in range(0, K, BK):
-            columns_k = first + tl.arange(0, BK)
-            queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K)
-            weights += product(tile(k, rows, is_key, columns_k, K), queries, COMPUTE, PRECISION)
-        weights = tl.where(visible, weights, 0.0) * decay
+        between = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
+        if VECTOR:
+            place = tl.arange(0, CHUNK)
+            base = weights + (head * num_chunks + chunk) * CHUNK * CHUNK
+            between += tile_transposed(base, place, place >= 0, place, CHUNK)
+        else:
+            for first in range(0, K, BK):
+                columns_k = first + tl.arange(0, BK)
+                queries = tile_transposed(q + head * length * K, steps, is_query, columns_k, K)
+                between += product(tile(k, rows, is_key, columns_k, K), queries, COMPUTE, PRECISION)
+        between = tl.where(visible, between, 0.0) * decay
         outs = tile(d_out + head * length * V, steps, is_query, columns_v, V)
-        d_values += product(weights, outs, COMPUTE, PRECISION)
+        d_values += product(between, outs, COMPUTE, PRECISION)
     store_tile(d_v + index * num_keys * V, d_values, rows, is_key, columns_v, V)

@@ -3,8 +3,10 @@
 
 Query `t` reads key rows up to `t + shift`; a row of keys outside `[start, num_keys)` counts as zero. Query head `h`
 reads state head `h // (H / HS)`; state head `s` reads key head `s // (HS / HK)` and value head `s // (HS / HV)`.
-`gates` holds log decays summed up inside each chunk, `[batch, HS, T]`. Of sequences packed in one row, `bounds` holds
-where every chunk starts and ends and `offsets` every sequence's first chunk. Without `norms` there are no denominators.
+`gates` holds log decays summed up inside each chunk, `[batch, HS, T]`, or with VECTOR those of each channel,
+`[batch, HS, T, K]`; the weights inside chunks come from `vector_kernels.py` then. Of sequences packed in one row,
+`bounds` holds where every chunk starts and ends and `offsets` every sequence's first chunk. Without `norms` there are
+no denominators.
 """
 
 import triton
@@ -53,6 +55,7 @@ def chunk_states(
     HAS_FIRST: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr = False,
 ):
     """Write the sums before every chunk and after the last; one program per block of a state, chunks in turn."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -70,7 +73,7 @@ def chunk_states(
         state += tile(first_sums + index * K * V, columns_k, inside_k, columns_v, V)
         norm += tl.load(first_norm + index * K + columns_k, mask=inside_k, other=0.0)
     if HAS_GATES:
-        gates += (b * HS + s) * length
+        gates += (b * HS + s) * length * (K if VECTOR else 1)
     for chunk in range(low_chunk, high_chunk):
         here = (b * HS + s) * num_chunks + chunk
         store_tile(sums + here * K * V, state, columns_k, inside_k, columns_v, V)
@@ -82,7 +85,13 @@ def chunk_states(
         exists = (steps < end) & (rows >= low) & (rows < num_keys)
         keys = tile_transposed(k, rows, exists, columns_k, K).to(tl.float32)
         values = tile(v, rows, exists, columns_v, V)
-        if HAS_GATES:
+        if VECTOR:
+            total = tl.load(gates + (end - 1) * K + columns_k, mask=inside_k, other=0.0)
+            inner = tile_transposed(gates, steps, steps < end, columns_k, K)
+            keys *= tl.exp(tl.minimum(total[:, None] - inner, 0.0))
+            state *= tl.exp(total)[:, None]
+            norm *= tl.exp(total)
+        elif HAS_GATES:
             total = tl.load(gates + end - 1)
             inner = tl.load(gates + steps, mask=steps < end, other=0.0)
             keys *= tl.exp(tl.where(steps < end, total - inner, 0.0))[None, :]
@@ -116,6 +125,8 @@ def linear_terms(
     HAS_GATES: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr = False,
+    faded=None,
 ):
     """Numerator `[CHUNK, BV]` and denominator `[CHUNK]` of a chunk of queries; all pointers stand at its head."""
     weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
@@ -125,14 +136,20 @@ def linear_terms(
         columns_k = first + tl.arange(0, BK)
         inside_k = columns_k < K
         queries = tile(q, steps, is_query, columns_k, K)
-        weights += product(queries, tile_transposed(k, rows, is_key, columns_k, K), COMPUTE, PRECISION)
+        if VECTOR:
+            queries = queries.to(tl.float32) * tl.exp(tile(gates, steps, is_query, columns_k, K))
+        else:
+            weights += product(queries, tile_transposed(k, rows, is_key, columns_k, K), COMPUTE, PRECISION)
         out += product(queries, tile(sums, columns_k, inside_k, columns_v, V), COMPUTE, PRECISION)
         if norms is not None:
             norm = tl.load(norms + columns_k, mask=inside_k, other=0.0)
             mass += tl.sum(queries.to(tl.float32) * norm[None, :], 1)
     visible = (steps[:, None] >= steps[None, :]) & is_key[None, :] & is_query[:, None]
+    if VECTOR:
+        place = tl.arange(0, CHUNK)
+        weights += tile(faded, place, place >= 0, place, CHUNK)
     weights = tl.where(visible, weights, 0.0)
-    if HAS_GATES:
+    if HAS_GATES and not VECTOR:
         inner = tl.load(gates + steps, mask=is_query, other=0.0)
         weights *= decay_inside(inner, inner, visible)
         out *= tl.exp(inner)[:, None]
@@ -149,6 +166,7 @@ def chunk_outputs(
     gates,
     start,
     bounds,
+    weights,
     sums,
     norms,
     numerator,
@@ -170,6 +188,7 @@ def chunk_outputs(
     HAS_START: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr = False,
 ):
     """Numerator and denominator of one chunk of queries of one head, one block of values."""
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -189,7 +208,7 @@ def chunk_outputs(
         q,
         k,
         v,
-        gates + state_index * length if HAS_GATES else gates,
+        gates + state_index * length * (K if VECTOR else 1) if HAS_GATES else gates,
         sums + here * K * V,
         norms + here * K if norms is not None else norms,
         steps,
@@ -205,6 +224,8 @@ def chunk_outputs(
         HAS_GATES,
         COMPUTE,
         PRECISION,
+        VECTOR,
+        weights + (index * num_chunks + chunk) * CHUNK * CHUNK if VECTOR else weights,
     )
     store_tile(numerator + index * length * V, out, steps, is_query, columns_v, V)
     if block_v == 0 and norms is not None:

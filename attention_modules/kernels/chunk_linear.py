@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunk_linear_backward import chunk_gradients, gate_gradient, pair_products, shared
 from .launching import default_chunk, launch, state_dtype
-from .layout import Layout, contiguous, run_states, summed_gates
+from .layout import VECTOR_CHUNK, Layout, chunk_weights, contiguous, run_states, summed_gates
 from .reference import chunk_linear_torch, packed_linear_torch
 from .selection import problem_with, use_triton
 
@@ -34,14 +34,15 @@ def chunk_linear(
         key: `[batch, key_heads, T, feature_dim]`, mapped; `key_heads` divides `num_heads`.
         value: `[batch, num_kv_heads, T, value_dim]`; `num_kv_heads` divides `key_heads`.
         log_decay: `[num_heads]` or `[key_heads]`, log of the factor on the sums at every token, at most 0.
-        log_gates: `[batch, num_heads, T]` or `[batch, key_heads, T]`, the same per token; both add up.
+        log_gates: `[batch, num_heads, T]` or `[batch, key_heads, T]`, the same per token, or `[..., feature_dim]` for
+            each channel of the features; both add up.
         start: `[batch]` int32, tokens of padding that every row begins with; they neither add nor decay.
         memory: sums over earlier tokens, `[batch, state_heads, feature_dim, value_dim]` and
             `[batch, state_heads, feature_dim]`; `state_heads` is that of the gates, else `key_heads`.
         cu_seqlens: `[num_seqs + 1]` int32, where each of several sequences in one row starts, from 0 to T; every one
             has sums of its own then, `[num_seqs, state_heads, ...]`.
         implementation: `"auto"`, `"torch"` or `"triton"`.
-        chunk: tokens whose weights are written out, a power of two, at least 16; None chooses by the dtype.
+        chunk: tokens whose weights are written out, a power of two, at least 16; None chooses by dtype and gates.
 
     Returns:
         numerator `[batch, num_heads, T, value_dim]` and denominator `[batch, num_heads, T]`; and the sums over all
@@ -52,8 +53,9 @@ def chunk_linear(
             Triton was demanded and cannot be had.
     """
     check_tensors(query, key, value, start, cu_seqlens)
-    chunk = chunk or default_chunk(query.dtype)
     gates = token_gates(query, log_decay, log_gates, start)
+    if chunk is None:
+        chunk = default_chunk(query.dtype) if gates is None or gates.ndim == 3 else VECTOR_CHUNK
     problem = problem_with(query, key, value, dims=(value.shape[-1],), features=query.shape[-1])
     if not use_triton(implementation, problem, query.device):
         if cu_seqlens is not None:
@@ -68,18 +70,19 @@ def chunk_linear(
 def token_gates(
     query: Tensor, log_decay: Tensor | None, log_gates: Tensor | None, start: Tensor | None
 ) -> Tensor | None:
-    """Log decay of every token `[batch, heads, T]`, zero at padding; None when nothing decays."""
+    """Log decay of every token `[batch, heads, T]` or `[..., feature_dim]`, 0 at padding; None when nothing decays."""
     if log_decay is None and log_gates is None:
         return None
     batch, _, length, _ = query.shape
-    gates = query.new_zeros(1, 1, 1, dtype=torch.promote_types(query.dtype, torch.float32))
-    for given in (log_gates, None if log_decay is None else log_decay[None, :, None]):
+    channels = [1] * (0 if log_gates is None else log_gates.ndim - 3)
+    gates = query.new_zeros(1, 1, 1, *channels, dtype=torch.promote_types(query.dtype, torch.float32))
+    for given in (log_gates, None if log_decay is None else log_decay.view(1, -1, 1, *channels)):
         gates = gates if given is None else gates + given
-    gates = gates.expand(batch, -1, length)
+    gates = gates.expand(batch, -1, length, *gates.shape[3:])
     if start is None:
         return gates
     padding = torch.arange(length, device=query.device) < start[:, None]
-    return gates.masked_fill(padding[:, None], 0.0)
+    return gates.masked_fill(padding.view(batch, 1, length, *channels), 0.0)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -132,8 +135,15 @@ def _forward(
     launch(
         chunk_outputs,
         (layout.blocks_v, layout.num_chunks, layout.batch * layout.heads),
-        {"q": query, **common, **layout.chunks, **written, **sizes},
-        {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads, **layout.value_heads},
+        {"q": query, **common, **layout.chunks, "weights": chunk_weights(layout, query, common), **written, **sizes},
+        {
+            **layout.shared,
+            **layout.vector,
+            **layout.starts,
+            **layout.query_heads,
+            **layout.key_heads,
+            **layout.value_heads,
+        },
     )
     return numerator, denominator, last_sums, last_norm
 
@@ -194,8 +204,9 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         weight = None
         if d_last_sums is not None and d_last_norm is not None:
             last_sums, last_norm = ctx.last
-            weight = (d_last_sums * last_sums).sum((-1, -2)) + (d_last_norm * last_norm).sum(-1)
-        d_gates = gate_gradient(pair_products(query, key, d_query, d_key, gates.shape[1]), weight, cu_seqlens)
+            weight = (d_last_sums * last_sums).sum(-1) + d_last_norm * last_norm
+        products = pair_products(query, key, d_query, d_key, gates.shape[1])
+        d_gates = gate_gradient(products, weight, cu_seqlens, channels=gates.ndim == 4)
     firsts = (None, None) if first_sums is None else (d_first_sums, d_first_norm)
     d_key, d_value = shared(d_key, key.shape[1]), shared(d_value, value.shape[1])
     return (

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .launching import launch, state_dtype
-from .layout import Layout, contiguous, owners, run_states, summed_gates
+from .layout import Layout, chunk_weights, contiguous, owners, run_states, summed_gates
 
 
 @torch.library.custom_op("attnconv::chunk_linear_gradients", mutates_args=())
@@ -33,7 +33,7 @@ def chunk_gradients(
         query: `[batch, num_heads, T, feature_dim]`.
         key: `[batch, key_heads, S, feature_dim]`.
         value: `[batch, num_kv_heads, S, value_dim]`.
-        gates: `[batch, state_heads, T]` log decays or None.
+        gates: log decays `[batch, state_heads, T]` or `[..., feature_dim]`, or None.
         start: `[batch]` int32 or None.
         first_sums: sums over earlier tokens or None.
         first_norm: the same of the keys alone.
@@ -67,6 +67,7 @@ def chunk_gradients(
             "k": key,
             "gates": shared_gates,
             "start": start,
+            "weights": chunk_weights(layout, query, keys),
             "d_out": d_out,
             "d_sums": later["d_sums"],
             **sizes,
@@ -141,7 +142,7 @@ def _state_gradients(
             "d_first_norm": d_first_norm,
             "length": layout.length,
         },
-        {**layout.shared, **layout.query_heads, "HAS_LAST": d_last_sums is not None},
+        {**layout.shared, **layout.vector, **layout.query_heads, "HAS_LAST": d_last_sums is not None},
         num_warps=8,
     )
     return {"d_sums": d_sums, "d_norms": d_norms}, (d_first_sums, d_first_norm)
@@ -157,18 +158,19 @@ def feature_gradients(
 ) -> None:
     """Write the gradients of queries and keys; `arguments` are the kernel's, and values may have heads of their own."""
     from .chunk_gradients import chunk_feature_gradients
+    from .vector_kernels import vector_feature_gradients
 
-    # Half the columns of other kernels: it holds the most tiles at a time.
-    columns = max(16, layout.shared["BK"] // 2)
     heads = {**layout.query_heads, **layout.key_heads, "HV": value_heads or layout.value_heads["HV"]}
-    launch(
-        chunk_feature_gradients,
-        (-(-layout.features // columns), layout.num_chunks, layout.states),
-        {**arguments, **layout.chunks, "d_q": d_query, "d_k": d_key},
-        {**layout.shared, **layout.starts, **heads, "BK": columns},
-        num_warps=8 if layout.dtype == torch.bfloat16 else 4,
-        num_stages=1,
-    )
+    arguments = {**arguments, **layout.chunks, "d_q": d_query, "d_k": d_key}
+    constants = {**layout.shared, **layout.starts, **heads}
+    # Half the columns of other kernels or fewer: these hold the most tiles at a time.
+    if layout.vector["VECTOR"]:
+        kernel, columns, warps = vector_feature_gradients, 16, 4
+        del arguments["num_keys"], arguments["shift"], constants["HAS_GATES"]
+    else:
+        kernel, columns, warps = chunk_feature_gradients, max(16, layout.shared["BK"] // 2), 8
+    grid = -(-layout.features // columns), layout.num_chunks, layout.states
+    launch(kernel, grid, arguments, {**constants, "BK": columns}, num_warps=warps, num_stages=1)
 
 
 def value_gradients(layout: Layout, arguments: dict[str, Any], d_value: Tensor) -> None:
@@ -179,36 +181,42 @@ def value_gradients(layout: Layout, arguments: dict[str, Any], d_value: Tensor) 
         chunk_value_gradients,
         (layout.blocks_v, layout.num_chunks, layout.states),
         {**arguments, **layout.chunks, "d_v": d_value},
-        {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads},
+        {**layout.shared, **layout.vector, **layout.starts, **layout.query_heads, **layout.key_heads},
         num_warps=8,
     )
 
 
 def pair_products(query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor, heads: int) -> Tensor:
-    """What every token's queries less its keys have to do with the outputs, for `heads` states: `[batch, heads, T]`."""
-    by_query = (query.float() * d_query.float()).sum(-1).unflatten(1, (heads, -1)).sum(2)
-    keys = key.float().repeat_interleave(heads // key.shape[1], 1)
-    products: Tensor = by_query - (keys * d_key.float()).sum(-1)
-    return products
+    """What a token's queries less its keys have to do with the outputs: `[batch, heads, T, feature_dim]`."""
+    by_query: Tensor = (query.float() * d_query.float()).unflatten(1, (heads, -1)).sum(2)
+    return by_query - key.float().repeat_interleave(heads // key.shape[1], 1) * d_key.float()
 
 
-def gate_gradient(products: Tensor, last: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def gate_gradient(
+    products: Tensor, last: Tensor | None, cu_seqlens: Tensor | None, *, channels: bool = False
+) -> Tensor:
     """Gradient of the log decay of every token.
 
     A factor at token t acts on all pairs of a query at or after t and a key before it, and on the sums at the end.
 
     Args:
-        products: `[batch, heads, T]` from `pair_products`.
-        last: `[rows or num_seqs, heads]`, sums at the end times their gradient, or None.
+        products: `[batch, heads, T, feature_dim]` from `pair_products`.
+        last: `[rows or num_seqs, heads, feature_dim]`, sums at the end times their gradient, or None.
         cu_seqlens: where packed sequences start, or None.
+        channels: whether each channel has a gate of its own.
     """
+    if not channels:
+        products, last = products.sum(-1, keepdim=True), None if last is None else last.sum(-1, keepdim=True)
     later: Tensor = products.flip(2).cumsum(2).flip(2)
-    if cu_seqlens is None:
-        return later if last is None else later + last[:, :, None]
-    owner = owners(cu_seqlens, products.shape[2])
-    # What belongs to later sequences is taken off again.
-    later = later - F.pad(later, (0, 1))[:, :, cu_seqlens[owner + 1]]
-    return later if last is None else later + last[owner].transpose(0, 1)
+    if cu_seqlens is not None:
+        owner = owners(cu_seqlens, products.shape[2])
+        # What belongs to later sequences is taken off again.
+        later = later - F.pad(later, (0, 0, 0, 1))[:, :, cu_seqlens[owner + 1]]
+        last = None if last is None else last[owner].transpose(0, 1)
+    elif last is not None:
+        last = last[:, :, None]
+    later = later if last is None else later + last
+    return later if channels else later.squeeze(-1)
 
 
 def shared(gradient: Tensor, heads: int) -> Tensor:

@@ -72,7 +72,7 @@ def _forward(
     keys = {"k": key, "gates": summed_gates(gates, layout), "start": start}
     states = forward_states(layout, {**keys, "v": value}, beta, first)
     out = query.new_empty((*query.shape[:3], layout.width), dtype=state_dtype(query.dtype))
-    arguments = {**keys, "q": query, "v": states.added, "sums": states.sums, "norms": None}
+    arguments = {**keys, "q": query, "v": states.added, "weights": None, "sums": states.sums, "norms": None}
     sizes = {"length": layout.length, "num_keys": layout.length, "shift": 0}
     launch(
         chunk_outputs,
@@ -112,8 +112,8 @@ def _backward(ctx: Any, d_out: Tensor | None, d_last: Tensor | None) -> tuple[Te
     d_query, d_asked, d_key, d_errors, errors, d_first = delta_gradients(*tensors, ctx.chunk, cu_seqlens)
     heads = gates.shape[1]
     # A key that asks stands for one more query of its state.
-    asking = (key.float().repeat_interleave(heads // key.shape[1], 1) * d_asked).sum(-1)
-    weight = None if d_last is None else (d_last * last).sum((-1, -2))
+    asking = key.float().repeat_interleave(heads // key.shape[1], 1) * d_asked
+    weight = None if d_last is None else (d_last * last).sum(-1)
     d_gates = gate_gradient(pair_products(query, key, d_query, d_key, heads) + asking, weight, cu_seqlens)
     return (
         d_query.to(query.dtype),

@@ -104,7 +104,7 @@ def delta_gradients(
     outputs = {**keys, "q": query, "d_out": d_out, "length": layout.length, "num_keys": layout.length, "shift": 0}
     d_query, d_key, _ = rooms(layout, query)
     d_added = torch.zeros_like(states.errors)
-    value_gradients(layout, {**outputs, "d_sums": None}, d_added)
+    value_gradients(layout, {**outputs, "weights": None, "d_sums": None}, d_added)
     d_sums, d_errors, d_first = _walk_back(layout, {**keys, "q": query, "d_out": d_out}, beta, states, d_added, d_last)
     later = {"sums": states.sums, "norms": None, "d_sums": d_sums, "d_norms": None, "d_mass": None}
     feature_gradients(layout, {**outputs, **later, "v": states.added}, d_query, d_key, value_heads=layout.state_heads)

@@ -9,6 +9,8 @@ from torch import Tensor
 from .launching import block, launch, precision, state_dtype
 
 Terms = tuple[Tensor, Tensor]
+# With a gate for each channel more of a chunk is held at a time.
+VECTOR_CHUNK = 32
 
 
 class Layout:
@@ -41,6 +43,7 @@ class Layout:
         sizes = {"HS": self.state_heads, "K": self.features, "V": self.width, "CHUNK": chunk}
         blocks = {"BK": block(self.features, query.dtype), "BV": block(self.width, query.dtype)}
         self.shared = {**sizes, **blocks, "HAS_GATES": gates is not None, **precision(query.dtype)}
+        self.vector = {"VECTOR": gates is not None and gates.ndim == 4}
         self.starts = {"HAS_START": start is not None}
         self.key_heads = {"HK": key.shape[1]}
         self.value_heads = {"HV": value.shape[1]}
@@ -80,16 +83,18 @@ def owners(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def summed_gates(gates: Tensor | None, layout: Layout) -> Tensor | None:
-    """Log decays `[batch, state_heads, T]` summed up inside each chunk, fp32."""
+    """Log decays `[batch, state_heads, T]` or `[..., feature_dim]` summed up inside each chunk, fp32."""
     if gates is None:
         return None
     if layout.bounds is None:
-        padded = F.pad(gates.float(), (0, -layout.length % layout.chunk)).unflatten(2, (-1, layout.chunk))
+        behind = (0, 0) * (gates.ndim - 3) + (0, -layout.length % layout.chunk)
+        padded = F.pad(gates.float(), behind).unflatten(2, (-1, layout.chunk))
         sums: Tensor = padded.cumsum(3).flatten(2, 3)[:, :, : layout.length]
         return sums.contiguous()
     index = layout.bounds[:, :1] + torch.arange(layout.chunk, device=gates.device)
     taken = gates.float()[:, :, index.clamp_max(layout.length - 1)]
-    by_chunk = taken.masked_fill(index >= layout.bounds[:, 1:], 0.0).cumsum(3)
+    outside = (index >= layout.bounds[:, 1:]).view(*index.shape, *[1] * (gates.ndim - 3))
+    by_chunk = taken.masked_fill(outside, 0.0).cumsum(3)
     tokens = torch.arange(layout.length, device=gates.device)
     owner = torch.searchsorted(layout.bounds[:, 0].contiguous(), tokens, right=True) - 1
     return by_chunk[:, :, owner, tokens - layout.bounds[owner, 0]].contiguous()
@@ -112,11 +117,33 @@ def run_states(
             **layout.starts,
             **layout.key_heads,
             **layout.value_heads,
+            **layout.vector,
             "HAS_FIRST": first_sums is not None,
         },
         num_warps=8,
     )
     return (sums, norms), (last_sums, last_norm)
+
+
+def chunk_weights(layout: Layout, query: Tensor, keys: dict[str, Any]) -> Tensor | None:
+    """With gates for each channel, what the keys of each chunk weigh for its queries; else None."""
+    from .vector_kernels import vector_weights
+
+    if not layout.vector["VECTOR"]:
+        return None
+    rows = layout.batch * layout.heads
+    weights = query.new_empty((rows, layout.num_chunks, layout.chunk, layout.chunk), dtype=state_dtype(query.dtype))
+    names = ("HS", "K", "CHUNK", "BK", "COMPUTE", "PRECISION")
+    arguments = {name: keys[name] for name in ("k", "gates", "start")}
+    launch(
+        vector_weights,
+        (layout.num_chunks, rows),
+        {"q": query, **arguments, **layout.chunks, "weights": weights, "length": layout.length},
+        {**{name: layout.shared[name] for name in names}, **layout.starts, **layout.query_heads, **layout.key_heads},
+        num_warps=8,
+        num_stages=1,
+    )
+    return weights
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

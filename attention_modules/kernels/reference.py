@@ -49,22 +49,27 @@ def chunk_linear_torch(
     keys = key.to(dtype).repeat_interleave(state_heads // key.shape[1], 1)
     # A last column of ones makes the denominator one more column of the numerator.
     values = F.pad(value.to(dtype), (0, 1), value=1.0).repeat_interleave(state_heads // value.shape[1], 1)
-    decay = keys.new_zeros(keys.shape[:3]) if gates is None else gates.to(dtype)
+    decay = keys.new_zeros(*keys.shape[:3], 1) if gates is None else gates.to(dtype).view(*gates.shape[:3], -1)
     state = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     if memory is not None:
         state = torch.cat([memory[0], memory[1][..., None]], -1).to(dtype)
     # The first has no tokens, for a packed sequence may be empty.
     outs = [values.new_empty(*queries.shape[:3], 0, values.shape[-1])]
+    # With a gate for each channel a chunk costs its length times as much as its keys.
+    chunk = chunk if gates is None or gates.ndim == 3 else min(chunk, 16)
     for first in range(0, length, chunk):
         here = slice(first, first + chunk)
-        q, k, v, total = queries[:, :, :, here], keys[:, :, here], values[:, :, here], decay[:, :, here].cumsum(-1)
+        q, k, v, total = queries[:, :, :, here], keys[:, :, here], values[:, :, here], decay[:, :, here].cumsum(2)
         size = k.shape[2]
-        causal = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()
-        between = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-        weights = q @ k[:, :, None].transpose(-1, -2) * between[:, :, None]
-        past = q * total.exp()[:, :, None, :, None]
+        causal = torch.ones(size, size, dtype=torch.bool, device=k.device).tril()[..., None]
+        between = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~causal, -torch.inf).exp()
+        if gates is not None and gates.ndim == 4:
+            weights = torch.einsum("bhgid,bhjd,bhijd->bhgij", q, k, between)
+        else:
+            weights = q @ k[:, :, None].transpose(-1, -2) * between[:, :, None, ..., 0]
+        past = q * total.exp()[:, :, None]
         outs.append(weights @ v[:, :, None] + past @ state[:, :, None])
-        left = (total[..., -1:] - total).exp()[..., None]
-        state = state * total[..., -1:, None].exp() + (k * left).transpose(-1, -2) @ v
+        left = (total[:, :, -1:] - total).exp()
+        state = state * total[:, :, -1, :, None].exp() + (k * left).transpose(-1, -2) @ v
     out = torch.cat(outs, 3).flatten(1, 2)
     return (out[..., :-1].to(query.dtype), out[..., -1]), (state[..., :-1], state[..., -1])

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..base import Memory
 from ..geometry import Geometry
-from ..kernels.selection import needs_package
 from ..registry import register
 from .base import divide
 from .output import LowRankLinear
@@ -116,13 +114,6 @@ class GatedLinearAttention(RecurrentModule):
             logits = key.mean(-1, keepdim=True) if self.options.gate == "scalar" else key
             logits = logits.repeat_interleave(self.key_heads // self.geometry.num_kv_heads, 1)
         return F.logsigmoid(logits) / self.options.gate_temperature
-
-    @needs_package
-    def kernel_problem(self, query: Tensor, keys: Tensor, values: Tensor, signals: Memory) -> str | None:
-        """Besides what no kernel takes: gates for each channel."""
-        if self.options.gate == "vector":
-            return "the kernels take one gate for each head, not for each channel"
-        return super().kernel_problem(query, keys, values, signals)
 
     def activate(self, x: Tensor) -> Tensor:
         """Softmax over the channels, SiLU or nothing."""

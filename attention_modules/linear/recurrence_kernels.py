@@ -2,7 +2,7 @@
 
 - `queries` `[batch, num_heads, T, key_dim]` and `keys` `[batch, num_kv_heads, T, key_dim]`, activated,
 - `values` `[batch, num_kv_heads, T, value_dim]`,
-- `log_decay` and `beta` `[batch, state_heads, T, 1]`,
+- `log_decay` `[batch, state_heads, T, 1 or key_dim]` and `beta` `[batch, state_heads, T, 1]`,
 - `start` `[batch]` int32, tokens of padding that every row begins with, or None,
 - `state` `[batch, state_heads, key_dim, value_dim]` before the first token, or None.
 """
@@ -36,7 +36,7 @@ def decayed_kernels(
         queries,
         keys,
         values,
-        log_gates=log_decay.squeeze(-1),
+        log_gates=log_decay.squeeze(-1) if log_decay.shape[-1] == 1 else log_decay,
         start=start,
         memory=memory,
         implementation="triton",

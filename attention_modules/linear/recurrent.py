@@ -182,7 +182,7 @@ class RecurrentModule(AttentionModule):
     ) -> Tensor | None:
         """In chunks in Triton; queries, keys and values keep their dtype, gates and the state are exact."""
         query, keys, values = in_one_dtype(query, keys, values)
-        problem = self.kernel_problem(query, keys, values, signals)
+        problem = problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
         # One token is not worth a chunk.
         asked = self.implementation == "triton" or query.shape[2] > 1
         if not (asked and use_triton(self.implementation, problem, query.device)):
@@ -198,11 +198,6 @@ class RecurrentModule(AttentionModule):
         queries = (self.activate(query.to(exact)) * self.query_scaling(scaling)).to(query.dtype)
         start, state = padding_before(valid), memory.get("state")
         return self.combine(self.run_kernels(queries, keys.to(query.dtype), values, signals, start, state))
-
-    @needs_package
-    def kernel_problem(self, query: Tensor, keys: Tensor, values: Tensor, signals: Memory) -> str | None:
-        """Why the kernels cannot serve a call, or None."""
-        return problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
 
     @needs_package
     def run_kernels(

@@ -43,6 +43,8 @@ class Linear:
     dims: tuple[int, int] = (16, 24)
     decay: bool = False
     gate_heads: int = 0
+    # A gate for each channel, closed at times to a degree that would overflow were it opened again.
+    vector: bool = False
     padded: bool = False
     memory: bool = False
     cuts: tuple[int, ...] = ()
@@ -63,7 +65,10 @@ class Linear:
         if self.decay:
             inputs["decay"] = -0.3 * torch.rand(heads)
         if self.gate_heads:
-            inputs["gates"] = -0.3 * torch.rand(self.batch, self.gate_heads, self.length)
+            shape = self.batch, self.gate_heads, self.length
+            inputs["gates"] = -0.3 * torch.rand(*shape)
+            if self.vector:
+                inputs["gates"] = -0.3 * torch.rand(*shape, features) - 20.0 * (torch.rand(*shape, 1) > 0.8)
         if self.memory:
             rows = len(self.packed) or self.batch
             inputs["sums"] = torch.randn(rows, state_heads, features, width)
@@ -122,6 +127,7 @@ class Linear:
         state_heads = max(self.heads[1], 0 if gates is None else gates.shape[1])
         every = heads // state_heads
         decay = key.new_ones(key.shape[:3]) if gates is None else gates.exp().repeat_interleave(every, 1)
+        decay = decay if self.vector else decay[..., None]
         sums = key.new_zeros(self.batch, heads, *self.dims)
         norm = sums[..., 0]
         if self.memory:
@@ -129,8 +135,8 @@ class Linear:
         numerators = [key.new_empty(self.batch, heads, 0, self.dims[1])]
         denominators = [numerators[0][..., 0]]
         for t in range(self.length):
-            sums = sums * decay[:, :, t, None, None] + key[:, :, t, :, None] * value[:, :, t, None, :]
-            norm = norm * decay[:, :, t, None] + key[:, :, t]
+            sums = sums * decay[:, :, t, :, None] + key[:, :, t, :, None] * value[:, :, t, None, :]
+            norm = norm * decay[:, :, t] + key[:, :, t]
             query = x["query"][:, :, t, None]
             numerators.append(query @ sums)
             denominators.append((query @ norm[..., None])[..., 0])
@@ -249,6 +255,12 @@ CASES: dict[str, Case] = {
     "linear-packed-torch": Linear(
         batch=1, length=41, packed=(0, 5, 33, 3), gate_heads=4, memory=True, implementation="torch"
     ).run,
+    "vector-1": Linear(length=1, gate_heads=2, vector=True).run,
+    "vector-37-padded": Linear(heads=(4, 2, 1), padded=True, memory=True, gate_heads=4, vector=True, chunk=32).run,
+    "vector-123": Linear(batch=1, heads=(2, 1, 1), length=123, dims=(80, 40), gate_heads=1, vector=True, chunk=64).run,
+    "vector-decay-cuts": Linear(batch=1, gate_heads=4, vector=True, decay=True, cuts=(20, 1, 16), chunk=32).run,
+    "vector-packed": Linear(batch=1, length=41, packed=(5, 0, 33, 3), gate_heads=2, vector=True, memory=True).run,
+    "vector-torch": Linear(gate_heads=2, vector=True, padded=True, memory=True, implementation="torch").run,
     "linear-torch-padded": Linear(padded=True, memory=True, implementation="torch").run,
     "linear-torch-gates": Linear(gate_heads=4, decay=True, padded=True, implementation="torch").run,
     "delta-1": Delta(length=1).run,
@@ -264,6 +276,8 @@ CASES: dict[str, Case] = {
     "module-lightning-kv-head": Module("lightning", options=(("decay", "learned"), ("state_per", "kv_head"))).run,
     "module-gated-delta": Module("gated_delta", record_past=True).run,
     "module-gated-delta-kv-head": Module("gated_delta", options=(("state_per", "kv_head"), *PLAIN)).run,
+    "module-gated-vector": Module("gated", record_past=True).run,
+    "module-liger-vector": Module("gated", options=(("gate_from", "keys"), *SOFTMAX, ("state_per", "kv_head"))).run,
     "module-gated-scalar": Module("gated", options=(("gate", "scalar"),)).run,
     "module-gated-normalized": Module("gated", options=(("gate", "scalar"), *SOFTMAX), record_past=True).run,
     "module-liger-kv-head": Module("gated", options=(("gate", "scalar"), *LIGER, *SOFTMAX)).run,
