@@ -47,7 +47,7 @@ def chunk_state_gradients(
     HAS_LAST: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    VECTOR: tl.constexpr = False,
+    VECTOR: tl.constexpr,
 ):
     """Write the gradients of the sums after every chunk, and of those before the first; chunks from the last on."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -214,7 +214,7 @@ def chunk_value_gradients(
     HAS_START: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    VECTOR: tl.constexpr = False,
+    VECTOR: tl.constexpr,
 ):
     """Gradient of the values, per state head `[batch, HS, num_keys, V]`."""
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

@@ -55,7 +55,7 @@ def chunk_states(
     HAS_FIRST: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    VECTOR: tl.constexpr = False,
+    VECTOR: tl.constexpr,
 ):
     """Write the sums before every chunk and after the last; one program per block of a state, chunks in turn."""
     block_k, block_v, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -188,7 +188,7 @@ def chunk_outputs(
     HAS_START: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    VECTOR: tl.constexpr = False,
+    VECTOR: tl.constexpr,
 ):
     """Numerator and denominator of one chunk of queries of one head, one block of values."""
     block_v, chunk, index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

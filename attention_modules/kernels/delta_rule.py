@@ -74,11 +74,12 @@ def _forward(
     out = query.new_empty((*query.shape[:3], layout.width), dtype=state_dtype(query.dtype))
     arguments = {**keys, "q": query, "v": states.added, "weights": None, "sums": states.sums, "norms": None}
     sizes = {"length": layout.length, "num_keys": layout.length, "shift": 0}
+    heads = {**layout.query_heads, **layout.key_heads, "HV": layout.state_heads}
     launch(
         chunk_outputs,
         (layout.blocks_v, layout.num_chunks, layout.batch * layout.heads),
         {**arguments, **layout.chunks, **sizes, "numerator": out, "denominator": None},
-        {**layout.shared, **layout.starts, **layout.query_heads, **layout.key_heads, "HV": layout.state_heads},
+        {**layout.shared, **layout.vector, **layout.starts, **heads},
     )
     return out, states.last
 
