@@ -10,6 +10,7 @@ SCRIPTS = [
     "bench_conversion",
     "decode_state",
     "demo",
+    "dinov2_features",
     "kernels_static",
     "minilm_sst2",
     "method_table",
