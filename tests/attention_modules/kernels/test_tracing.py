@@ -1,0 +1,50 @@
+"""torch.compile takes a whole call as one graph: the kernels are operators to it, with shapes that need no values."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# A process of its own, for triton reads TRITON_INTERPRET once.
+SCRIPT = """
+import json, os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from torch import Tensor
+from attnconv.attention_modules import Geometry, create
+
+module = create("lolcats", Geometry(2, 1, 16, 16), window=4, implementation="triton")
+compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+torch.manual_seed(0)
+mask = torch.arange(9) >= torch.tensor([[4], [0]])
+
+def attend(function) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 9, 16, generator=generator, requires_grad=True) for heads in (2, 1, 1)]
+    out = function(*inputs, scaling=0.3, padding_mask=mask)
+    out.square().sum().backward()
+    gradients = [t.grad for t in (*inputs, *module.parameters())]
+    module.zero_grad()
+    return [out, *gradients]
+
+def decode(function) -> list[Tensor]:
+    with torch.no_grad():
+        state = module.new_state()
+        prompt = [torch.linspace(-1, 1, 2 * heads * 96).view(2, heads, 6, 16) for heads in (2, 1, 1)]
+        module(*prompt, scaling=0.3, state=state)
+        return [function(*(t[:, :, i : i + 1] for t in prompt), scaling=0.3, state=state) for i in range(3)]
+
+pairs = [*zip(attend(compiled), attend(module)), *zip(decode(compiled), decode(module))]
+print(json.dumps([float((a - b).detach().abs().max()) for a, b in pairs]))
+"""
+
+
+def test_one_graph_forward_backward_and_decoding() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == 4 + 3 + 3
+    assert max(errors) < 1e-5
