@@ -169,6 +169,8 @@ def feature_gradients(
         del arguments["num_keys"], arguments["shift"], constants["HAS_GATES"]
     else:
         kernel, columns, warps = chunk_feature_gradients, max(16, layout.shared["BK"] // 2), 8
+    if layout.width > 128:
+        columns, constants["BV"] = 16, min(32, constants["BV"])
     grid = -(-layout.features // columns), layout.num_chunks, layout.states
     launch(kernel, grid, arguments, {**constants, "BK": columns}, num_warps=warps, num_stages=1)
 
