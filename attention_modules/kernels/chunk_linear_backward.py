@@ -144,6 +144,7 @@ def _state_gradients(
         },
         {**layout.shared, **layout.vector, **layout.query_heads, "HAS_LAST": d_last_sums is not None},
         num_warps=8,
+        num_stages=3,
     )
     return {"d_sums": d_sums, "d_norms": d_norms}, (d_first_sums, d_first_norm)
 
