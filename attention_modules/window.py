@@ -17,6 +17,8 @@ LOG2E = math.log2(math.e)
 # Finite, so that a row with nothing to see gives zeros instead of NaN.
 MASKED = -1e30
 BLOCK = 32
+# Softmax terms of less than this beside linear ones, in units of log 2, are lost in fp64 too.
+LEAST_LEVEL = -60.0
 
 
 class SoftmaxTerms(NamedTuple):
@@ -71,6 +73,19 @@ def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> SoftmaxTer
     peak = logits.amax(-1, keepdim=True).clamp_min(MASKED / 1e10)
     weights = (logits - peak).exp2()
     return SoftmaxTerms(weights @ values, weights.sum(-1, keepdim=True), peak)
+
+
+def absolute_factors(gamma: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """What absolute softmax terms, kept relative to their peak, and linear terms are multiplied by, `[..., T]`.
+
+    The larger of the two is 1, so that neither overflows; the first never vanishes, for it may stand alone.
+
+    Args:
+        gamma: `[num_heads]`, logarithm of the factor on the softmax terms, to base 2.
+        peak: `[batch, num_heads, T]`, each query's largest logit, in units of log 2.
+    """
+    level = peak + gamma[:, None]
+    return level.clamp(LEAST_LEVEL, 0.0).exp2(), (-level).clamp_max(0.0).exp2()
 
 
 def windowed_softmax(

@@ -16,6 +16,7 @@ from common import RESULTS, parser_of, set_threads, write_result
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode"]
+OPERATORS += ["hybrid-absolute", "fused-absolute", "decode-absolute"]
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
 
@@ -25,7 +26,8 @@ class Case:
     """One operator's tensors.
 
     `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `vector` a gate
-    for each channel, `delta` is the gated delta rule; the others are those of LoLCATs.
+    for each channel, `delta` is the gated delta rule; the others are those of LoLCATs, with softmax terms relative to
+    the largest of each window or absolute.
     """
 
     operator: str
@@ -63,22 +65,24 @@ def record(case: Case, target: int):
     narrow = case.operator in ("gated", "packed", "vector", "delta")
     features = [t if narrow else torch.cat([t, t], -1) for t in (query, key)]
     memory = torch.zeros(1, KV_HEADS, features[0].shape[-1], head_dim), torch.zeros(1, KV_HEADS, features[0].shape[-1])
-    if case.operator == "decode":
+    operator, _, terms = case.operator.partition("-")
+    absolute = terms == "absolute"
+    if operator == "decode":
         ring = torch.zeros(1, KV_HEADS, WINDOW, head_dim, dtype=dtype)
         valid = torch.ones(1, 1, dtype=torch.bool)
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         new = query[:, :, :1], key[:, :, :1], key[:, :, :1]
         state = *new, ring, ring.clone(), *memory, *weights, torch.zeros(HEADS), start.long(), valid
-        torch.ops.attnconv.decode_step(*state, 1.0)
-    elif case.operator == "fused":
+        torch.ops.attnconv.decode_step(*state, 1.0, absolute)
+    elif operator == "fused":
         weights = (torch.zeros(heads, head_dim, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
         sizes = 1.0, WINDOW, fused.fused_chunk(query, key, target // 10)
         shared = query, key, key, *weights, torch.zeros(HEADS), start, *memory
-        torch.ops.attnconv.hedgehog_window_linear(*shared, *sizes, True)
-    elif case.operator == "hybrid":
+        torch.ops.attnconv.hedgehog_window_linear(*shared, *sizes, True, absolute)
+    elif operator == "hybrid":
         sizes = 1.0, WINDOW, hybrid.hybrid_chunk(query, key)
         shared = query, key, key, *features, torch.zeros(HEADS), start, *memory
-        out, _, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(*shared, *sizes, True)
+        out, _, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(*shared, *sizes, True, absolute)
         launches.pop(0)
         torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
     elif case.operator == "delta":

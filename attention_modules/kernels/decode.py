@@ -40,6 +40,7 @@ def decode_step(
     valid: Tensor | None = None,
     *,
     scaling: float,
+    absolute: bool = False,
 ) -> Tensor:
     """Attend from one new token and take it into the ring; the token that the window loses next goes into the sums.
 
@@ -54,9 +55,10 @@ def decode_step(
         norm: `[batch, state_heads, 2 * feature_dim]`, fp32: Σ φ(k) of them.
         query_weight: `[num_heads, head_dim, feature_dim]`.
         key_weight: `[state_heads, head_dim, feature_dim]`.
-        gamma: `[num_heads]`, factor on the softmax terms.
+        gamma: `[num_heads]`, factor on the softmax terms; if these are absolute, its logarithm to base 2.
         valid: `[batch, 1]` bool, rows whose token is real, or None when all are; the others give anything.
         scaling: factor on query-key products.
+        absolute: take the softmax terms as they are, instead of relative to the largest.
 
     Returns:
         `[batch, num_heads, 1, value_dim]` in the dtype of `value`.
@@ -68,7 +70,8 @@ def decode_step(
     if problem is not None:
         raise ValueError(f"the kernel cannot decode: {problem}")
     weights = query_weight, key_weight, gamma.float()
-    out: Tensor = _step(query, key, value, ring.keys, ring.values, sums, norm, *weights, ring.count, valid, scaling)
+    read = *weights, ring.count, valid, scaling, absolute
+    out: Tensor = _step(query, key, value, ring.keys, ring.values, sums, norm, *read)
     ring.advance(valid)
     return out
 
@@ -88,6 +91,7 @@ def _step(
     count: Tensor,
     valid: Tensor | None,
     scaling: float,
+    absolute: bool = False,
 ) -> Tensor:
     from .decode_kernels import decode_hybrid
 
@@ -118,6 +122,7 @@ def _step(
             "WINDOW": window,
             "MEMBERS": 1 << (heads // state_heads - 1).bit_length(),
             "HAS_VALID": valid is not None,
+            "ABSOLUTE": absolute,
         },
         num_warps=8,
     )
@@ -139,5 +144,6 @@ def _(
     count: Tensor,
     valid: Tensor | None,
     scaling: float,
+    absolute: bool = False,
 ) -> Tensor:
     return value.new_empty((*query.shape[:3], value.shape[-1]))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .tiles import tile
+from .window_kernels import window_factors
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def window_terms(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Numerator `[BV]` and mass of the softmax terms: the new token, then the ring by age."""
+    """Numerator `[BV]`, mass and largest logit of the softmax terms: the new token, then the ring by age."""
     columns_d, columns_v = tl.arange(0, BD), tl.arange(0, BV)
     query = tl.load(q + columns_d, mask=columns_d < D, other=0.0).to(tl.float32)
     own = tl.load(k + columns_d, mask=columns_d < D, other=0.0).to(tl.float32)
@@ -57,7 +58,7 @@ def window_terms(
         acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
         mass = mass * shrink + tl.sum(weights, 0)
         peak = new_peak
-    return acc, mass
+    return acc, mass, peak
 
 
 @triton.jit
@@ -84,6 +85,7 @@ def decode_hybrid(
     V: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     MEMBERS: tl.constexpr,
     BD: tl.constexpr,
     BF: tl.constexpr,
@@ -132,12 +134,12 @@ def decode_hybrid(
             tl.store(norm + index * 2 * F + rows, total + old, mask=inside_f)
     for r in range(H // HS):
         h = b * H + s * (H // HS) + r
-        exact, exact_mass = window_terms(
+        exact, exact_mass, peak = window_terms(
             q + h * D, k + kv * D, v + kv * V, ring_keys, ring_values, position, scale, WINDOW, D, V, BW, BD, BV
         )
-        share = tl.load(gamma + h % H)
-        above = share * exact + tl.sum(tl.where(member[:, None] == r, acc, 0.0), 0)
-        below = share * exact_mass + tl.sum(tl.where(member == r, mass, 0.0), 0)
+        near, far = window_factors(tl.load(gamma + h % H), peak, ABSOLUTE)
+        above = near * exact + far * tl.sum(tl.where(member[:, None] == r, acc, 0.0), 0)
+        below = near * exact_mass + far * tl.sum(tl.where(member == r, mass, 0.0), 0)
         tl.store(out + h * V + columns_v, (above / below).to(out.dtype.element_ty), mask=columns_v < V)
     if is_real & (s % (HS // HV) == 0):
         slot = position % WINDOW

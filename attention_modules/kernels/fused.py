@@ -28,6 +28,7 @@ def hedgehog_window_linear(
     start: Tensor | None = None,
     memory: Terms | None = None,
     chunk: int | None = None,
+    absolute: bool = False,
 ) -> Tensor:
     """What `hybrid_window_linear` gives for `φ(x) = [softmax(xW), softmax(-xW)]`.
 
@@ -37,12 +38,13 @@ def hedgehog_window_linear(
         value: `[batch, num_kv_heads, S, value_dim]`.
         query_weight: `[num_heads, head_dim, feature_dim]`, feature_dim likewise.
         key_weight: `[state_heads, head_dim, feature_dim]`.
-        gamma: `[num_heads]`, factor on the softmax terms.
+        gamma: `[num_heads]`, factor on the softmax terms; if these are absolute, its logarithm to base 2.
         scaling: factor on query-key products.
         window: tokens attended exactly, the query's own included.
         start: `[batch]` int32, tokens of padding that the keys of every row begin with.
         memory: sums over all tokens before `key`, as for `hybrid_window_linear`.
         chunk: tokens handled at a time; None chooses by dtype and size.
+        absolute: take the softmax terms as they are.
 
     Returns:
         `[batch, num_heads, T, value_dim]` in the dtype of `value`.
@@ -60,7 +62,7 @@ def hedgehog_window_linear(
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
     weights = query_weight.to(query.dtype), key_weight.to(query.dtype)
     tensors = query, key, value, *weights, gamma.float()
-    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query))[0]
+    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query), absolute)[0]
     return out
 
 
@@ -100,6 +102,7 @@ def _forward(
     window: int,
     chunk: int,
     keeps_rest: bool,
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .fused_kernels import hedgehog_hybrid_outputs, hedgehog_states
 
@@ -150,7 +153,7 @@ def _forward(
             "offset": num_keys - length,
             "window": window,
         },
-        {**constants, "H": heads, "BD": power_of_two(head_dim)},
+        {**constants, "H": heads, "BD": power_of_two(head_dim), "ABSOLUTE": absolute},
         num_warps=8,
         num_stages=1 if chunk != 32 else 2,
     )
@@ -172,6 +175,7 @@ def _(
     window: int,
     chunk: int,
     keeps_rest: bool,
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return outputs(query, value, keeps_rest)
 
@@ -195,7 +199,7 @@ def _map_gradients(x: Tensor, weight: Tensor, halves: tuple[Tensor, Tensor], gra
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scaling, ctx.window, ctx.chunk, _ = inputs
+    *tensors, ctx.scaling, ctx.window, ctx.chunk, _, ctx.absolute = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -208,12 +212,12 @@ def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
     chunk = max(ctx.chunk, hybrid_chunk(query, value))
     saved = query, key, value, *features, gamma, start, *rest
     (d_query, d_key, d_value, *d_features, d_gamma), d_memory = hybrid_gradients(
-        saved, d_out, ctx.scaling, ctx.window, chunk
+        saved, d_out, ctx.scaling, ctx.window, chunk, ctx.absolute
     )
     more_query, d_query_weight = _map_gradients(query, query_weight, query_halves, d_features[0])
     more_key, d_key_weight = _map_gradients(key, key_weight, key_halves, d_features[1])
     gradients = d_query + more_query, d_key + more_key, d_value, d_query_weight, d_key_weight, d_gamma
-    return *gradients, None, *d_memory, None, None, None, None
+    return *gradients, None, *d_memory, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_remember)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .tiles import first_real, product, store_tile, tile
-from .window_kernels import window_rows
+from .window_kernels import window_factors, window_rows
 
 
 @triton.jit
@@ -128,6 +128,7 @@ def hedgehog_hybrid_outputs(
     BF: tl.constexpr,
     BV: tl.constexpr,
     HAS_START: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -164,9 +165,9 @@ def hedgehog_hybrid_outputs(
         COMPUTE,
         PRECISION,
     )
-    share = tl.load(gamma + h)
-    acc *= share
-    mass *= share
+    near, far = window_factors(tl.load(gamma + h), peak, ABSOLUTE)
+    acc *= near[:, None]
+    mass *= near
     rows = steps + offset - window
     is_key = is_query & (rows >= low) & (rows < num_keys)
     weights = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
@@ -176,6 +177,8 @@ def hedgehog_hybrid_outputs(
         queries = hedgehog_tile(
             q, query_weight + h * D * F, half, steps, is_query, D, F, CHUNK, STEP, BF, COMPUTE, PRECISION
         )
+        if ABSOLUTE:
+            queries *= far[:, None]
         keys = hedgehog_tile(k, key_weight + s * D * F, half, rows, is_key, D, F, CHUNK, STEP, BF, COMPUTE, PRECISION)
         weights += product(queries, tl.trans(keys), COMPUTE, PRECISION)
         acc += product(queries, tile(sums + here * 2 * F * V, columns_k, inside_k, columns_v, V), COMPUTE, PRECISION)

@@ -1,11 +1,12 @@
 """The hybrid of LoLCATs as one operator: softmax in a sliding window, linear attention before it, one normaliser."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..window import LOG2E
+from ..window import LOG2E, absolute_factors
 from .chunk_linear_backward import chunk_gradients, shared
 from .launching import default_chunk, launch, power_of_two, state_dtype
 from .layout import Layout, contiguous, run_states
@@ -26,6 +27,7 @@ def hybrid_window_linear(
     start: Tensor | None = None,
     memory: Terms | None = None,
     chunk: int | None = None,
+    absolute: bool = False,
 ) -> Tensor:
     """`[γ Σ_W e^{s q·k - c} v + Σ_P φ(q)·φ(k) v]` over the same with 1 for v; W = the last `window` tokens, P = before.
 
@@ -37,13 +39,14 @@ def hybrid_window_linear(
         value: `[batch, num_kv_heads, S, value_dim]`.
         query_features: φ(q) `[batch, num_heads, T, feature_dim]`.
         key_features: φ(k) `[batch, key_heads, S, feature_dim]`.
-        gamma: `[num_heads]`, factor on the softmax terms.
+        gamma: `[num_heads]`, factor on the softmax terms; if these are absolute, its logarithm to base 2.
         scaling: factor on query-key products.
         window: tokens attended exactly, the query's own included.
         start: `[batch]` int32, tokens of padding that the keys of every row begin with.
         memory: sums `[batch, key_heads, feature_dim, value_dim]` and `[batch, key_heads, feature_dim]` over all tokens
             before `key`.
         chunk: tokens handled at a time, a power of two, at least 16; None chooses by dtype and size.
+        absolute: take `c = 0`, instead of the largest logit of each query's window.
 
     Returns:
         `[batch, num_heads, T, value_dim]` in the dtype of `value`.
@@ -57,7 +60,7 @@ def hybrid_window_linear(
     chunk = chunk or hybrid_chunk(query, value)
     sums, norm = (None, None) if memory is None else (memory[0].float(), memory[1].float())
     tensors = query, key, value, query_features.to(query.dtype), key_features.to(query.dtype), gamma.float()
-    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query))[0]
+    out: Tensor = _forward(*tensors, start, sums, norm, scaling, window, chunk, wants_rest(query), absolute)[0]
     return out
 
 
@@ -97,6 +100,7 @@ def _forward(
     window: int,
     chunk: int,
     keeps_rest: bool,
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .window_kernels import hybrid_outputs
 
@@ -115,6 +119,7 @@ def _forward(
     if chunk == 32 and query.dtype != torch.bfloat16:
         constants["BV"] = min(32, constants["BV"])
     del constants["HAS_GATES"]
+    constants["ABSOLUTE"] = absolute
     launch(
         hybrid_outputs,
         (-(-layout.width // constants["BV"]), layout.num_chunks, layout.batch * layout.heads),
@@ -156,6 +161,7 @@ def _(
     window: int,
     chunk: int,
     keeps_rest: bool,
+    absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return outputs(query, value, keeps_rest)
 
@@ -228,18 +234,19 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scaling, ctx.window, ctx.chunk, _ = inputs
+    *tensors, ctx.scaling, ctx.window, ctx.chunk, _, ctx.absolute = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients, d_memory = hybrid_gradients(ctx.saved_tensors, d_out, ctx.scaling, ctx.window, ctx.chunk)
-    return *gradients, None, *d_memory, None, None, None, None
+    sizes = ctx.scaling, ctx.window, ctx.chunk, ctx.absolute
+    gradients, d_memory = hybrid_gradients(ctx.saved_tensors, d_out, *sizes)
+    return *gradients, None, *d_memory, None, None, None, None, None
 
 
 def hybrid_gradients(
-    saved: tuple[Tensor, ...], d_out: Tensor, scaling: float, window: int, chunk: int
+    saved: tuple[Tensor, ...], d_out: Tensor, scaling: float, window: int, chunk: int, absolute: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, Tensor | None]]:
     """Gradients of query, key, value, both features and gamma; and of both sums.
 
@@ -250,24 +257,34 @@ def hybrid_gradients(
         scaling: factor on query-key products.
         window: tokens attended exactly.
         chunk: tokens handled at a time.
+        absolute: whether the softmax terms are.
     """
     query, key, value, query_features, key_features, gamma, start, sums, norm, out, rest, mass, peak, best = saved
     # The fraction's two sides: numerator and normaliser. What all terms of a row get adds up to zero only if the second
     # is made of the first as it is rounded, and of the output before it was.
     inverse = torch.where(mass == 0, 0.0, 1 / mass)[..., None]
-    d_above = (d_out.float() * inverse).to(state_dtype(query.dtype))
     exact = out.float() + rest.float() if rest.numel() else out.float()
-    d_sides = d_above, -(d_above.float() * exact).sum(-1)
+
+    def sides(factor: Tensor | float) -> Terms:
+        d_above = (d_out.float() * inverse * factor).to(state_dtype(query.dtype))
+        return d_above, -(d_above.float() * exact).sum(-1)
+
+    near, far, share = 1.0, 1.0, gamma
+    if absolute:
+        near, far = (factor[..., None] for factor in absolute_factors(gamma, peak))
+        # What no term is relative to gets no gradient.
+        share, best = torch.ones_like(gamma), torch.full_like(best, -1)
     d_query, d_key, d_value, response = window_gradients(
-        query, key, value, gamma, start, *d_sides, peak, best, scaling, window, chunk
+        query, key, value, share, start, *sides(near), peak, best, scaling, window, chunk
     )
+    d_gamma = response.sum((0, 2)) * (math.log(2) if absolute else 1.0)
     shift = key.shape[2] - query.shape[2] - window
     d_query_features, d_key_features, d_past_value, d_sums, d_norm = chunk_gradients(
-        query_features, key_features, value, None, start, sums, norm, *d_sides, None, None, shift, chunk
+        query_features, key_features, value, None, start, sums, norm, *sides(far), None, None, shift, chunk
     )
     d_value = d_value + shared(d_past_value, value.shape[1])
     d_memory = (None, None) if sums is None else (d_sums, d_norm)
-    return (d_query, d_key, d_value, d_query_features, d_key_features, response.sum((0, 2))), d_memory
+    return (d_query, d_key, d_value, d_query_features, d_key_features, d_gamma), d_memory
 
 
 _forward.register_autograd(_backward, setup_context=_remember)

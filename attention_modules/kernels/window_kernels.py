@@ -61,6 +61,15 @@ def window_rows(
 
 
 @triton.jit
+def window_factors(share, peak, ABSOLUTE: tl.constexpr):
+    """What softmax terms, relative to their peak, and linear ones are multiplied by; see `absolute_factors`."""
+    if ABSOLUTE:
+        level = peak + share
+        return tl.exp2(tl.maximum(tl.minimum(level, 0.0), -60.0)), tl.exp2(tl.minimum(-level, 0.0))
+    return peak * 0.0 + share, peak * 0.0 + 1.0
+
+
+@triton.jit
 def hybrid_outputs(
     q,
     k,
@@ -93,6 +102,7 @@ def hybrid_outputs(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_START: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -154,9 +164,9 @@ def hybrid_outputs(
         COMPUTE,
         PRECISION,
     )
-    share = tl.load(gamma + h)
-    mass = share * mass + past_mass
-    acc = (share * acc + past) / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    near, far = window_factors(tl.load(gamma + h), peak, ABSOLUTE)
+    mass = near * mass + far * past_mass
+    acc = (near[:, None] * acc + far[:, None] * past) / tl.where(mass == 0.0, 1.0, mass)[:, None]
     store_tile(out + index * length * V, acc, steps, is_query, columns_v, V)
     if rest is not None:
         acc -= acc.to(out.dtype.element_ty).to(tl.float32)

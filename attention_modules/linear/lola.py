@@ -207,11 +207,9 @@ class LolaAttention(LolcatsAttention):
 
     def _mix(self, window_terms: SoftmaxTerms, past_terms: Terms | None) -> Tensor:
         """Those of window and cache, of which what is left out is hidden already, and the linear ones."""
-        numerator, denominator, peak = window_terms
         if past_terms is None or "linear" in self.left_out:
-            return divide(numerator, denominator)
-        near, far = self._factors(peak, past_terms[1])
-        return divide(near * numerator + far * past_terms[0], near * denominator + far * past_terms[1])
+            return divide(window_terms.numerator, window_terms.denominator)
+        return self._fraction(window_terms, past_terms)
 
     def _naive(
         self,

@@ -19,7 +19,7 @@ from ..padding import padding_before
 from ..registry import register
 from ..state import AttentionState
 from ..weights import Statistic, share_outside
-from ..window import LOG2E, SoftmaxTerms, softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, SoftmaxTerms, absolute_factors, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 
@@ -74,8 +74,7 @@ class LolcatsAttention(LinearAttentionModule):
     @torch.no_grad()
     def _reset_mixing(self) -> None:
         start = self.options.mixing
-        is_absolute = self.options.window_terms == "absolute"
-        self.mixing.fill_(math.log(start) / LOG_STEP if is_absolute else math.log(start / (1 - start)))
+        self.mixing.fill_(math.log(start) / LOG_STEP if self.is_absolute else math.log(start / (1 - start)))
 
     def reset_parameters(self) -> None:
         """Start the feature maps and the mixing factors again."""
@@ -162,7 +161,7 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Tensor | None:
         """One launch, with the published map inside."""
         is_wanted = self.implementation == "triton" or query.device.type == "cuda"
-        if not is_wanted or self.query_map.name != "hedgehog" or self.options.window_terms == "absolute":
+        if not is_wanted or self.query_map.name != "hedgehog":
             return None
         query, key, value = in_one_dtype(query, key, value)
         maps = self.query_map.weight, self.key_map.weight
@@ -171,7 +170,8 @@ class LolcatsAttention(LinearAttentionModule):
         ring = state.ring(self.window, key, value, valid)
         memory = self.memory_of(state, query.float())
         sums = memory["key_values"], memory["normalizer"]
-        return decode_step(query, key, value, ring, *sums, *maps, self.mixing.float().sigmoid(), valid, scaling=scaling)
+        tensors = query, key, value, ring, *sums, *maps, self._gamma(torch.float32)
+        return decode_step(*tensors, valid, scaling=scaling, absolute=self.is_absolute)
 
     @needs_package
     def attend_triton(
@@ -186,7 +186,7 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Tensor | None:
         """Both terms in one kernel, the published map inside where it fits, else on features mapped before."""
         query, keys, values = in_one_dtype(query, keys, values)
-        if self.left_out or self.options.window_terms == "absolute" or not self.runs_in_triton(query, keys, values):
+        if self.left_out or not self.runs_in_triton(query, keys, values):
             return None
         exact = torch.promote_types(query.dtype, torch.float32)
         gone = max(keys.shape[2] - query.shape[2] - self.window, 0)
@@ -204,9 +204,10 @@ class LolcatsAttention(LinearAttentionModule):
             keys,
             values,
             *weights,
-            self.mixing.float().sigmoid(),
+            self._gamma(torch.float32),
             scaling=scaling,
             window=self.window,
+            absolute=self.is_absolute,
             start=padding_before(valid),
             memory=(memory["key_values"], memory["normalizer"]) if memory else None,
         )
@@ -261,17 +262,27 @@ class LolcatsAttention(LinearAttentionModule):
             numerator, denominator = torch.zeros_like(numerator), torch.zeros_like(denominator)
         if past_terms is None or "linear" in self.left_out:
             return divide(numerator, denominator)
-        near, far = self._factors(peak, past_terms[1])
-        return divide(near * numerator + far * past_terms[0], near * denominator + far * past_terms[1])
+        return self._fraction(SoftmaxTerms(numerator, denominator, peak), past_terms)
 
-    def _factors(self, peak: Tensor, past: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What the terms of the window, relative to their peak, and those before it are multiplied by."""
-        mixing = self.mixing.to(peak.dtype)[:, None, None]
-        if self.options.window_terms == "relative":
-            return mixing.sigmoid(), 1.0
-        level = peak + mixing * (LOG_STEP * LOG2E)
-        # The larger of the two is 1 and never overflows; a window with nothing before it must not vanish either.
-        return level.clamp_max(0.0).exp2().masked_fill(past == 0, 1.0), (-level).clamp_max(0.0).exp2()
+    def _fraction(self, window_terms: SoftmaxTerms, past_terms: Terms) -> Tensor:
+        numerator, denominator, peak = window_terms
+        gamma = self._gamma(peak.dtype)
+        if self.is_absolute:
+            near, far = (factor[..., None] for factor in absolute_factors(gamma, peak[..., 0]))
+            past_terms = far * past_terms[0], far * past_terms[1]
+        else:
+            near = gamma[:, None, None]
+        return divide(near * numerator + past_terms[0], near * denominator + past_terms[1])
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether softmax terms are taken as they are."""
+        return self.options.window_terms == "absolute"
+
+    def _gamma(self, dtype: torch.dtype) -> Tensor:
+        """`[num_heads]`: γ, or its logarithm to base 2 where window terms are absolute."""
+        mixing = self.mixing.to(dtype)
+        return mixing * (LOG_STEP * LOG2E) if self.is_absolute else mixing.sigmoid()
 
 
 def _part(valid: Tensor | None, start: int, stop: int) -> Tensor | None:

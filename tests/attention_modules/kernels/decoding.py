@@ -177,13 +177,15 @@ SCENES = [from_nothing, in_place, mixed_lengths, rows_move, drafts, starts_again
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "window-5": ("lolcats", {"window": 5, "feature_dim": 20}),
     "window-1": ("lolcats", {"window": 1, "state_per": "kv_head"}),
+    "window-4-absolute": ("lolcats", {"window": 4, "window_terms": "absolute"}),
     "window-64": ("lolcats", {"window": 64}),
     "elu": ("lolcats", {"window": 3, "feature_map": "elu"}),
     "hedgehog": ("hedgehog", {}),
     "linear": ("linear", {"normalizer": False}),
 }
 # Interpreted kernels take seconds.
-INTERPRETED = {"window-5": SCENES[1:], "window-1": [mixed_lengths], "window-64": [from_nothing]}
+INTERPRETED = {"window-5": SCENES[1:], "window-64": [from_nothing]}
+INTERPRETED |= {setting: [mixed_lengths] for setting in ("window-1", "window-4-absolute")}
 CASES: dict[str, tuple[Callable[[Conversation], None], str, str]] = {
     f"{scene.__name__}-{setting}-{implementation}": (scene, setting, implementation)
     for scene in SCENES

@@ -9,6 +9,7 @@ from torch import Tensor
 from attnconv.attention_modules import Geometry, create
 from attnconv.attention_modules.kernels.fused import hedgehog_window_linear
 from attnconv.attention_modules.kernels.hybrid import hybrid_window_linear
+from attnconv.attention_modules.linear.lolcats import LOG_STEP
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,21 @@ class Hybrid:
     chunk: int = 16
     dtype: torch.dtype = torch.float32
     fused: bool = False
+    absolute: bool = False
 
     def run(self) -> dict[str, float]:
         torch.manual_seed(self.length)
         geometry = Geometry(*self.heads, *self.dims)
-        module = create("lolcats", geometry, window=self.window, state_per=self.state_per).double()
+        options = {"window": self.window, "state_per": self.state_per}
+        options |= {"window_terms": "absolute"} if self.absolute else {}
+        module = create("lolcats", geometry, **options).double()
         num_keys = self.length + self.past
         inputs = {
             "query": torch.randn(self.batch, self.heads[0], self.length, self.dims[0]),
             "key": torch.randn(self.batch, self.heads[1], num_keys, self.dims[0]),
             "value": torch.randn(self.batch, self.heads[1], num_keys, self.dims[1]),
-            "mixing": torch.randn(self.heads[0]),
+            # The logarithm of γ where terms are absolute: they range from next to nothing to nearly everything.
+            "mixing": torch.randn(self.heads[0]) * (5.0 if self.absolute else 1.0),
         }
         for name, features in (("query", module.query_map), ("key", module.key_map)):
             inputs[f"{name}_weight"] = features.weight.detach() + 0.3 * torch.randn_like(features.weight)
@@ -52,7 +57,7 @@ class Hybrid:
         def attend(x: Inputs) -> dict[str, Tensor]:
             sums, norm = x.get("sums"), x.get("norm")
             memory = {} if sums is None or norm is None else {"key_values": sums, "normalizer": norm}
-            weights = {"mixing": x["mixing"]}
+            weights = {"mixing": x["mixing"] / (LOG_STEP if self.absolute else 1.0)}
             weights |= {f"{name}_map.weight": x[f"{name}_weight"] for name in ("query", "key")}
 
             def call(_: Tensor) -> Tensor:
@@ -66,9 +71,10 @@ class Hybrid:
                 return function(
                     *tensors,
                     *maps,
-                    module.mixing.sigmoid(),
+                    module._gamma(torch.float32),
                     scaling=0.3,
                     window=self.window,
+                    absolute=self.absolute,
                     start=start,
                     memory=None if sums is None or norm is None else (sums, norm),
                     chunk=self.chunk,
@@ -96,6 +102,11 @@ CASES: dict[str, Case] = {
     "module-lolcats-long-window": Module("lolcats", options=(("window", 64), ("state_per", "kv_head"))).run,
     "hybrid-features-512": Hybrid(heads=(1, 1), length=18, dims=(256, 16), window=5).run,
     "fused-columns-in-parts": Hybrid(heads=(1, 1), length=35, dims=(40, 24), window=9, fused=True).run,
+    "hybrid-absolute": Hybrid(batch=2, past=6, window=7, memory=True, padded=True, absolute=True).run,
+    "fused-absolute": Hybrid(batch=2, past=6, window=7, memory=True, padded=True, absolute=True, fused=True).run,
+    "module-lolcats-absolute": Module("lolcats", options=(("window", 8), ("window_terms", "absolute"))).run,
+    "hybrid-absolute-bf16": Hybrid(length=33, memory=True, absolute=True, dtype=torch.bfloat16).run,
+    "fused-absolute-bf16": Hybrid(length=33, absolute=True, dtype=torch.bfloat16, fused=True).run,
     "hybrid-bf16": Hybrid(length=33, dtype=torch.bfloat16).run,
     "hybrid-memory-bf16": Hybrid(batch=2, length=45, window=12, memory=True, padded=True, dtype=torch.bfloat16).run,
     "fused-bf16": Hybrid(length=33, dtype=torch.bfloat16, fused=True).run,
