@@ -1,0 +1,130 @@
+"""What must hold for the states of every method that has one."""
+
+import pytest
+import torch
+from invariants import (
+    HIDDEN_SIZE,
+    Row,
+    attend,
+    build,
+    causal_rows,
+    close,
+    part,
+    tokens,
+    with_and_without_gradients,
+)
+
+from attnconv.attention_modules import Geometry
+
+
+@with_and_without_gradients
+@causal_rows
+@pytest.mark.parametrize("implementation", ["naive", "torch"])
+@pytest.mark.parametrize("cuts", [[1] * 90, [7] * 13, [63, 1, 26], [90]], ids=["tokens", "sevens", "mixed", "one"])
+def test_prefill_chunks_and_decode_agree(row: Row, implementation: str, cuts: list[int]) -> None:
+    inputs = tokens(90)
+    module = build(row, implementation=implementation)
+    state, outs, start = module.new_state(), [], 0
+    for cut in cuts:
+        outs.append(attend(module, part(inputs, start, start + cut), state=state))
+        start += cut
+    close(torch.cat(outs, 2), attend(module, inputs))
+    assert state.seen == 90
+
+
+@with_and_without_gradients
+@causal_rows
+def test_padding_is_absent_with_a_state(row: Row) -> None:
+    """Turns of a batched conversation: padding left of, behind and between the turns, then decoding."""
+    module, turns = build(row), [(12, [5, 12, 9]), (20, [20, 3, 11]), (1, [1, 1, 1]), (1, [1, 1, 1]), (9, [2, 9, 0])]
+    state, outs, masks, all_inputs = module.new_state(), [], [], []
+    for turn, (length, lengths) in enumerate(turns):
+        mask = torch.stack([torch.arange(length) >= length - n for n in lengths])
+        if turn == 1:
+            mask = mask.flip(1)
+        inputs = tokens(length, batch=3, seed=turn)
+        outs.append(attend(module, inputs, padding_mask=mask, state=state))
+        masks.append(mask)
+        all_inputs.append(inputs)
+    mask, out = torch.cat(masks, 1), torch.cat(outs, 2)
+    joined = {name: torch.cat([i[name] for i in all_inputs], 2) for name in all_inputs[0]}
+    for b in range(3):
+        alone = {name: t[b : b + 1, :, mask[b]] for name, t in joined.items()}
+        close(out[b : b + 1, :, mask[b]], attend(module, alone))
+
+
+@with_and_without_gradients
+@causal_rows
+def test_state_reorder_repeat_reset(row: Row) -> None:
+    module, inputs = build(row), tokens(50)
+    whole = attend(module, inputs)
+    state = module.new_state()
+    attend(module, part(inputs, 0, 40), state=state)
+    state.reorder(torch.tensor([1, 0, 1]))
+    state.repeat(2)
+    rest = {name: t[[1, 1, 0, 0, 1, 1]] for name, t in part(inputs, 40, 50).items()}
+    close(attend(module, rest, state=state), whole[[1, 1, 0, 0, 1, 1], :, 40:])
+    state.reset()
+    assert state.seen == 0
+    assert state.nbytes == 0
+    close(attend(module, inputs, state=state), whole)
+
+
+@with_and_without_gradients
+@causal_rows
+def test_state_crop_is_exact(row: Row) -> None:
+    """Drafted tokens are taken back, as assisted decoding does."""
+    module, inputs, drafts = build(row), tokens(60), tokens(9, seed=5)
+    whole = attend(module, inputs)
+    state = module.new_state()
+    state.record_past = True
+    attend(module, part(inputs, 0, 20), state=state)
+    for start in range(20, 60, 4):
+        attend(module, drafts, state=state)
+        state.crop(9)
+        close(attend(module, part(inputs, start, start + 4), state=state), whole[:, :, start : start + 4])
+    assert state.seen == 60
+
+
+@causal_rows
+def test_state_crop_refuses_what_is_folded(row: Row) -> None:
+    module, state = build(row), build(row).new_state()
+    attend(module, tokens(100), state=state)
+    if module.tail_tokens is None:
+        state.crop(99)
+        assert state.seen == 1
+    else:
+        with pytest.raises(ValueError, match="record_past"):
+            state.crop(99)
+
+
+@causal_rows
+def test_state_size(row: Row) -> None:
+    module = build(row).float()
+    sizes = []
+    for length in (200, 400):
+        state = module.new_state()
+        attend(module, {name: t.float() for name, t in tokens(length, batch=1).items()}, state=state)
+        sizes.append(state.nbytes)
+        expected = module.state_bytes(1, length, torch.float32)
+        # The validity and position of each token held are the only extra.
+        assert expected <= state.nbytes <= expected + 9 * state.tail_length + 16
+    assert (sizes[0] == sizes[1]) == module.is_recurrent
+    state.map(lambda t: t.to("meta"))
+    assert state.nbytes == sizes[1]
+
+
+@with_and_without_gradients
+@causal_rows
+def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
+    """2,048 decoded tokens do not drift away from the prefill."""
+    geometry = Geometry(2, 1, 16, 16, hidden_size=HIDDEN_SIZE)
+    module = build(row, geometry).bfloat16()
+    inputs = {name: t.bfloat16() for name, t in tokens(2048, geometry, batch=1).items()}
+    state, outs = module.new_state(), []
+    attend(module, part(inputs, 0, 2000), state=state)
+    for t in range(2000, 2048):
+        outs.append(attend(module, part(inputs, t, t + 1), state=state))
+    assert all(tensor.dtype in (torch.float32, torch.bool) or tensor.ndim == 4 for tensor in state.memory.values())
+    expected = attend(module, inputs)[:, :, 2000:]
+    assert (torch.cat(outs, 2).float() - expected.float()).abs().max() < 2e-2
