@@ -49,7 +49,8 @@ def chunk_linear_torch(
     keys = key.to(dtype).repeat_interleave(state_heads // key.shape[1], 1)
     # A last column of ones makes the denominator one more column of the numerator.
     values = F.pad(value.to(dtype), (0, 1), value=1.0).repeat_interleave(state_heads // value.shape[1], 1)
-    decay = keys.new_zeros(*keys.shape[:3], 1) if gates is None else gates.to(dtype).view(*gates.shape[:3], -1)
+    decay = keys.new_zeros(*keys.shape[:3], 1) if gates is None else gates.to(dtype)
+    decay = decay if decay.dim() == 4 else decay[..., None]
     state = keys.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
     if memory is not None:
         state = torch.cat([memory[0], memory[1][..., None]], -1).to(dtype)
