@@ -3,7 +3,10 @@
     python benchmarks/smollm2_lolcats.py --model models/smollm2-135m-instruct
 
 61,440 tokens of attention transfer and 30,720 of LoRA on Wikipedia paragraphs, window 64, length 512, bf16; measured
-on WikiText-2 valid (detokenised), first 5,120 tokens, context 1,024.
+on WikiText-2 valid (detokenised), first 5,120 tokens, context 1,024. The same tokens spent as `lolcats-plus` does best:
+
+    python benchmarks/smollm2_lolcats.py --recipe lolcats-plus --set attention.0.options.window=48 \
+        --set stages.0.tokens=20480 --set stages.1.tokens=71680 --set stages.1.sequence_length=1024
 """
 
 import json
@@ -63,6 +66,7 @@ def main() -> None:
             "teacher": measured["base"],
             "converted": measured["model"],
             "stages": receipt.get("metrics"),
+            "linear_path_use": receipt.get("linear_path_use"),
             "conversion_seconds": conversion.seconds,
             "peak_bytes": conversion.peak_bytes,
         },
