@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from .calls import check_shapes, exact_tokens, layer_input
 from .geometry import Geometry
 from .padding import restore_tokens, right_align_order, take_tokens
 from .state import AttentionState, Tail
@@ -250,7 +251,7 @@ class AttentionModule(nn.Module, ABC):
         finish: bool,
     ) -> Tensor:
         """`forward`, with or without what follows the mixing of values."""
-        self._check_shapes(query, key, value, padding_mask, state)
+        check_shapes(self.geometry, query, key, value, padding_mask, state)
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
         order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:
@@ -261,7 +262,7 @@ class AttentionModule(nn.Module, ABC):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
             out = None if state is None else self._decode(query, key, value, padding_mask, scaling, state, dtype)
             if out is None:
-                tail = _tail(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
+                tail = exact_tokens(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
                 out = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
                 if state is not None:
                     self._forget(state, dtype)
@@ -309,18 +310,11 @@ class AttentionModule(nn.Module, ABC):
     def _layer_input(
         self, query: Tensor, key: Tensor, hidden_states: Tensor | None, valid: Tensor | None, dtype: torch.dtype
     ) -> Tensor | None:
-        """The layer's input in the dtype of the maths and without padding, if the method reads it."""
+        """The layer's input as the maths wants it, if the method reads it."""
         if not self.reads_hidden_states:
             return None
-        expected = (query.shape[0], query.shape[2], self.geometry.hidden_size)
-        given = None if hidden_states is None else tuple(hidden_states.shape)
-        if hidden_states is None or given != expected or key.shape[2] != query.shape[2]:
-            raise ValueError(
-                f"{self.name!r} reads the layer's input: hidden_states must have shape {expected} and belong to all "
-                f"{key.shape[2]} keys, but it is {given}"
-            )
-        hidden_states = hidden_states.to(dtype)
-        return hidden_states if valid is None else hidden_states.masked_fill(~valid[..., None], 0.0)
+        shape = query.shape[0], query.shape[2], self.geometry.hidden_size
+        return layer_input(self.name, hidden_states, shape, key.shape[2], valid, dtype)
 
     def attention_weights(
         self,
@@ -383,40 +377,6 @@ class AttentionModule(nn.Module, ABC):
             absorb: Callable[..., Memory] = self.absorb
             state.memory = absorb(state.memory, keys.to(dtype), values.to(dtype), valid, **signals)
 
-    def _check_shapes(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, state: AttentionState | None
-    ) -> None:
-        geometry = self.geometry
-        batch, _, length, _ = query.shape
-        seq = key.shape[2]
-        expected = {
-            "query": (query, (batch, geometry.num_heads, length, geometry.head_dim)),
-            "key": (key, (batch, geometry.num_kv_heads, seq, geometry.head_dim)),
-            "value": (value, (batch, geometry.num_kv_heads, seq, geometry.value_dim)),
-        }
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this layer needs {shape}")
-        if padding_mask is not None and tuple(padding_mask.shape) != (batch, seq):
-            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}, but this call needs {(batch, seq)}")
-        if seq < length or (seq != length and (state is not None or not geometry.causal)):
-            raise ValueError(f"{seq} keys do not fit {length} queries")
-        if state is not None and not geometry.causal:
-            raise ValueError("a bidirectional layer has no state")
-
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.options!r}, implementation={self.implementation!r}"
-
-
-def _tail(
-    key: Tensor, value: Tensor, padding_mask: Tensor | None, state: AttentionState | None, signals: Memory
-) -> Tail:
-    """The tokens that are there exactly, old and new, with padding before the real ones."""
-    if state is not None:
-        return state.append(key, value, padding_mask, signals)
-    if padding_mask is None:
-        return key, value, None, signals
-    order = right_align_order(padding_mask)
-    aligned = {name: take_tokens(t, order) for name, t in signals.items()}
-    return take_tokens(key, order), take_tokens(value, order), padding_mask.gather(1, order), aligned

@@ -265,15 +265,14 @@ def hybrid_gradients(
     inverse = torch.where(mass == 0, 0.0, 1 / mass)[..., None]
     exact = out.float() + rest.float() if rest.numel() else out.float()
 
-    def sides(factor: Tensor | float) -> Terms:
-        d_above = (d_out.float() * inverse * factor).to(state_dtype(query.dtype))
+    def sides(factor: Tensor | None) -> Terms:
+        d_above = d_out.float() * (inverse if factor is None else inverse * factor[..., None])
+        d_above = d_above.to(state_dtype(query.dtype))
         return d_above, -(d_above.float() * exact).sum(-1)
 
-    near, far, share = 1.0, 1.0, gamma
-    if absolute:
-        near, far = (factor[..., None] for factor in absolute_factors(gamma, peak))
-        # What no term is relative to gets no gradient.
-        share, best = torch.ones_like(gamma), torch.full_like(best, -1)
+    near, far = absolute_factors(gamma, peak) if absolute else (None, None)
+    # The factor on absolute terms is among those of the rows, and what no term is relative to gets no gradient.
+    share, best = (torch.ones_like(gamma), torch.full_like(best, -1)) if absolute else (gamma, best)
     d_query, d_key, d_value, response = window_gradients(
         query, key, value, share, start, *sides(near), peak, best, scaling, window, chunk
     )
