@@ -1,43 +1,23 @@
 """The Triton kernels against float64 oracles, interpreted on the CPU; and who is told what when they cannot run."""
 
-import functools
-import json
 import logging
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted_cases import cases_of, check
 
 pytest.importorskip("triton")
 
 from attnconv.attention_modules.kernels import selection
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
 
-SCRIPTS = [Path(__file__).with_name(f"interpreted{suffix}.py") for suffix in ("", "_states")]
-CASES = [
-    (script, case)
-    for script in SCRIPTS
-    for case in re.findall(r'^    "([\w-]+)":', script.read_text(encoding="utf-8"), re.MULTILINE)
-]
+SCRIPT = Path(__file__).with_name("interpreted.py")
 
 
-@functools.cache
-def measured(script: Path) -> dict[str, dict[str, float]]:
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize(("script", "case"), CASES, ids=[case for _, case in CASES])
-def test_outputs_and_gradients(script: Path, case: str) -> None:
-    tolerance = {"bf16": 2e-2, "fp16": 2e-3}.get(case.rsplit("-")[-1], 2e-5)
-    found = measured(script)[case]
-    assert found
-    assert {name: error for name, error in found.items() if not error < tolerance} == {}
+@pytest.mark.parametrize("case", cases_of(SCRIPT))
+def test_outputs_and_gradients(case: str) -> None:
+    check(SCRIPT, case)
 
 
 def tensors(dtype: torch.dtype = torch.float32, features: int = 16) -> tuple[torch.Tensor, ...]:
