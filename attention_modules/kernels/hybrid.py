@@ -270,16 +270,20 @@ def hybrid_gradients(
         d_above = d_above.to(state_dtype(query.dtype))
         return d_above, -(d_above.float() * exact).sum(-1)
 
-    near, far = absolute_factors(gamma, peak) if absolute else (None, None)
-    # The factor on absolute terms is among those of the rows, and what no term is relative to gets no gradient.
-    share, best = (torch.ones_like(gamma), torch.full_like(best, -1)) if absolute else (gamma, best)
+    share = gamma
+    if absolute:
+        window_sides, past_sides = (sides(factor) for factor in absolute_factors(gamma, peak))
+        # γ is among the rows' factors, and what no term is relative to gets no gradient.
+        share, best = torch.ones_like(gamma), torch.full_like(best, -1)
+    else:
+        window_sides = past_sides = sides(None)
     d_query, d_key, d_value, response = window_gradients(
-        query, key, value, share, start, *sides(near), peak, best, scaling, window, chunk
+        query, key, value, share, start, *window_sides, peak, best, scaling, window, chunk
     )
     d_gamma = response.sum((0, 2)) * (math.log(2) if absolute else 1.0)
     shift = key.shape[2] - query.shape[2] - window
     d_query_features, d_key_features, d_past_value, d_sums, d_norm = chunk_gradients(
-        query_features, key_features, value, None, start, sums, norm, *sides(far), None, None, shift, chunk
+        query_features, key_features, value, None, start, sums, norm, *past_sides, None, None, shift, chunk
     )
     d_value = d_value + shared(d_past_value, value.shape[1])
     d_memory = (None, None) if sums is None else (d_sums, d_norm)
