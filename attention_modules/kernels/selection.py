@@ -85,3 +85,9 @@ def use_triton(implementation: str, problem: str | None, device: torch.device) -
         _said.add(problem)
         logger.warning("attention falls back to torch: %s", problem)
     return problem is None
+
+
+def use_chunks(implementation: str, problem: str | None, query: Tensor) -> bool:
+    """As `use_triton`, for kernels that take chunks: one token `[batch, heads, 1, dim]` is not worth one unasked."""
+    asked = implementation == "triton" or query.shape[2] > 1
+    return asked and use_triton(implementation, problem, query.device)

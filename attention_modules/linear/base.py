@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
-from ..kernels.selection import needs_package, problem_with, use_triton
+from ..kernels.selection import needs_package, problem_with, use_chunks
 from ..state import AttentionState
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
@@ -99,9 +99,7 @@ class LinearAttentionModule(AttentionModule):
         problem = problem_with(query, keys, values, dims=dims, features=self.key_map.output_dim)
         if not self.geometry.causal:
             problem = "the layer looks both ways"
-        # One token is not worth a chunk.
-        asked = self.implementation == "triton" or query.shape[2] > 1
-        return asked and use_triton(self.implementation, problem, query.device)
+        return use_chunks(self.implementation, problem, query)
 
     def naive_products(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """φ(q) `[batch, num_heads, T, feature_dim]` and all products φ(q)·φ(k) `[batch, num_heads, T, S]`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
-from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_triton
+from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_chunks
 from ..padding import padding_before
 from ..weights import Statistic
 from .chunked import SEGMENT
@@ -183,9 +183,7 @@ class RecurrentModule(AttentionModule):
         """In chunks in Triton; queries, keys and values keep their dtype, gates and the state are exact."""
         query, keys, values = in_one_dtype(query, keys, values)
         problem = problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
-        # One token is not worth a chunk.
-        asked = self.implementation == "triton" or query.shape[2] > 1
-        if not (asked and use_triton(self.implementation, problem, query.device)):
+        if not use_chunks(self.implementation, problem, query):
             return None
         exact, past = torch.promote_types(query.dtype, torch.float32), keys.shape[2] - query.shape[2]
         if past:
