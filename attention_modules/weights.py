@@ -49,18 +49,20 @@ def response_weights(attend: Callable[[Tensor], Tensor], values: Tensor) -> Tens
     return torch.cat(columns, -1)
 
 
-def share_outside(rows: Iterable[Tensor], window: int, *, causal: bool) -> Tensor:
+def share_outside(rows: Iterable[Tensor], window: int, *, causal: bool, num_sinks: int = 0) -> Tensor:
     """Mass of the weights on keys outside a sliding window, mean over the queries of all rows: `[heads]`.
 
     Args:
         rows: the weights `[heads, T, T]` of each row of a batch.
         window: newest tokens that are inside, the query itself included; when not causal, as many on either side.
         causal: whether keys after the query are hidden.
+        num_sinks: first tokens that count as inside wherever the window stands.
     """
     masses = []
     for weights in rows:
         length = weights.shape[-1]
         inside = window_mask(length, length, window, causal=causal, device=weights.device)
+        inside[:, :num_sinks] = True
         masses.append(weights.masked_fill(inside, 0.0).sum(-1))
     return torch.cat(masses, 1).mean(1)
 

@@ -5,12 +5,13 @@ them before dividing.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .sinks import Sinks
 
 # exp2 of masked logits is twenty times as fast on a CPU as exp of them, so logits are kept in units of log 2.
 LOG2E = math.log2(math.e)
@@ -33,23 +34,6 @@ class SoftmaxTerms(NamedTuple):
     numerator: Tensor
     denominator: Tensor
     peak: Tensor
-
-
-@dataclass(frozen=True)
-class Sinks:
-    """Tokens that stay visible behind the window.
-
-    Attributes:
-        keys: `[batch, num_kv_heads, num_sinks, head_dim]`.
-        values: `[batch, num_kv_heads, num_sinks, value_dim]`.
-        index: `[batch, num_sinks]` key position of each sink, -1 for one that is older than all keys.
-        valid: `[batch, num_sinks]` bool.
-    """
-
-    keys: Tensor
-    values: Tensor
-    index: Tensor
-    valid: Tensor
 
 
 def window_mask(num_queries: int, num_keys: int, window: int, *, causal: bool, device: torch.device) -> Tensor:

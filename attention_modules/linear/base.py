@@ -97,9 +97,12 @@ class LinearAttentionModule(AttentionModule):
         """
         dims = self.geometry.head_dim, self.geometry.value_dim
         problem = problem_with(query, keys, values, dims=dims, features=self.key_map.output_dim)
-        if not self.geometry.causal:
-            problem = "the layer looks both ways"
-        return use_chunks(self.implementation, problem, query)
+        return use_chunks(self.implementation, self.without_kernels or problem, query)
+
+    @property
+    def without_kernels(self) -> str | None:
+        """Why no kernel serves this layer whatever the call, or None."""
+        return None if self.geometry.causal else "the layer looks both ways"
 
     def naive_products(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """φ(q) `[batch, num_heads, T, feature_dim]` and all products φ(q)·φ(k) `[batch, num_heads, T, S]`."""

@@ -16,14 +16,14 @@ from ..weights import Statistic
 from ..window import LOG2E, SoftmaxTerms, softmax_terms
 from .base import divide
 from .chunked import Terms, causal_linear, linear_sums, memory_terms
-from .lolcats import LolcatsAttention, LolcatsOptions
+from .lolcats import HybridOptions, LolcatsAttention
 from .recall import Pool, folding_steps
 
 # Queries handled at a time: each step looks at the cache and at all tokens that leave the window meanwhile.
 CACHE_BLOCK = 32
 
 
-class LolaOptions(LolcatsOptions):
+class LolaOptions(HybridOptions):
     """Options of `lola`.
 
     Attributes:

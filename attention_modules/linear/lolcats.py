@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from ..kernels.hybrid import hybrid_window_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from ..registry import register
+from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
 from ..state import AttentionState
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, SoftmaxTerms, absolute_factors, softmax_terms, window_mask, windowed_softmax
@@ -28,8 +30,8 @@ from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 LOG_STEP = 10.0
 
 
-class LolcatsOptions(LinearOptions):
-    """Options of `lolcats`.
+class HybridOptions(LinearOptions):
+    """Options of a method with softmax terms beside linear ones.
 
     Attributes:
         window: newest tokens attended exactly, itself included; when not causal, as many on either side.
@@ -45,6 +47,18 @@ class LolcatsOptions(LinearOptions):
     window_terms: Literal["relative", "absolute"] = "relative"
 
 
+class LolcatsOptions(HybridOptions):
+    """Options of `lolcats`.
+
+    Attributes:
+        num_sinks: first tokens of the sequence that keep their softmax terms for ever instead of becoming linear ones.
+            Many heads rest on the first token: exact, it leaves the feature maps a far easier task. 0 as published;
+            Triton kernels serve 0 only.
+    """
+
+    num_sinks: int = Field(0, ge=0)
+
+
 @register(
     name="lolcats",
     options=LolcatsOptions,
@@ -53,6 +67,8 @@ class LolcatsOptions(LinearOptions):
 )
 class LolcatsAttention(LinearAttentionModule):
     """Sliding form: softmax terms of the window W (the last w tokens) and linear terms of all tokens P before it.
+
+    With `num_sinks` the first tokens count as part of W wherever it stands (https://arxiv.org/abs/2309.17453).
 
     `y_i = [γ Σ_W e^{s q·k - c_i} v + Σ_P φ(q)·φ(k) v] / [γ Σ_W e^{s q·k - c_i} + Σ_P φ(q)·φ(k)]`, `c_i` = max over W,
     or 0 with absolute window terms.
@@ -63,11 +79,12 @@ class LolcatsAttention(LinearAttentionModule):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch", "triton")
     paths: ClassVar[tuple[str, ...]] = ("window", "linear")
 
-    options: LolcatsOptions
+    options: HybridOptions
 
-    def __init__(self, geometry: Geometry, options: LolcatsOptions, implementation: str = "auto") -> None:
+    def __init__(self, geometry: Geometry, options: HybridOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)
         self.window = options.window
+        self.num_sinks = options.num_sinks if isinstance(options, LolcatsOptions) else 0
         self.mixing = nn.Parameter(torch.empty(geometry.num_heads))
         self._reset_mixing()
 
@@ -86,6 +103,17 @@ class LolcatsAttention(LinearAttentionModule):
         """With the next token these fill the window."""
         return self.window - 1
 
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Running sums, and the sinks."""
+        sinks = sink_shapes(self.geometry, self.num_sinks) if self.num_sinks else {}
+        return {**super().memory_shapes(), **sinks}
+
+    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+        """Keep the sinks, add other tokens to the running sums."""
+        sums, sinks, far = self._without_sinks(memory, keys, values, valid)
+        sums = super().absorb(sums, keys, values, far)
+        return sums if sinks is None else {**sums, **sinks.to_memory()}
+
     def attend_naive(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Tensor:
@@ -93,14 +121,19 @@ class LolcatsAttention(LinearAttentionModule):
         keys_repeated, values_repeated = self.repeat_values(keys), self.repeat_values(values)
         num_queries, num_keys = query.shape[2], keys.shape[2]
         inside = window_mask(num_queries, num_keys, self.window, causal=self.geometry.causal, device=query.device)
-        before = ~inside
+        exact = inside | sink_tokens(self.num_sinks, memory, keys, valid)[:, None, None, :]
+        before = ~exact
         if self.geometry.causal:
-            before = before & causal_mask(num_queries, num_keys, query.device)
-        visible = inside if valid is None else inside & valid[:, None, None, :]
-        logits = query @ keys_repeated.transpose(-1, -2) * (scaling * LOG2E)
-        window_terms = softmax_terms(logits, visible, values_repeated)
+            behind = causal_mask(num_queries, num_keys, query.device)
+            exact, before = exact & behind, before & behind
+        visible = exact & real_tokens(keys, valid)[:, None, None, :]
         features, weights = self.naive_products(query, keys, valid)
         weights = weights.masked_fill(~before, 0.0)
+        seen = keys_repeated, values_repeated, visible
+        if memory and self.num_sinks:
+            seen = self._naive_sinks(memory, *seen)
+        logits = query @ seen[0].transpose(-1, -2) * (scaling * LOG2E)
+        window_terms = softmax_terms(logits, seen[2], seen[1])
         past_terms = weights @ values_repeated, weights.sum(-1, keepdim=True)
         if memory:
             remembered = memory_terms(features, memory)
@@ -111,16 +144,17 @@ class LolcatsAttention(LinearAttentionModule):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Tensor:
         """Both terms in blocks, a segment of queries at a time."""
+        memory, sinks, far = self._without_sinks(memory, keys, values, valid)
         if not self.geometry.causal:
             window_terms = windowed_softmax(
-                query, keys, values, valid, scaling=scaling, window=self.window, causal=False
+                query, keys, values, valid, scaling=scaling, window=self.window, causal=False, sinks=sinks
             )
-            return self._mix(window_terms, self._outside_window(query, keys, values, valid))
+            return self._mix(window_terms, self._outside_window(query, keys, values, far))
         offset = keys.shape[2] - query.shape[2]
         # Tokens that are out of the window of even the first query.
         gone = max(offset - self.window, 0)
         if gone:
-            memory = self.absorb(memory, keys[:, :, :gone], values[:, :, :gone], _part(valid, 0, gone))
+            memory = super().absorb(memory, keys[:, :, :gone], values[:, :, :gone], _part(far, 0, gone))
         outs = []
         for start in range(0, query.shape[2], SEGMENT):
             part = query[:, :, start : start + SEGMENT]
@@ -134,8 +168,9 @@ class LolcatsAttention(LinearAttentionModule):
                 scaling=scaling,
                 window=self.window,
                 causal=True,
+                sinks=sinks and replace(sinks, index=sinks.index - near.start),
             )
-            terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], valid, memory)
+            terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], far, memory)
             outs.append(self._mix(window_terms, terms))
         return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
@@ -148,12 +183,25 @@ class LolcatsAttention(LinearAttentionModule):
         memory = self.memory_of(state, query)
         rows = (query * (scaling * LOG2E)).unflatten(1, (key.shape[1], -1)).squeeze(3)
         logits = rows @ ring.keys.to(query.dtype).transpose(-1, -2)
-        terms = softmax_terms(logits, ring.filled[:, None, None], ring.values.to(query.dtype))
+        near, visible = ring.values.to(query.dtype), ring.filled
+        if self.num_sinks:
+            logits = torch.cat([rows @ memory["sink_keys"].transpose(-1, -2), logits], -1)
+            near = torch.cat([memory["sink_values"], near], 2)
+            visible = torch.cat([filled_sinks(memory), visible], 1)
+        terms = softmax_terms(logits, visible[:, None, None], near)
         window_terms = SoftmaxTerms(*(term.flatten(1, 2).unsqueeze(2) for term in terms))
         out = self._mix(window_terms, memory_terms(self.query_map(query), memory))
         keys, values, leaves = ring.leaving(valid)
         self.absorb_in_place(memory, keys.to(query.dtype), values.to(query.dtype), leaves)
         return out
+
+    def absorb_in_place(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        """Add one token of every row to the sinks or to the running sums."""
+        _, sinks, far = self._without_sinks(memory, keys, values, valid)
+        super().absorb_in_place(memory, keys, values, far)
+        if sinks is not None:
+            for name, tensor in sinks.to_memory().items():
+                memory[name].copy_(tensor)
 
     @needs_package
     def decode_triton(
@@ -161,7 +209,7 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Tensor | None:
         """One launch, with the published map inside."""
         is_wanted = self.implementation == "triton" or query.device.type == "cuda"
-        if not is_wanted or self.query_map.name != "hedgehog":
+        if not is_wanted or self.query_map.name != "hedgehog" or self.num_sinks:
             return None
         query, key, value = in_one_dtype(query, key, value)
         maps = self.query_map.weight, self.key_map.weight
@@ -223,10 +271,35 @@ class LolcatsAttention(LinearAttentionModule):
     ) -> Mapping[str, Statistic]:
         """How much of what the heads look at goes through the linear path."""
         rows = self.weights_by_row(query, key, scaling=scaling, padding_mask=padding_mask)
-        outside = share_outside(rows, self.window, causal=self.geometry.causal)
+        causal, num_sinks = self.geometry.causal, self.num_sinks
+        outside = share_outside(rows, self.window, causal=causal, num_sinks=num_sinks)
         meaning = "share of the normaliser's mass that goes through the linear path, mean over queries"
         share = Statistic("linear share", meaning, "head", "percent", outside)
         return {share.name: share}
+
+    @property
+    def without_kernels(self) -> str | None:
+        """As for every linear method, and with sinks."""
+        return super().without_kernels or ("sinks are kept beside the window" if self.num_sinks else None)
+
+    def _without_sinks(
+        self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None
+    ) -> tuple[Memory, Sinks | None, Tensor | None]:
+        """The running sums of a memory, the sinks of memory and keys, and `[batch, S]`: which keys become linear."""
+        if not self.num_sinks:
+            return memory, None, valid
+        sums = {name: memory[name] for name in super().memory_shapes()} if memory else {}
+        far = real_tokens(keys, valid) & ~sink_tokens(self.num_sinks, memory, keys, valid)
+        return sums, first_tokens(self.num_sinks, memory, keys, values, valid), far
+
+    def _naive_sinks(
+        self, memory: Memory, keys: Tensor, values: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all heads, and what of them is visible, with the sinks of a memory before them."""
+        keys = torch.cat([self.repeat_values(memory["sink_keys"]), keys], 2)
+        values = torch.cat([self.repeat_values(memory["sink_values"]), values], 2)
+        filled = filled_sinks(memory)[:, None, None].expand(-1, -1, visible.shape[2], -1)
+        return keys, values, torch.cat([filled, visible.expand(len(filled), -1, -1, -1)], -1)
 
     def _before_window(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, memory: Memory

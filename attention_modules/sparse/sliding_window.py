@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..base import AttentionModule, AttentionOptions, Memory
 from ..registry import register
+from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
 from ..weights import Statistic, share_outside
-from ..window import LOG2E, Sinks, softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 
 
 class SlidingWindowOptions(AttentionOptions):
@@ -44,17 +45,13 @@ class SlidingWindowAttention(AttentionModule):
         return self.options.window - 1
 
     def memory_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Keys and values of the sinks."""
-        geometry, sinks = self.geometry, self.options.num_sinks
-        heads = geometry.num_kv_heads
-        return {"sink_keys": (heads, sinks, geometry.head_dim), "sink_values": (heads, sinks, geometry.value_dim)}
+        """The sinks."""
+        return sink_shapes(self.geometry, self.options.num_sinks) if self.options.num_sinks else {}
 
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
         """Keep the first real tokens, let the rest go."""
-        if not self.options.num_sinks:
-            return memory
         sinks = self._sinks(memory, keys, values, valid)
-        return {"sink_keys": sinks.keys, "sink_values": sinks.values, "sink_valid": sinks.valid}
+        return memory if sinks is None else sinks.to_memory()
 
     def statistics(
         self,
@@ -78,18 +75,15 @@ class SlidingWindowAttention(AttentionModule):
         """All weights written out."""
         num_queries, num_keys = query.shape[2], keys.shape[2]
         causal, groups = self.geometry.causal, self.geometry.num_groups
-        real = torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
-        remembered = memory["sink_valid"] if memory else real[:, :0]
-        rank = remembered.sum(-1, keepdim=True) + real.cumsum(-1) - 1
         visible = window_mask(num_queries, num_keys, self.options.window, causal=causal, device=query.device)
-        sink_columns = (rank < self.options.num_sinks)[:, None, :]
+        sink_columns = sink_tokens(self.options.num_sinks, memory, keys, valid)[:, None, :]
         if causal:
             sink_columns = sink_columns & window_mask(num_queries, num_keys, num_keys, causal=True, device=query.device)
-        visible = (visible | sink_columns) & real[:, None, :]
+        visible = (visible | sink_columns) & real_tokens(keys, valid)[:, None, :]
         if memory:
             keys = torch.cat([memory["sink_keys"], keys], 2)
             values = torch.cat([memory["sink_values"], values], 2)
-            visible = torch.cat([remembered[:, None, :].expand(-1, num_queries, -1), visible], -1)
+            visible = torch.cat([filled_sinks(memory)[:, None, :].expand(-1, num_queries, -1), visible], -1)
         logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling * LOG2E)
         numerator, denominator, _ = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
@@ -106,27 +100,11 @@ class SlidingWindowAttention(AttentionModule):
             scaling=scaling,
             window=self.options.window,
             causal=self.geometry.causal,
-            sinks=self._sinks(memory, keys, values, valid) if self.options.num_sinks else None,
+            sinks=self._sinks(memory, keys, values, valid),
         )
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
 
-    def _sinks(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Sinks:
-        """The first `num_sinks` real tokens of memory and keys together."""
-        batch, _, num_keys, _ = keys.shape
-        real = torch.ones(batch, num_keys, dtype=torch.bool, device=keys.device) if valid is None else valid
-        index = torch.arange(num_keys, device=keys.device).expand(batch, -1)
-        if memory:
-            keys = torch.cat([memory["sink_keys"], keys], 2)
-            values = torch.cat([memory["sink_values"], values], 2)
-            real = torch.cat([memory["sink_valid"], real], 1)
-            # Older than every key: outside of all windows to come.
-            index = torch.cat([torch.full_like(memory["sink_valid"], -num_keys, dtype=index.dtype), index], 1)
-        wanted = min(self.options.num_sinks, real.shape[1])
-        first = torch.argsort((~real).to(torch.uint8), dim=-1, stable=True)[:, :wanted]
-        column = first[:, None, :, None]
-        return Sinks(
-            keys=keys.gather(2, column.expand(-1, keys.shape[1], -1, keys.shape[-1])),
-            values=values.gather(2, column.expand(-1, values.shape[1], -1, values.shape[-1])),
-            index=index.gather(1, first),
-            valid=real.gather(1, first),
-        )
+    def _sinks(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Sinks | None:
+        """Those of memory and keys together; None where the method keeps none."""
+        sinks = self.options.num_sinks
+        return first_tokens(sinks, memory, keys, values, valid) if sinks else None

@@ -162,7 +162,7 @@ def test_it_refuses_to_look_both_ways() -> None:
 
 def test_the_recipe_heals_as_lolcats_plus_does_and_its_weights_serve_both(tmp_path) -> None:
     lola, plus = load_recipe("lola"), load_recipe("lolcats-plus")
-    assert set(lola.attention[0].options) == {*plus.attention[0].options, "cache_size"}
+    assert {*lola.attention[0].options, "num_sinks"} == {*plus.attention[0].options, "cache_size"}
     stages = [
         {"kind": "attention_transfer", "steps": 3, "sequence_length": 48, "learning_rate": 0.01},
         {"kind": "lora", "steps": 2, "sequence_length": 48, "learning_rate": 0.001, "rank": 2, "train_cores": True},

@@ -45,6 +45,7 @@ print(json.dumps([step(length) for length in (4096, 16384)]))
         ("hedgehog", {}),
         ("lightning", {}),
         ("lolcats", {"window": 64}),
+        ("lolcats", {"window": 64, "num_sinks": 1}),
         ("sliding_window", {"window": 64, "num_sinks": 4}),
     ],
 )

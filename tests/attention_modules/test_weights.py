@@ -17,6 +17,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("hedgehog", {}),
     ("lolcats", {"window": 5}),
     ("lolcats", {"window": 5, "state_per": "kv_head"}),
+    ("lolcats", {"window": 5, "num_sinks": 2}),
     ("linear", {"feature_map": "taylor", "feature_dim": 5}),
     ("linear", {"feature_map": "elu", "projection": "none", "state_per": "kv_head"}),
 ]

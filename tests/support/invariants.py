@@ -53,6 +53,8 @@ ROWS = [
     Row("lolcats", {"window": 9, "feature_map": "exp", "state_per": "kv_head"}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "feature_map": "taylor", "feature_dim": 5}, degenerate=WIDE),
     Row("lolcats", {"window": 9, "window_terms": "absolute", "mixing": 0.01}, degenerate=WIDE),
+    Row("lolcats", {"window": 5, "num_sinks": 3}, degenerate=WIDE),
+    Row("lolcats", {"window": 9, "num_sinks": 2, "window_terms": "absolute", "state_per": "kv_head"}, degenerate=WIDE),
     Row("lola", {"window": 5, "cache_size": 3}, degenerate=WIDE, bidirectional=False),
     Row(
         "lola",
