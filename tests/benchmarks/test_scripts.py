@@ -17,6 +17,7 @@ SCRIPTS = [
     "method_table",
     "multiple_choice_check",
     "smollm2_lolcats",
+    "smollm2_passkeys",
     "stream_memory",
     "transfer_speed",
 ]
