@@ -21,7 +21,9 @@ WINDOW_PART = 4
 # Windows are powers of two from this on, so that layers with about the same need share a rule.
 SMALLEST_WINDOW = 16
 LINEAR_METHODS = ("lolcats", "hedgehog")
-LINEAR_RECIPE = "lolcats-plus"
+# What becomes linear takes options and healing from a shipped recipe: from the second where some layers keep softmax,
+# for distillation on short texts costs what those find far back.
+LINEAR_RECIPE, HYBRID_RECIPE = "lolcats-plus", "hybrid"
 LINE = 110
 
 _Options = Mapping[str, Any]
@@ -53,12 +55,12 @@ def recommend(diagnosis: Diagnosis) -> list[LayerAdvice]:
     and where it cannot be converted; becomes a sliding window where a narrow one holds what each of its heads looks at;
     and LoLCATs otherwise.
     """
-    # The options of the shipped recipe, whose healing is meant for them.
-    linear = load_recipe(LINEAR_RECIPE).attention[0].options
     best = sorted(diagnosis.layers, key=_retrieval, reverse=True)
     most = max(1, math.floor(KEPT_SHARE * (len(diagnosis.layers) + len(diagnosis.skipped))))
     kept = {layer.name for layer in best[:most] if _retrieval(layer) > 0}
     widest = diagnosis.context // WINDOW_PART
+    softmax = bool(kept or diagnosis.skipped or any(layer.native_window is not None for layer in diagnosis.layers))
+    linear = load_recipe(HYBRID_RECIPE if softmax else LINEAR_RECIPE).attention[-1].options
     advice = [_advise(layer, widest, linear, keep=layer.name in kept) for layer in diagnosis.layers]
     advice += [LayerAdvice(layer.index, layer.name, "softmax", reason=layer.reason) for layer in diagnosis.skipped]
     return sorted(advice, key=lambda one: one.layer)
@@ -95,13 +97,15 @@ def _advise(layer: LayerProfile, widest: int, linear: _Options, *, keep: bool) -
 
 
 def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source: str | None = None) -> str:
-    """Write advice as a recipe, reasons as comments, with the healing of `lolcats-plus` where a layer becomes linear.
+    """Write advice as a recipe, reasons as comments, healed as `lolcats-plus` or, where layers keep softmax, `hybrid`.
 
     Args:
         advice: What `recommend` returned.
         name: The recipe's name.
         source: The model that it is for, to be named in the description.
     """
+    softmax = any(one.method == "softmax" for one in advice)
+    healed = HYBRID_RECIPE if softmax else LINEAR_RECIPE
     linear = any(one.method in LINEAR_METHODS for one in advice)
     methods = [method for method in dict.fromkeys(one.method for one in advice) if method != "softmax"]
     purpose = f"Advice from a diagnosis{f' of {source}' if source else ''}: {', '.join(methods) or 'softmax kept'}."
@@ -109,7 +113,7 @@ def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source:
     rules = ["# Rules: the first that matches a layer wins; a layer without a match keeps its softmax.", "attention:"]
     for _, same in groupby(advice, key=lambda one: (one.method, sorted(one.options.items()))):
         rules += _rule(list(same))
-    blocks = _blocks(recipe_text(LINEAR_RECIPE if linear else "sliding-window"))
+    blocks = _blocks(recipe_text(healed if linear else "sliding-window"))
     rest = [blocks[key] for key in ("data", "stages", "evaluate", "output") if key in blocks]
     return "\n\n".join([head.strip(), "\n".join(rules), *rest]) + "\n"
 

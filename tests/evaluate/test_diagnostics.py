@@ -329,7 +329,7 @@ def test_advice() -> None:
         (4, "softmax"),
         (5, "softmax"),
     ]
-    assert found[0].options == load_recipe("lolcats-plus").attention[0].options
+    assert found[0].options == load_recipe("hybrid").attention[-1].options
     assert "5 of 5 heads need more than 128 tokens" in found[0].reason
     assert found[1].options == {"window": 128, "num_sinks": 4}
     assert "101 newest" in found[1].reason
@@ -376,6 +376,15 @@ def test_the_recipe_of_an_advice(tmp_path: Path, diagnosis: Diagnosis) -> None:
     own = parse_recipe(advice_yaml(recommend(diagnosis)))
     plan = make_plan(own.attention, probe(model.config, type(model)))
     assert [entry.method for entry in plan.entries] == [one.method for one in recommend(diagnosis)]
+
+
+def test_softmax_layers_are_healed_around_as_in_a_hybrid() -> None:
+    copying = layer(0, head(0, "retrieval", induction=0.9))
+    mixed = parse_recipe(advice_yaml(recommend(advised(copying, *(layer(n, head(0)) for n in range(1, 4))))))
+    assert [rule.method for rule in mixed.attention] == ["softmax", "lolcats"]
+    assert mixed.attention[1].options == load_recipe("hybrid").attention[-1].options
+    assert mixed.stages == load_recipe("hybrid").stages
+    assert [stage.kind for stage in mixed.stages] == ["attention_transfer"]
 
 
 def test_recipes_that_train_nothing() -> None:
