@@ -252,6 +252,8 @@ class AttentionModule(nn.Module, ABC):
     ) -> Tensor:
         """`forward`, with or without what follows the mixing of values."""
         check_shapes(self.geometry, query, key, value, padding_mask, state)
+        if query.shape[2] == 0:
+            return query[..., :1].expand(-1, -1, -1, self.geometry.value_dim).to(value.dtype)
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
         order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:

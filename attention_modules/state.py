@@ -160,8 +160,11 @@ class AttentionState:
         if self._padded:
             self._tail["valid"] = self._tail["valid"] & (self._tail["positions"] < self.seen)
             self._tail = _aligned(self._tail)
-        kept = self.tail_length - num_tokens
-        start = num_tokens if self._padded else 0
+            # Rows that took back padding still have old tokens in front; what is free in every row leaves with `evict`.
+            kept = min(self.tail_length, self.seen)
+            start = self.tail_length - kept
+        else:
+            kept, start = self.tail_length - num_tokens, 0
         self._tail = {name: t.narrow(_axis(t), start, kept) for name, t in self._tail.items()}
 
     def reset(self) -> None:

@@ -270,7 +270,7 @@ def new_token_mask(mask: Any, batch: int, length: int, seen: int, position_ids: 
         `[batch, length]` bool or None.
 
     Raises:
-        PlanError: a mask object that cannot be read, or packed sequences.
+        PlanError: a mask object that cannot be read, or packed sequences (a RuntimeError where compiled).
     """
     if mask is None:
         valid = None
@@ -296,12 +296,14 @@ def _is_visible(mask: Tensor) -> Tensor:
 
 
 def _refuse_packed(position_ids: Any, valid: Tensor | None, length: int) -> None:
-    if length == 1 or not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or torch.compiler.is_compiling():
+    if length == 1 or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
         return
     restart = position_ids[:, 1:] <= position_ids[:, :-1]
     if valid is not None and position_ids.shape == valid.shape:
         restart = restart & valid[:, 1:] & valid[:, :-1]
-    if restart.any():
-        raise PlanError(
-            "packed sequences (position_ids that restart) cannot run through a converted layer; pad instead"
-        )
+    message = "packed sequences (position_ids that restart) cannot run through a converted layer; pad instead"
+    if torch.compiler.is_compiling():
+        # A graph cannot branch on what it computes: it fails when it runs.
+        torch._assert_async(~restart.any(), message)
+    elif restart.any():
+        raise PlanError(message)

@@ -90,8 +90,9 @@ class GatedLinearAttention(RecurrentModule):
 
     @torch.no_grad()
     def _reset_bias(self) -> None:
-        # The inverse of the formula of the gates for the slopes.
-        start = -torch.expm1(self.options.gate_temperature * decay_slopes(self.key_heads)).log()
+        # The inverse of the formula of the gates for the slopes: -log(exp(x) - 1), where exp(x) may overflow.
+        x = self.options.gate_temperature * decay_slopes(self.key_heads)
+        start = -(x + (-torch.expm1(-x)).log())
         self.gate_bias.copy_(start[:, None].expand_as(self.gate_bias))
 
     def reset_parameters(self) -> None:

@@ -61,8 +61,12 @@ class LightningAttention(RecurrentModule):
 
     def log_decay(self, key: Tensor, hidden_states: Tensor | None) -> Tensor:
         """The same for all tokens."""
-        slopes = decay_slopes(self.key_heads) if self.slope_log is None else self.slope_log.to(key.dtype).exp()
-        return -slopes.to(key)[None, :, None, None].expand(-1, -1, key.shape[2], -1)
+        if self.slope_log is None:
+            # Made where they are needed: a copy to a GPU with each token is slow, and a CUDA graph cannot record it.
+            slopes = decay_slopes(self.key_heads, key.device).to(key.dtype)
+        else:
+            slopes = self.slope_log.to(key.dtype).exp()
+        return -slopes[None, :, None, None].expand(-1, -1, key.shape[2], -1)
 
     def activate(self, x: Tensor) -> Tensor:
         """SiLU or nothing."""

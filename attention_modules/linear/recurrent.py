@@ -293,9 +293,9 @@ class RecurrentModule(AttentionModule):
         return {"half-life": Statistic("half-life", meaning, "head", "number", tokens)}
 
 
-def decay_slopes(heads: int) -> Tensor:
+def decay_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """`[heads]` the rates at which heads forget, `2 ** (-8 h / heads)` for h = 1 to heads, as in ALiBi.
 
     The same formula serves head counts that are no power of two: the slopes go from almost one to 1/256.
     """
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    return torch.exp2(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device=device) / heads)

@@ -141,3 +141,12 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="hidden_size is not known"):
         create("gated", Geometry(4, 2, 8, 8), output_gate=False)
     assert create("gated", Geometry(4, 2, 8, 8), gate_from="keys", output_gate=False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 16.0, 5000.0])
+def test_it_starts_at_the_slopes_at_any_temperature(temperature: float) -> None:
+    """Up to those at which the exponential of temperature times slope overflows."""
+    module = create("gated", GEOMETRY, gate_temperature=temperature)
+    given = {name: inputs()[name].float() for name in ("key", "hidden_states")}
+    decay = module.signals(**given)["log_decay"]
+    torch.testing.assert_close(decay, -decay_slopes(4).float()[None, :, None, None].expand_as(decay))

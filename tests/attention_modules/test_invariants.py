@@ -118,6 +118,24 @@ def test_padding_is_absent(row: Row, causal: bool, implementation: str) -> None:
         assert (outs[b, :, ~mask] == 0).all()
 
 
+@rows_and_directions
+@pytest.mark.parametrize("implementation", ["naive", "torch"])
+def test_no_tokens_have_no_output(row: Row, causal: bool, implementation: str) -> None:
+    """As with `scaled_dot_product_attention`."""
+    module = build(row, directed(BASE, causal), implementation=implementation)
+    nothing = tokens(0)
+    nothing["query"].requires_grad_()
+    for mask in (None, torch.ones(2, 0, dtype=torch.bool)):
+        out = attend(module, nothing, padding_mask=mask)
+        assert out.shape == sdpa(nothing, causal=causal).shape == (2, 4, 0, 24)
+        out.sum().backward()
+    if causal:
+        inputs, state = tokens(9), module.new_state()
+        outs = [attend(module, part(inputs, *cut), state=state) for cut in ((0, 0), (0, 5), (5, 5), (5, 9))]
+        close(torch.cat(outs, 2), attend(module, inputs))
+        assert state.seen == 9
+
+
 @in_all_directions([row for row in ROWS if row.degenerate is not None])
 @pytest.mark.parametrize("implementation", ["naive", "torch"])
 def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: str) -> None:

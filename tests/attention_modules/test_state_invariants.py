@@ -1,5 +1,8 @@
 """What must hold for the states of every method that has one."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from invariants import (
@@ -13,6 +16,8 @@ from invariants import (
     tokens,
     with_and_without_gradients,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from attnconv.attention_modules import Geometry
 
@@ -128,3 +133,32 @@ def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
     assert all(tensor.dtype in (torch.float32, torch.bool) or tensor.ndim == 4 for tensor in state.memory.values())
     expected = attend(module, inputs)[:, :, 2000:]
     assert (torch.cat(outs, 2).float() - expected.float()).abs().max() < 2e-2
+
+
+class Devices(TorchDispatchMode):
+    """Where the tensors are that go into operations and come out of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        return result
+
+
+@with_and_without_gradients
+@causal_rows
+def test_nothing_is_copied_to_the_device_in_a_call(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither with a prompt nor with a token; such a copy waits for the host, and no CUDA graph can hold it."""
+    # It does not know the device that stands for one.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    module, devices = build(row).to("meta"), Devices()
+    state = module.new_state()
+    for length in (9, 1, 1):
+        inputs = {name: t.to("meta") for name, t in tokens(length).items()}
+        mask = torch.ones(2, length, dtype=torch.bool, device="meta")
+        with devices:
+            attend(module, inputs, state=state, padding_mask=mask)
+    assert devices.seen == {"meta"}

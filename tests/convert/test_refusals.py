@@ -137,6 +137,13 @@ def test_packed_sequences_by_positions(converted: PreTrainedModel) -> None:
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with pytest.raises(PlanError, match="packed sequences"):
         converted(input_ids=IDS[:1], position_ids=packed, use_cache=False)
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    # Neither positions that go on nor those of padding are taken for others.
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    positions = torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5]])
+    compiled(input_ids=IDS[:1], attention_mask=mask, position_ids=positions, use_cache=False)
+    with pytest.raises(RuntimeError, match="packed sequences"):
+        compiled(input_ids=IDS[:1], position_ids=packed, use_cache=False)
 
 
 def test_packed_sequences_by_lengths(converted: PreTrainedModel) -> None:
