@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calls import check_shapes, exact_tokens, layer_input
 from .geometry import Geometry
 from .padding import restore_tokens, right_align_order, take_tokens
-from .state import AttentionState, Tail
+from .state import AttentionState, Mixed, Tail
 from .weights import Statistic, response_weights
 
 Memory = dict[str, Tensor]
@@ -27,7 +27,8 @@ class AttentionModule(nn.Module, ABC):
     """One layer's attention, between the model's own projections.
 
     A method implements `attend_naive` (the law: every weight written out, O(L^2), or the recurrence itself, token by
-    token) and `attend_torch` (sub-quadratic), and, if it forgets exact tokens, `tail_tokens` and `absorb`. What it
+    token) and `attend_torch` (sub-quadratic), and, if it forgets exact tokens, `tail_tokens` and `absorb`; a form that
+    has the accumulators behind its last tokens anyway returns them too (`Mixed`), and a state takes them over. What it
     needs of a token besides key and value, such as a gate, comes from `signals`; what it does to the mixed values, such
     as a norm, belongs into `finish`. Padding, dtypes and states are handled here.
 
@@ -150,8 +151,12 @@ class AttentionModule(nn.Module, ABC):
     @abstractmethod
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """The same function as `attend_naive`, sub-quadratic in time and memory where the method is."""
+    ) -> Tensor | Mixed:
+        """The same function as `attend_naive`, sub-quadratic in time and memory where the method is.
+
+        Returns:
+            the output alone, or beside it what `absorb` would make of the oldest keys, gradients included.
+        """
 
     def attend_triton(
         self,
@@ -162,7 +167,7 @@ class AttentionModule(nn.Module, ABC):
         scaling: float,
         memory: Memory,
         **signals: Tensor,
-    ) -> Tensor | None:
+    ) -> Tensor | Mixed | None:
         """The same in Triton kernels, on tensors in the dtype they came in; None where the torch path is to serve.
 
         Raises:
@@ -265,9 +270,10 @@ class AttentionModule(nn.Module, ABC):
             out = None if state is None else self._decode(query, key, value, padding_mask, scaling, state, dtype)
             if out is None:
                 tail = exact_tokens(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
-                out = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
+                mixed = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
                 if state is not None:
-                    self._forget(state, dtype)
+                    self._forget(state, dtype, mixed)
+                out = mixed.out
             if order is not None:
                 out = restore_tokens(out, order)
             if finish:
@@ -299,15 +305,17 @@ class AttentionModule(nn.Module, ABC):
             out = self.decode_torch(query.to(dtype), key, value, valid, scaling, state)
         return out
 
-    def _mixture(self, query: Tensor, tail: Tail, scaling: float, memory: Memory, dtype: torch.dtype) -> Tensor:
+    def _mixture(self, query: Tensor, tail: Tail, scaling: float, memory: Memory, dtype: torch.dtype) -> Mixed:
         """The fastest form that the implementation allows."""
         keys, values, valid, signals = tail
+        mixed: Tensor | Mixed | None = None
         if self.implementation in ("auto", "triton"):
-            out = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
-            if out is not None:
-                return out
-        attend: Callable[..., Tensor] = self.attend_naive if self.implementation == "naive" else self.attend_torch
-        return attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
+            mixed = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
+        if mixed is None:
+            attend: Callable[..., Tensor | Mixed]
+            attend = self.attend_naive if self.implementation == "naive" else self.attend_torch
+            mixed = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
+        return mixed if isinstance(mixed, Mixed) else Mixed(mixed, memory, 0)
 
     def _layer_input(
         self, query: Tensor, key: Tensor, hidden_states: Tensor | None, valid: Tensor | None, dtype: torch.dtype
@@ -370,14 +378,21 @@ class AttentionModule(nn.Module, ABC):
         """What the method can tell about itself on these tokens, by name; arguments as for `attention_weights`."""
         return {}
 
-    def _forget(self, state: AttentionState, dtype: torch.dtype) -> None:
-        if self.tail_tokens is None:
+    def _forget(self, state: AttentionState, dtype: torch.dtype, mixed: Mixed | None = None) -> None:
+        """Fold what is too old for the tail; after a call, only what that did not fold itself."""
+        evicted = None if self.tail_tokens is None else state.evict(self.tail_tokens)
+        if evicted is None:
             return
-        evicted = state.evict(self.tail_tokens)
-        if evicted is not None:
-            keys, values, valid, signals = evicted
+        keys, values, valid, signals = evicted
+        start = 0
+        # The oldest keys of the call are also those that leave, but fewer leave while they are recorded.
+        if mixed is not None and mixed.folded <= keys.shape[2]:
+            state.memory, start = mixed.memory, mixed.folded
+        if start < keys.shape[2]:
             absorb: Callable[..., Memory] = self.absorb
-            state.memory = absorb(state.memory, keys.to(dtype), values.to(dtype), valid, **signals)
+            rest = {name: t[:, :, start:] for name, t in signals.items()}
+            keys, values = keys[:, :, start:].to(dtype), values[:, :, start:].to(dtype)
+            state.memory = absorb(state.memory, keys, values, None if valid is None else valid[:, start:], **rest)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

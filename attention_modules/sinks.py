@@ -64,7 +64,7 @@ def sink_tokens(num_sinks: int, memory: Mapping[str, Tensor], keys: Tensor, vali
     """
     real = real_tokens(keys, valid)
     rank = real.cumsum(-1)
-    if memory and num_sinks:
+    if "sink_filled" in memory:
         rank = rank + memory["sink_filled"][:, None]
     return real & (rank <= num_sinks)
 

@@ -1,6 +1,7 @@
 """What a method remembers between calls: a short tail of exact tokens and fixed-size accumulators in fp32."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,21 @@ from .ring import Ring
 
 # Keys, values, validity (None: all real) and signals of some tokens.
 Tail = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
+
+
+class Mixed(NamedTuple):
+    """A mixture of values beside what a method knows by then of its next memory, so that no key is mapped twice.
+
+    Attributes:
+        out: `[batch, num_heads, T, value_dim]`.
+        memory: accumulators behind the oldest `folded` keys of the call, those given to it included, in fp32 or fp64;
+            where kernels ran in bf16 or fp16, what they add up was rounded to it.
+        folded: number of these keys, padding and tokens of earlier calls counted.
+    """
+
+    out: Tensor
+    memory: dict[str, Tensor]
+    folded: int
 
 
 class AttentionState:

@@ -13,6 +13,9 @@ from ..state import AttentionState
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
+# Tokens folded at a time: their features in fp32, several times as large as keys, are there together.
+STRETCH = 4096
+
 
 class LinearOptions(AttentionOptions):
     """Options of a method with feature maps.
@@ -70,8 +73,12 @@ class LinearAttentionModule(AttentionModule):
         return features if valid is None else features.masked_fill(~valid[:, None, :, None], 0.0)
 
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
-        """Add tokens to the running sums."""
-        return add_memory(memory, linear_sums(self.key_features(keys, valid), values))
+        """Add tokens to the running sums, a stretch at a time."""
+        for start in range(0, keys.shape[2], STRETCH):
+            now = slice(start, start + STRETCH)
+            features = self.key_features(keys[:, :, now], None if valid is None else valid[:, now])
+            memory = add_memory(memory, linear_sums(features, values[:, :, now]))
+        return memory
 
     def absorb_in_place(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
         """Add one token of every row to running sums that belong to nobody else; arguments as for `absorb`."""

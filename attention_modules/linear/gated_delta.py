@@ -120,7 +120,7 @@ class GatedDeltaAttention(RecurrentModule):
         signals: Memory,
         start: Tensor | None,
         state: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """The same in Triton."""
         return delta_kernels(queries, keys, values, signals["log_decay"], signals["beta"], start, state)
 

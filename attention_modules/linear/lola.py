@@ -12,6 +12,7 @@ from ..base import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register
+from ..state import Mixed
 from ..weights import Statistic
 from ..window import LOG2E, SoftmaxTerms, softmax_terms
 from .base import divide
@@ -98,10 +99,11 @@ class LolaAttention(LolcatsAttention):
 
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    ) -> Mixed:
         """A block of queries at a time, with the cache and what was in its window beside it."""
         real, gone = _real(keys, valid), max(keys.shape[2] - query.shape[2] - self.window, 0)
         memory = self.absorb(memory, keys[:, :, :gone], values[:, :, :gone], real[:, :gone])
+        folded = max(keys.shape[2] - self.window, 0)
         # From here on query `t` stands `window` behind the token that leaves with it, which may have to be made up.
         made_up = query.shape[2] + self.window - (keys.shape[2] - gone)
         keys, values = (F.pad(t[:, :, gone:], (0, 0, made_up, 0)) for t in (keys, values))
@@ -112,7 +114,7 @@ class LolaAttention(LolcatsAttention):
             near = slice(start, start + part.shape[2] + self.window)
             out, memory = self._block(part, keys[:, :, near], values[:, :, near], real[:, near], scaling, memory)
             outs.append(out)
-        return torch.cat(outs, 2)
+        return Mixed(torch.cat(outs, 2), memory, folded)
 
     def attend_triton(self, *args: Any, **kwargs: Any) -> None:
         """There are no kernels for the cache."""

@@ -19,7 +19,7 @@ from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from ..registry import register
 from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
-from ..state import AttentionState
+from ..state import AttentionState, Mixed
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, SoftmaxTerms, absolute_factors, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
@@ -142,7 +142,7 @@ class LolcatsAttention(LinearAttentionModule):
 
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    ) -> Tensor | Mixed:
         """Both terms in blocks, a segment of queries at a time."""
         memory, sinks, far = self._without_sinks(memory, keys, values, valid)
         if not self.geometry.causal:
@@ -172,7 +172,11 @@ class LolcatsAttention(LinearAttentionModule):
             )
             terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], far, memory)
             outs.append(self._mix(window_terms, terms))
-        return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+        # One token less than what leaves the tail: the newest query's window still holds it.
+        folded = max(keys.shape[2] - self.window, 0)
+        if sinks is not None:
+            memory = {**memory, **replace(sinks, valid=sinks.valid & (sinks.index < folded)).to_memory()}
+        return Mixed(torch.cat(outs, 2) if len(outs) > 1 else outs[0], memory, folded)
 
     def decode_torch(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState

@@ -9,7 +9,7 @@ from ..base import Memory
 from ..kernels.chunk_linear import chunk_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
-from ..state import AttentionState
+from ..state import AttentionState, Mixed
 from .base import LinearAttentionModule, causal_mask
 from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
 
@@ -43,7 +43,7 @@ class PureLinearModule(LinearAttentionModule):
 
     def attend_torch(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    ) -> Tensor | Mixed:
         """Chunked."""
         if not self.geometry.causal:
             memory = linear_sums(self.key_features(keys, valid), values)
@@ -60,7 +60,7 @@ class PureLinearModule(LinearAttentionModule):
             features = self.query_map(query[:, :, start : start + SEGMENT])
             terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
             outs.append(self.combine(*terms))
-        return torch.cat(outs, 2)
+        return Mixed(torch.cat(outs, 2), memory, keys.shape[2])
 
     def decode_torch(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
@@ -81,18 +81,18 @@ class PureLinearModule(LinearAttentionModule):
         scaling: float,
         memory: Memory,
         **signals: Tensor,
-    ) -> Tensor | None:
+    ) -> Mixed | None:
         """Chunked in Triton, on features mapped before it."""
         query, keys, values = in_one_dtype(query, keys, values)
         if not self.runs_in_triton(query, keys, values):
             return None
         exact = torch.promote_types(query.dtype, torch.float32)
-        past = keys.shape[2] - query.shape[2]
+        folded, past = keys.shape[2], keys.shape[2] - query.shape[2]
         if past:
             leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
             memory = self.absorb(memory, *leaving, None if valid is None else valid[:, :past])
             keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
-        (numerator, denominator), _ = chunk_linear(
+        (numerator, denominator), (sums, normalizer) = chunk_linear(
             self.query_map(query.to(exact)).to(query.dtype),
             self.key_features(keys.to(exact), valid).to(query.dtype),
             values,
@@ -100,4 +100,5 @@ class PureLinearModule(LinearAttentionModule):
             memory=(memory["key_values"], memory["normalizer"]) if memory else None,
             implementation="triton",
         )
-        return self.combine(numerator.to(exact), denominator[..., None])
+        out = self.combine(numerator.to(exact), denominator[..., None])
+        return Mixed(out, {"key_values": sums, "normalizer": normalizer}, folded)

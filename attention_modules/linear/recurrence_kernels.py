@@ -4,7 +4,7 @@
 - `values` `[batch, num_kv_heads, T, value_dim]`,
 - `log_decay` `[batch, state_heads, T, 1 or key_dim]` and `beta` `[batch, state_heads, T, 1]`,
 - `start` `[batch]` int32, tokens of padding that every row begins with, or None,
-- `state` `[batch, state_heads, key_dim, value_dim]` before the first token, or None.
+- `state` `[batch, state_heads, key_dim, value_dim]` before the first token, or None; the one they return is in fp32.
 """
 
 import torch
@@ -24,15 +24,15 @@ def decayed_kernels(
     state: Tensor | None,
     *,
     ones: bool,
-) -> Tensor:
-    """The mixture of values, and with `ones` one more column for the sum of weights, which the state has too."""
+) -> tuple[Tensor, Tensor]:
+    """The mixture of values, with `ones` with one more column for the sum of weights; and the next state, likewise."""
     memory = None
     if state is not None:
         width = values.shape[-1]
         # The kernels keep that column in any case.
         state = F.pad(state, (0, width + 1 - state.shape[-1]))
         memory = state[..., :width], state[..., width]
-    (numerator, denominator), _ = chunk_linear(
+    (numerator, denominator), (sums, normalizer) = chunk_linear(
         queries,
         keys,
         values,
@@ -42,7 +42,9 @@ def decayed_kernels(
         implementation="triton",
     )
     numerator = numerator.to(denominator.dtype)
-    return torch.cat([numerator, denominator[..., None]], -1) if ones else numerator
+    if not ones:
+        return numerator, sums
+    return torch.cat([numerator, denominator[..., None]], -1), torch.cat([sums, normalizer[..., None]], -1)
 
 
 def delta_kernels(
@@ -53,8 +55,8 @@ def delta_kernels(
     beta: Tensor,
     start: Tensor | None,
     state: Tensor | None,
-) -> Tensor:
-    """What the queries read from the states of the gated delta rule."""
+) -> tuple[Tensor, Tensor]:
+    """What the queries read from the states of the gated delta rule, and the state after the last token."""
     gates, strengths = log_decay.squeeze(-1), beta.squeeze(-1)
-    out, _ = delta_rule(queries, keys, values, gates, strengths, start=start, state=state)
-    return out.float()
+    out, last = delta_rule(queries, keys, values, gates, strengths, start=start, state=state)
+    return out.float(), last

@@ -13,6 +13,7 @@ from ..base import AttentionModule, AttentionOptions, Memory
 from ..geometry import Geometry
 from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_chunks
 from ..padding import padding_before
+from ..state import Mixed
 from ..weights import Statistic
 from .chunked import SEGMENT
 from .output import HeadNorm, LowRankLinear
@@ -154,7 +155,7 @@ class RecurrentModule(AttentionModule):
         **signals: Tensor,
     ) -> Tensor:
         """By definition."""
-        return self._attend(self.steps, query, keys, values, valid, scaling, memory, signals)
+        return self._attend(self.steps, query, keys, values, valid, scaling, memory, signals).out
 
     def attend_torch(
         self,
@@ -165,7 +166,7 @@ class RecurrentModule(AttentionModule):
         scaling: float,
         memory: Memory,
         **signals: Tensor,
-    ) -> Tensor:
+    ) -> Mixed:
         """In chunks."""
         return self._attend(self.chunks, query, keys, values, valid, scaling, memory, signals)
 
@@ -179,13 +180,14 @@ class RecurrentModule(AttentionModule):
         scaling: float,
         memory: Memory,
         **signals: Tensor,
-    ) -> Tensor | None:
+    ) -> Mixed | None:
         """In chunks in Triton; queries, keys and values keep their dtype, gates and the state are exact."""
         query, keys, values = in_one_dtype(query, keys, values)
         problem = problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
         if not use_chunks(self.implementation, problem, query):
             return None
-        exact, past = torch.promote_types(query.dtype, torch.float32), keys.shape[2] - query.shape[2]
+        exact, folded = torch.promote_types(query.dtype, torch.float32), keys.shape[2]
+        past = folded - query.shape[2]
         if past:
             before = {name: t[:, :, :past] for name, t in signals.items()}
             leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
@@ -195,7 +197,8 @@ class RecurrentModule(AttentionModule):
         keys, signals = self._keys(keys.to(exact), valid, signals)
         queries = (self.activate(query.to(exact)) * self.query_scaling(scaling)).to(query.dtype)
         start, state = padding_before(valid), memory.get("state")
-        return self.combine(self.run_kernels(queries, keys.to(query.dtype), values, signals, start, state))
+        out, state = self.run_kernels(queries, keys.to(query.dtype), values, signals, start, state)
+        return Mixed(self.combine(out), {"state": state}, folded)
 
     @needs_package
     def run_kernels(
@@ -206,8 +209,8 @@ class RecurrentModule(AttentionModule):
         signals: Memory,
         start: Tensor | None,
         state: Tensor | None,
-    ) -> Tensor:
-        """The mixture of prepared values; see `recurrence_kernels.py` for the shapes."""
+    ) -> tuple[Tensor, Tensor]:
+        """The mixture of prepared values, and the next state; see `recurrence_kernels.py` for the shapes."""
         ones = self.memory_shapes()["state"][-1] > values.shape[-1]
         return decayed_kernels(queries, keys, values, signals["log_decay"], start, state, ones=ones)
 
@@ -225,7 +228,7 @@ class RecurrentModule(AttentionModule):
         scaling: float,
         memory: Memory,
         signals: Memory,
-    ) -> Tensor:
+    ) -> Mixed:
         keys, values, signals = self._inputs(keys, values, valid, signals)
         state = memory.get("state")
         past, length = keys.shape[2] - query.shape[2], keys.shape[2]
@@ -239,8 +242,9 @@ class RecurrentModule(AttentionModule):
             part = queries[:, :, :, start - past : start - past + SEGMENT]
             gates = {name: t[:, :, now] for name, t in signals.items()}
             out, state = run(part, keys[:, :, now], values[:, :, now], gates, state)
+            memory = {"state": state}
             outs.append(out)
-        return self.combine(torch.cat(outs, 3).flatten(1, 2))
+        return Mixed(self.combine(torch.cat(outs, 3).flatten(1, 2)), memory, length)
 
     def _inputs(
         self, keys: Tensor, values: Tensor, valid: Tensor | None, signals: Memory
