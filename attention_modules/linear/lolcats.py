@@ -174,7 +174,7 @@ class LolcatsAttention(LinearAttentionModule):
             outs.append(self._mix(window_terms, terms))
         # One token less than what leaves the tail: the newest query's window still holds it.
         folded = max(keys.shape[2] - self.window, 0)
-        if sinks is not None:
+        if memory and sinks is not None:
             memory = {**memory, **replace(sinks, valid=sinks.valid & (sinks.index < folded)).to_memory()}
         return Mixed(torch.cat(outs, 2) if len(outs) > 1 else outs[0], memory, folded)
 
