@@ -51,7 +51,7 @@ INSPECTION = {"parameters": 1_474_560, "footprints": [{"tokens": 8192, "before":
 def test_all_causal_recipes_are_measured_and_no_others(script: ModuleType, model: Path) -> None:
     found = script.causal_recipes(model)
     left_out = set(list_recipes()) - set(found)
-    assert left_out >= {"agent", "hedgehog-encoder", "hedgehog-vision", "lolcats-vision", "quickstart"} & set(
+    assert left_out >= {"agent", "hedgehog-encoder", "hedgehog-vision", "lolcats-vision", "quickstart"}
         list_recipes()
     )
     methods = {rule.method for name in found for rule in load_recipe(name).attention}
