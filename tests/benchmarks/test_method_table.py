@@ -52,8 +52,6 @@ def test_all_causal_recipes_are_measured_and_no_others(script: ModuleType, model
     found = script.causal_recipes(model)
     left_out = set(list_recipes()) - set(found)
     assert left_out >= {"agent", "hedgehog-encoder", "hedgehog-vision", "lolcats-vision", "quickstart"}
-        list_recipes()
-    )
     methods = {rule.method for name in found for rule in load_recipe(name).attention}
     for method in set(available()) - methods - {"softmax"}:
         (name,) = [name for name in list_recipes() if load_recipe(name).attention[0].method == method]
