@@ -144,7 +144,12 @@ def show_conversion(result: "ConversionResult") -> None:
         f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
     )
     console.print(f"Converted {what} in {result.seconds:.1f} s.")
-    console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
+    if result.self_contained:
+        console.print(
+            f"The model is in {result.output}: from_pretrained with trust_remote_code=True, without attnconv."
+        )
+    else:
+        console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
 
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:

@@ -44,6 +44,7 @@ def make_card(
     recipe_name: str,
     recipe_yaml: str,
     papers: Sequence[str] = (),
+    self_contained: bool = False,
 ) -> str:
     """Write the card of a converted model.
 
@@ -55,6 +56,7 @@ def make_card(
         recipe_name: the recipe's name.
         recipe_yaml: the recipe as it was run.
         papers: addresses of papers besides those of the methods used.
+        self_contained: whether the model brings all its code along.
 
     Returns:
         The text of `README.md`, metadata first.
@@ -75,7 +77,7 @@ def make_card(
         f"# {name}",
         _summary(checkpoint, plan, methods),
         "## Load it",
-        _loading(name, auto_class),
+        _loading(name, auto_class, self_contained),
         *_measured(receipt),
         HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",
@@ -101,15 +103,16 @@ def base_metadata(folder: Path) -> dict[str, Any]:
     return {key: data[key] for key in CARRIED_OVER if data.get(key) is not None}
 
 
-def loading(name: str, model_type: str, architecture: str) -> str:
+def loading(name: str, model_type: str, architecture: str, *, self_contained: bool = False) -> str:
     """The Python that loads a converted model.
 
     Args:
         name: the model's name, such as that of its folder.
         model_type: its configuration's model type.
         architecture: its class in transformers.
+        self_contained: whether the model brings all its code along.
     """
-    return _snippet(name, _auto_class(model_type, architecture))
+    return _snippet(name, _auto_class(model_type, architecture), self_contained)
 
 
 def with_report(card: str, section: str) -> str:
@@ -171,15 +174,25 @@ def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> 
     return "\n".join(lines)
 
 
-def _loading(name: str, auto_class: str) -> str:
+def _loading(name: str, auto_class: str, self_contained: bool) -> str:
+    snippet = f"```python\n{_snippet(name, auto_class, self_contained)}\n```\n\n"
+    if self_contained:
+        return (
+            f"{snippet}transformers and torch are all it needs: `modeling_attnconv.py` holds the code of the attention, "
+            "which `trust_remote_code=True` lets run. An installed attnconv runs in its place."
+        )
     return (
         "```sh\npip install attnconv\n```\n\n"
-        f"```python\n{_snippet(name, auto_class)}\n```\n\n"
-        "With `trust_remote_code=True` the import is not needed, the package is."
+        f"{snippet}With `trust_remote_code=True` the import is not needed, the package is."
     )
 
 
-def _snippet(name: str, auto_class: str) -> str:
+def _snippet(name: str, auto_class: str, self_contained: bool) -> str:
+    if self_contained:
+        return (
+            f"from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)'
+        )
     return (
         "import attnconv  # without it, transformers refuses to load this model\n"
         f"from transformers import {auto_class}\n\n"

@@ -51,6 +51,7 @@ class ConversionResult:
         start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
             stage has text to measure it on.
         seconds: Wall time.
+        self_contained: Whether the output brings all its code along.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class ConversionResult:
     metrics: tuple[Mapping[str, Any], ...]
     start_distance: Mapping[str, float]
     seconds: float
+    self_contained: bool = False
 
 
 def run_conversion(
@@ -117,14 +119,12 @@ def run_conversion(
     if run.team.leads:
         progress.phase("Saving")
         with atomic_folder(output, overwrite=overwrite) as folder:
-            _write(run, trainee, folder, output)
-            if self_contained:
-                config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-                write_self_contained(folder, config)
+            _write(run, trainee, folder, output, self_contained)
         run.work.remove()
         progress.end()
     run.team.wait()
-    return ConversionResult(output, plan, metric_rows(run), start_distance(run), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
@@ -209,7 +209,7 @@ def _can_stream(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     return checkpoint.gguf_file is None and checkpoint.dtype == dtype
 
 
-def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> None:
+def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_contained: bool) -> None:
     """Fill the folder: weights and configuration, then all that tells how they came about."""
     digests = None
     if trainee is None:
@@ -221,6 +221,8 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> Non
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
         save_converted(model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_size)
+    if self_contained:
+        write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     receipt = make_receipt(
         run.checkpoint,
         run.plan,
@@ -238,6 +240,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> Non
         recipe_name=run.recipe.name,
         recipe_yaml=recipe_yaml,
         papers=[run.recipe.paper] if run.recipe.paper else [],
+        self_contained=self_contained,
     )
     write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     _write_figures(run, folder)

@@ -110,6 +110,13 @@ def test_text_says_what_it_is_and_how_to_load_it(base: Path) -> None:
     assert "<https://arxiv.org/abs/2410.10254>" in text
 
 
+def test_a_self_contained_model_asks_for_no_attnconv(base: Path) -> None:
+    text = card_of(base, self_contained=True).text
+    assert "import attnconv" not in text
+    assert "pip install" not in text
+    assert 'AutoModelForCausalLM.from_pretrained("tiny-lolcats", trust_remote_code=True)' in text
+
+
 def test_figures_come_as_a_table(base: Path) -> None:
     text = card_of(base).text
     assert "| | perplexity | bits per character | tokens |\n|---|---|---|---|\n| teacher | 14.37 |  |  |" in text
