@@ -178,7 +178,7 @@ def _loading(name: str, auto_class: str, self_contained: bool) -> str:
     snippet = f"```python\n{_snippet(name, auto_class, self_contained)}\n```\n\n"
     if self_contained:
         return (
-            f"{snippet}transformers and torch are all it needs: `modeling_attnconv.py` holds the code of the attention, "
+            f"{snippet}transformers and torch suffice: `modeling_attnconv.py` holds the code of the attention, "
             "which `trust_remote_code=True` lets run. An installed attnconv runs in its place."
         )
     return (

@@ -115,7 +115,13 @@ def run_conversion(
         progress=progress,
     )
     overwrite = _begin(run, output, resume=resume, overwrite=overwrite)
-    trainee = _healed(run)
+    try:
+        trainee = _healed(run)
+    except Exception:
+        # Nothing is lost by starting over, perhaps with another recipe.
+        if recipe.stages and run.team.leads:
+            run.work.remove_if_empty()
+        raise
     if run.team.leads:
         progress.phase("Saving")
         with atomic_folder(output, overwrite=overwrite) as folder:
@@ -164,12 +170,12 @@ def _begin(run: Run, output: Path, *, resume: bool, overwrite: bool) -> bool:
     check_data(run)
     run.team.wait()
     if stored:
-        run.work.check(_identity(run))
+        run.work.check(_identity(run), run.recipe.model_dump(mode="json"))
         run.measured.update(stored)
     elif run.team.leads:
         if resume:
             logger.warning("There is no unfinished run for %s, so the conversion starts at the beginning.", output)
-        run.work.begin(_identity(run))
+        run.work.begin(_identity(run), run.recipe.model_dump(mode="json"))
     run.team.wait()
     run.record("overwrite", overwrite)
     return overwrite
