@@ -110,8 +110,17 @@ def test_what_holds_no_images_is_refused_in_one_sentence(sources, tmp_path):
     with pytest.raises(DataError, match="There is no data file"):
         next(read_images(section(tmp_path / "nowhere")))
     Dataset.from_dict({"image": [b"no picture"]}).to_parquet(tmp_path / "odd.parquet")
-    with pytest.raises(DataError, match="holds an image that cannot be read"):
+    with pytest.raises(DataError, match="holds an image that cannot be read: row 1"):
         next(ImageStream(section(tmp_path / "odd.parquet"), processor()).sequences())
+
+
+def test_a_broken_image_in_a_folder_is_named(pictures, tmp_path):
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    for name, content in (("a.png", pictures[0]), ("b.png", b"no picture"), ("c.png", pictures[1])):
+        (tmp_path / "pictures" / "cats" / name).write_bytes(content)
+    stream = ImageStream(section(tmp_path / "pictures"), processor()).sequences()
+    with pytest.raises(DataError, match=r"holds an image that cannot be read: cats/b\.png\."):
+        list(itertools.islice(stream, 3))
 
 
 LOSS = {"output_mse": 1, "normalize_per_layer": True}
