@@ -154,11 +154,17 @@ def show_conversion(result: "ConversionResult") -> None:
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
     """A row for each moment; a column for each figure that any of them has."""
+    from .distill.progress import format_rate
+
     rows = list(metrics)
-    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}", "tokens": "{:,}"}
-    formats["tokens_per_second"] = "{:,.0f}"
+    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}"}
+    names = {"bits_per_character": "bits/char"}
+    for unit in ("tokens", "images"):
+        formats |= {unit: "{:,}", f"{unit}_per_second": "{}"}
+        names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
+        rates = f"{unit}_per_second"
+        rows = [{**row, rates: format_rate(row[rates])} if rates in row else row for row in rows]
     present = [key for key in formats if any(key in row for row in rows)]
-    names = {"bits_per_character": "bits/char", "tokens": "trained tokens", "tokens_per_second": "tokens/s"}
     table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
     for row in rows:
         table.add_row(row["stage"], *(formats[key].format(row[key]) if key in row else "" for key in present))

@@ -47,7 +47,7 @@ class ConversionResult:
         plan: What was converted how.
         metrics: One row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
             `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
-            `"tokens"` and `"tokens_per_second"`.
+            `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
         start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
             stage has text to measure it on.
         seconds: Wall time.

@@ -80,6 +80,11 @@ class ImageStream:
         return ImageBatch(pixel_values=torch.stack(sequences))
 
 
+def unit_of(stream: object) -> str:
+    """What a stage's data are counted in."""
+    return "images" if isinstance(stream, ImageStream) else "tokens"
+
+
 def read_images(section: DataSection) -> Iterator[ImageFile]:
     """Yield the image files of a data section, in the order of the source; rows without one are left out.
 

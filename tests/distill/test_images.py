@@ -20,11 +20,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from attnconv.cli_progress import LineProgress
+from attnconv.cli_views import show_conversion
 from attnconv.distill import run_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
 from attnconv.errors import DataError, TrainingError
+from attnconv.evaluate.report.gathering import gather
+from attnconv.evaluate.report.healing_part import healing_section
 from attnconv.recipes import DataSection, Recipe
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -160,14 +164,24 @@ def check_healed(result, inputs):
 
 
 @pytest.mark.parametrize("method", ["hedgehog", "linear", "lolcats"])
-def test_dinov2_is_converted_whole(tmp_path, sources, method):
+def test_dinov2_is_converted_whole(tmp_path, sources, capsys, method):
     folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
     options = {"window": 3} if method == "lolcats" else {}
     chosen = recipe(section(sources["known.parquet"]).model_dump(), method, options)
-    result = run_conversion(folder, chosen, tmp_path / "out", device="cpu")
+    result = run_conversion(folder, chosen, tmp_path / "out", device="cpu", progress=LineProgress())
     check_healed(result, {"pixel_values": torch.randn(2, 3, 24, 24)})
     assert (result.output / "preprocessor_config.json").is_file()
-    assert result.metrics[-1]["tokens"] == 25 * 4
+    # Images are not called tokens, wherever somebody reads of them.
+    assert result.metrics[-1]["images"] == 25 * 4
+    assert "tokens" not in (result.output / "README.md").read_text()
+    show_conversion(result)
+    said = capsys.readouterr()
+    assert "images/s" in said.out
+    assert "images/s" in said.err
+    assert "tokens" not in said.out + said.err
+    healing = str(healing_section(gather(result.output)))
+    assert "training images" in healing
+    assert "tokens" not in healing
 
 
 def test_a_vit_classifier_is_converted_from_a_folder(tmp_path, sources):
@@ -191,7 +205,7 @@ def test_features_are_distilled_through_all_layers(tmp_path, sources):
         with torch.no_grad():
             errors.append(float(feature_error(student(pixel_values=pixels), teacher(pixel_values=pixels), None)))
     assert [row["stage"] for row in result.metrics] == ["attention_transfer", "features"]
-    assert result.metrics[-1]["tokens"] == 60 * 4
+    assert result.metrics[-1]["images"] == 60 * 4
     assert errors[1] < 0.9 * errors[0]
 
 

@@ -33,7 +33,7 @@ recipe, output, resume, kill_stage, kill_step = sys.argv[1:]
 
 
 class Killer(Silent):
-    def begin(self, text, total, done):
+    def begin(self, text, total, done, unit):
         self.stage, self.steps = int(re.search(r"Stage (\\d+)", text)[1]), done
 
     def step(self, loss, tokens_per_second):
