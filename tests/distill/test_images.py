@@ -26,7 +26,7 @@ from attnconv.distill import run_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
-from attnconv.errors import DataError, TrainingError
+from attnconv.errors import DataError, PlanError, TrainingError
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.healing_part import healing_section
 from attnconv.recipes import DataSection, Recipe
@@ -182,6 +182,19 @@ def test_dinov2_is_converted_whole(tmp_path, sources, capsys, method):
     healing = str(healing_section(gather(result.output)))
     assert "training images" in healing
     assert "tokens" not in healing
+
+
+@pytest.mark.parametrize("stages", [True, False])
+def test_a_wrong_number_of_prefix_tokens_is_found_before_anything_is_done(tmp_path, sources, stages):
+    folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
+    options = {"layout": "image", "num_agents": 4, "prefix_tokens": 0}
+    chosen = recipe(section(sources["pictures"]).model_dump(), "agent", options)
+    if not stages:
+        chosen = Recipe(name="test", attention=chosen.attention, stages=[])
+    with pytest.raises(PlanError, match=r"37 tokens without 0 first ones are no square image: set prefix_tokens"):
+        run_conversion(folder, chosen, tmp_path / "out", device="cpu")
+    assert not list(tmp_path.glob(".out*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vit_classifier_is_converted_from_a_folder(tmp_path, sources):
