@@ -1,6 +1,6 @@
 """Which copy of this code serves which model, where a process holds several: the package and self-contained files."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ def can_serve(section: dict[str, Any]) -> bool:
     return True
 
 
-def is_ours(section: Any) -> bool:
+def is_ours(section: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a model's section is this copy's business: it converted the model, or is the first that can.
 
     A section that no copy can serve is every copy's business, so that it never goes unnoticed.
