@@ -102,8 +102,8 @@ def read_images(section: DataSection) -> Iterator[ImageFile]:
         if content:
             found = True
             file = ImageFile(content)
-            inside = folder is not None and isinstance(image, dict) and image.get("path")
-            file.name = os.path.relpath(image["path"], folder) if inside else f"row {number}"
+            path = image.get("path") if isinstance(image, dict) and folder is not None else None
+            file.name = os.path.relpath(path, folder) if path else f"row {number}"
             yield file
     if not found:
         raise DataError(f"{source} holds no images.")
