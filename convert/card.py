@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ PIPELINES = {
 """What the Hub calls the task of an auto class."""
 HOW_IT_WAS_MADE = "## How it was made"
 REPORT_START, REPORT_END = "<!-- attnconv:report -->", "<!-- /attnconv:report -->"
+# A card is published: of a data file it tells the name, not where it lies.
+_FOLDERS = re.compile(r"(?<=(?:path|text): )[/~].*/|(?<=(?:path|text): ')[/~].*/")
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What of the base's own card stays true of a conversion of it."""
 
@@ -81,7 +84,7 @@ def make_card(
         *_measured(receipt),
         HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",
-        f"```yaml\n{recipe_yaml.strip()}\n```",
+        f"```yaml\n{_FOLDERS.sub('', recipe_yaml.strip())}\n```",
         f"```sh\n{receipt.command}\n```",
         *(["## Papers", "\n".join(f"- <{address}>" for address in addresses if address)] if any(addresses) else []),
     ]

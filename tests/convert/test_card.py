@@ -131,7 +131,9 @@ def test_nothing_published_tells_where_things_lie(base: Path) -> None:
     receipt = make_receipt(checkpoint, PLAN, command=[*command, "--output=~/models/tiny", "-o", "out/tiny"])
     assert receipt.command == ("attnconv convert base -r lolcats --set data.path=x.txt --output=tiny -o out/tiny")
     assert make_receipt(checkpoint, PLAN, command=["/x/attnconv/__main__.py", "demo"]).command == "attnconv demo"
-    card = make_card("tiny", checkpoint=checkpoint, plan=PLAN, receipt=receipt, recipe_name="x", recipe_yaml="name: x")
+    recipe = f"name: x\ndata:\n  path: '{base}/a b.txt'\nevaluate:\n  text: {base}/c.txt\n  path: here/d.txt\n"
+    card = make_card("tiny", checkpoint=checkpoint, plan=PLAN, receipt=receipt, recipe_name="x", recipe_yaml=recipe)
+    assert "path: 'a b.txt'\nevaluate:\n  text: c.txt\n  path: here/d.txt\n" in card
     assert str(base.parent) not in card
     assert str(base.parent) not in str(receipt)
     assert open_checkpoint(base / ".." / "base").name == "base"
