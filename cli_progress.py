@@ -66,21 +66,24 @@ class LineProgress:
 
     def __init__(self) -> None:
         self.total = self.done = 0
+        self.unit = "tokens"
 
     def phase(self, text: str) -> None:
         """One line."""
         typer.echo(text, err=True)
 
-    def begin(self, text: str, total: int, done: int) -> None:
+    def begin(self, text: str, total: int, done: int, unit: str = "tokens") -> None:
         """One line, and steps are counted from here."""
-        self.total, self.done = total, done
+        self.total, self.done, self.unit = total, done, unit
         typer.echo(f"{text}: {total} steps" + (f", {done} done already" if done else ""), err=True)
 
-    def step(self, loss: float, tokens_per_second: float) -> None:
+    def step(self, loss: float, per_second: float) -> None:
         """A line after each tenth of the steps."""
+        from .distill.progress import format_rate
+
         self.done += 1
         if self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
-            figures = f"loss {loss:.4g}, {tokens_per_second:,.0f} tokens/s"
+            figures = f"loss {loss:.4g}, {format_rate(per_second)} {self.unit}/s"
             typer.echo(f"  step {self.done} of {self.total}: {figures}", err=True)
 
     def end(self) -> None:

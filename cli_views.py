@@ -144,16 +144,27 @@ def show_conversion(result: "ConversionResult") -> None:
         f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
     )
     console.print(f"Converted {what} in {result.seconds:.1f} s.")
-    console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
+    if result.self_contained:
+        console.print(
+            f"The model is in {result.output}: from_pretrained with trust_remote_code=True, without attnconv."
+        )
+    else:
+        console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
 
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
     """A row for each moment; a column for each figure that any of them has."""
+    from .distill.progress import format_rate
+
     rows = list(metrics)
-    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}", "tokens": "{:,}"}
-    formats["tokens_per_second"] = "{:,.0f}"
+    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}"}
+    names = {"bits_per_character": "bits/char"}
+    for unit in ("tokens", "images"):
+        formats |= {unit: "{:,}", f"{unit}_per_second": "{}"}
+        names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
+        rates = f"{unit}_per_second"
+        rows = [{**row, rates: format_rate(row[rates])} if rates in row else row for row in rows]
     present = [key for key in formats if any(key in row for row in rows)]
-    names = {"bits_per_character": "bits/char", "tokens": "trained tokens", "tokens_per_second": "tokens/s"}
     table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
     for row in rows:
         table.add_row(row["stage"], *(formats[key].format(row[key]) if key in row else "" for key in present))

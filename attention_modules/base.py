@@ -70,6 +70,16 @@ class AttentionModule(nn.Module, ABC):
         """Why the method with these options (of its own class) cannot serve such a layer, None if it can."""
         return None
 
+    @classmethod
+    def misfit_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
+        """Why the method cannot serve the tokens that a model makes of its inputs, None if it can.
+
+        Args:
+            options: of its own class.
+            image_tokens: how many there are of an image of the model's own size; None if it takes no images.
+        """
+        return None
+
     @property
     def reads_hidden_states(self) -> bool:
         """Whether `signals` or `finish` need the layer's input."""

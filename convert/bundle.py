@@ -4,9 +4,9 @@ The file is put together from this package's own modules: starting from `native_
 used, every top-level definition that is needed is taken over as it stands. Nothing is rewritten; only relative imports
 fall away, since in one file every name is at hand. Two modules that give one name two meanings make the build fail.
 
-In a process the first copy of the code serves all models: an installed attnconv is preferred to the file, hooks are
-registered once whoever asks, and nothing is registered by merely being defined. A file whose methods the serving copy
-lacks fails with the advice to install attnconv.
+In a process that holds several copies of the code, each model is served by the first that knows its methods: an
+installed attnconv is preferred to the files, and each copy's hooks leave the models of the others alone (`copies`).
+Nothing is registered by merely being defined.
 """
 
 import ast
@@ -128,6 +128,12 @@ def write_self_contained(folder: Path, config: Mapping[str, Any]) -> None:
     methods = {module["method"] for module in config[SECTION]["modules"].values()}
     source = bundle_source(methods, architectures, version=__version__)
     (folder / f"{MODELING_MODULE}.py").write_text(source, encoding="utf-8")
+
+
+def is_self_contained(folder: Path) -> bool:
+    """Whether a converted model's folder holds a modeling file that needs no attnconv."""
+    path = folder / f"{MODELING_MODULE}.py"
+    return path.is_file() and path.read_text(encoding="utf-8").startswith(HEADER.partition("\n")[0])
 
 
 def _class_of(tree: SourceTree, method: str) -> Definition:

@@ -11,8 +11,10 @@ from ..attention_modules.base import AttentionModule
 from ..attention_modules.state import AttentionState
 from ..compat import LayerTypes, plain_cache_layers, wrap_layer_types
 from ..errors import PlanError
+from .copies import is_ours
 
-LAYER_TYPE = "attnconv"
+# Of each copy of this code its own.
+LAYER_TYPE = f"attnconv of {__name__}"
 
 
 class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
@@ -237,7 +239,7 @@ def register_cache_layers() -> None:
             types, kwargs = original(config)
             section = getattr(config, "attnconv", None)
             # Encoder and decoder caches share one config; there the layers are put in place on first sight.
-            if not isinstance(section, dict) or getattr(config, "is_encoder_decoder", False):
+            if not is_ours(section) or getattr(config, "is_encoder_decoder", False):
                 return types, kwargs
             types, kwargs = list(types), list(kwargs)
             for entry in section.get("modules", {}).values():

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ PIPELINES = {
 """What the Hub calls the task of an auto class."""
 HOW_IT_WAS_MADE = "## How it was made"
 REPORT_START, REPORT_END = "<!-- attnconv:report -->", "<!-- /attnconv:report -->"
+# A card is published: of a data file it tells the name, not where it lies.
+_FOLDERS = re.compile(r"(?<=(?:path|text): )[/~].*/|(?<=(?:path|text): ')[/~].*/")
 CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What of the base's own card stays true of a conversion of it."""
 
@@ -44,6 +47,7 @@ def make_card(
     recipe_name: str,
     recipe_yaml: str,
     papers: Sequence[str] = (),
+    self_contained: bool = False,
 ) -> str:
     """Write the card of a converted model.
 
@@ -55,6 +59,7 @@ def make_card(
         recipe_name: the recipe's name.
         recipe_yaml: the recipe as it was run.
         papers: addresses of papers besides those of the methods used.
+        self_contained: whether the model brings all its code along.
 
     Returns:
         The text of `README.md`, metadata first.
@@ -75,11 +80,11 @@ def make_card(
         f"# {name}",
         _summary(checkpoint, plan, methods),
         "## Load it",
-        _loading(name, auto_class),
+        _loading(name, auto_class, self_contained),
         *_measured(receipt),
         HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",
-        f"```yaml\n{recipe_yaml.strip()}\n```",
+        f"```yaml\n{_FOLDERS.sub('', recipe_yaml.strip())}\n```",
         f"```sh\n{receipt.command}\n```",
         *(["## Papers", "\n".join(f"- <{address}>" for address in addresses if address)] if any(addresses) else []),
     ]
@@ -101,15 +106,16 @@ def base_metadata(folder: Path) -> dict[str, Any]:
     return {key: data[key] for key in CARRIED_OVER if data.get(key) is not None}
 
 
-def loading(name: str, model_type: str, architecture: str) -> str:
+def loading(name: str, model_type: str, architecture: str, *, self_contained: bool = False) -> str:
     """The Python that loads a converted model.
 
     Args:
         name: the model's name, such as that of its folder.
         model_type: its configuration's model type.
         architecture: its class in transformers.
+        self_contained: whether the model brings all its code along.
     """
-    return _snippet(name, _auto_class(model_type, architecture))
+    return _snippet(name, _auto_class(model_type, architecture), self_contained)
 
 
 def with_report(card: str, section: str) -> str:
@@ -171,15 +177,25 @@ def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> 
     return "\n".join(lines)
 
 
-def _loading(name: str, auto_class: str) -> str:
+def _loading(name: str, auto_class: str, self_contained: bool) -> str:
+    snippet = f"```python\n{_snippet(name, auto_class, self_contained)}\n```\n\n"
+    if self_contained:
+        return (
+            f"{snippet}transformers and torch suffice: `modeling_attnconv.py` holds the code of the attention, "
+            "which `trust_remote_code=True` lets run. An installed attnconv runs in its place."
+        )
     return (
         "```sh\npip install attnconv\n```\n\n"
-        f"```python\n{_snippet(name, auto_class)}\n```\n\n"
-        "With `trust_remote_code=True` the import is not needed, the package is."
+        f"{snippet}With `trust_remote_code=True` the import is not needed, the package is."
     )
 
 
-def _snippet(name: str, auto_class: str) -> str:
+def _snippet(name: str, auto_class: str, self_contained: bool) -> str:
+    if self_contained:
+        return (
+            f"from transformers import {auto_class}\n\n"
+            f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)'
+        )
     return (
         "import attnconv  # without it, transformers refuses to load this model\n"
         f"from transformers import {auto_class}\n\n"

@@ -63,6 +63,13 @@ class Checkpoint:
     trust_remote_code: bool = False
     companions: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def name(self) -> str:
+        """What to call it in public: of a folder or file its name without its place, else the Hub id."""
+        if Path(self.source).expanduser().exists():
+            return self.gguf_file or self.path.resolve().name
+        return self.source
+
     @cached_property
     def weight_map(self) -> Mapping[str, str]:
         """The file name of each tensor."""

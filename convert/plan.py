@@ -199,6 +199,7 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
     options = parsed.model_dump(mode="json")
     lossy = tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
     refused = info.module_class.misfit(module.geometry, parsed)
+    refused = refused or info.module_class.misfit_tokens(parsed, module.image_tokens)
     if "mask" in module.extras:
         refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
     elif module.calls > 1 and module.geometry.causal:

@@ -39,6 +39,7 @@ class ProbedModule:
         extras: what else changes its result: soft caps, sinks, biases, sliding windows, or `mask` for an attention mask
             that also weighs keys.
         class_name: its class.
+        image_tokens: tokens that it sees of an image of the model's own size; None if the model takes no images.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ProbedModule:
     self_attention: bool
     extras: tuple[str, ...]
     class_name: str
+    image_tokens: int | None = None
 
 
 _EXTRAS = ("softcap", "s_aux", "position_bias", "indices", "sliding_window")
@@ -192,7 +194,10 @@ def _watch(
             continue
         if recorder.calls:
             names = {id(module): name for name, module in model.named_modules()}
-            return tuple(_probed(names[key], notes, config) for key, notes in recorder.calls.items() if key in names)
+            images = any("pixel" in name for name in inputs)
+            return tuple(
+                _probed(names[key], notes, config, images) for key, notes in recorder.calls.items() if key in names
+            )
         failure = None
         break
     if failure is not None:
@@ -209,7 +214,7 @@ def _refuse_large(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
         )
 
 
-def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig) -> ProbedModule:
+def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig, images: bool) -> ProbedModule:
     first = notes[0]
     module = first["module"]
     _, num_heads, query_length, head_dim = first["query"]
@@ -231,4 +236,5 @@ def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig) ->
         self_attention=all(note["query"][2] == note["key"][2] for note in notes) and query_length > 1,
         extras=tuple(dict.fromkeys(extra for note in notes for extra in note["extras"])),
         class_name=type(module).__name__,
+        image_tokens=query_length if images else None,
     )

@@ -24,7 +24,7 @@ class Receipt:
     """What `receipt.json` says.
 
     Attributes:
-        source: the base as the user named it.
+        source: the base as the user named it; of a folder or file the name alone, for receipts are published.
         repo_id: its Hub repository, if known.
         revision: the commit of that repository.
         inputs: digest of each weight file that was read.
@@ -33,7 +33,7 @@ class Receipt:
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
         linear_path_use: perplexity without the linear path over perplexity with it, at the end; 1 means that the path
             does nothing, None that there is none or that perplexity was not measured.
-        command: the command line.
+        command: the command line, absolute paths shortened to names.
         created: when, in UTC.
         versions: of the packages that took part.
     """
@@ -73,7 +73,7 @@ def make_receipt(
         command: the command line; the default is that of this process.
     """
     return Receipt(
-        source=checkpoint.source,
+        source=checkpoint.name,
         repo_id=checkpoint.repo_id,
         revision=checkpoint.revision,
         inputs=digest_inputs(checkpoint) if inputs is None else inputs,
@@ -81,7 +81,7 @@ def make_receipt(
         start_distance=start_distance or {},
         metrics=tuple(metrics),
         linear_path_use=linear_path_use,
-        command=shlex.join(sys.argv if command is None else command),
+        command=_public(sys.argv if command is None else command),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
     )
@@ -96,6 +96,19 @@ def digest_inputs(checkpoint: Checkpoint) -> dict[str, str]:
 def write_receipt(folder: Path, receipt: Receipt) -> None:
     """Write `receipt.json`."""
     write_json(folder / RECEIPT_FILE, {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt)})
+
+
+def _public(command: Sequence[str]) -> str:
+    """A command line as one would type it anywhere: neither the program's place nor absolute paths of this machine."""
+    program, arguments = Path(command[0]).name, command[1:]
+    # `python -m attnconv`.
+    program = TOOL if program == "__main__.py" else program
+    return shlex.join([program, *(_without_folders(argument) for argument in arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else argument
 
 
 def _versions() -> dict[str, str]:

@@ -15,16 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention_modules.base import AttentionModule
 from ..errors import PlanError
 from .cache import register_cache_layers
-from .interface import ATTENTION, attnconv_attention
+from .copies import Section, is_ours, register_copy
+from .interface import ATTENTION
 from .plan import Plan
 from .swap import apply_plan
 
 CLASS_PREFIX = "AttnConv"
-_REGISTERED = "_attnconv_registered"
 
 
 def register_hooks() -> None:
-    """Register with transformers; doing it twice changes nothing.
+    """Register with transformers; doing it twice changes nothing, and copies of this code leave each other's models be.
 
     - the attention and mask function named `attnconv`,
     - cache layers,
@@ -32,15 +32,18 @@ def register_hooks() -> None:
     - `PreTrainedModel._initialize_weights`: parameters of cores that a checkpoint lacks get their own start,
     - `PreTrainedModel.save_pretrained`: a converted model is saved so that it never loads as softmax by accident.
     """
-    if getattr(PreTrainedModel, _REGISTERED, False):
+    if not register_copy():
         return
-    setattr(PreTrainedModel, _REGISTERED, True)
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attnconv_attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_of_its_copy)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
     register_cache_layers()
     _wrap_post_init()
     _wrap_initialize_weights()
     _wrap_save_pretrained()
+
+
+def _attention_of_its_copy(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module._attnconv_attention(module, *args, **kwargs)
 
 
 def native_model(architecture: str, module: str) -> type[PreTrainedModel]:
@@ -72,7 +75,7 @@ def _wrap_post_init() -> None:
         original(self)
         # Afterwards, so that patterns of tied weights, expanded there, do not catch the cores' parameters.
         section = getattr(self.config, "attnconv", None)
-        if isinstance(section, dict):
+        if is_ours(section):
             _convert_while_built(self, section)
 
     setattr(PreTrainedModel, "post_init", post_init)  # noqa: B010
@@ -85,7 +88,7 @@ def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> Non
     if names is not None:
         apply_plan(model, plan.rename(names))
         # The section keeps the names of the model that was converted.
-        model.config.attnconv = section
+        model.config.attnconv = Section(section)
         # In whatever dtype the model is loaded, its cores stay in fp32.
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "attnconv"}
         for part in model.modules():
@@ -135,10 +138,10 @@ def _wrap_initialize_weights() -> None:
 
     @wraps(original)
     def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if isinstance(module, AttentionModule) and module.__dict__.get("_attnconv_owned"):
-            _initialize_missing(module)
-        elif not module.__dict__.get("_attnconv_owned"):
+        if module.__dict__.get("_attnconv_owner") is not AttentionModule:
             original(self, module, *args, **kwargs)
+        elif isinstance(module, AttentionModule):
+            _initialize_missing(module)
 
     setattr(PreTrainedModel, "_initialize_weights", _initialize_weights)  # noqa: B010
 

@@ -12,7 +12,8 @@ from ..attention_modules.base import AttentionModule
 from ..attention_modules.registry import create
 from ..errors import PlanError
 from .cache import layer_of
-from .interface import ATTENTION, CONTEXT, CallContext, core_of, is_converted
+from .copies import Section
+from .interface import ATTENTION, CONTEXT, CallContext, attnconv_attention, core_of, is_converted
 from .plan import Plan, PlanEntry
 
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -22,6 +23,7 @@ CORE = "attnconv"
 class ConvertedMixin:
     """Put before a module's own class: notes the call's input and cache layer, then runs the original forward."""
 
+    _attnconv_attention = staticmethod(attnconv_attention)
     _attnconv_original: type[Any]
     _attnconv_signature: inspect.Signature
     _attnconv_forwards_kwargs: bool
@@ -127,7 +129,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for entry in plan.converted:
         if not is_converted(modules[entry.name]):
             _swap(modules[entry.name], entry)
-    section = plan.to_config()
+    section = Section(plan.to_config())
     model.config.attnconv = section
     # Caches are built from the text config; an encoder-decoder builds that of cross-attention from it too.
     text_config = model.config.get_text_config(decoder=True)
@@ -199,7 +201,8 @@ def _swap(module: nn.Module, entry: PlanEntry) -> None:
         core = build_core(entry)
     core.train(module.training)
     for part in core.modules():
-        part.__dict__["_attnconv_owned"] = True
+        # A class of this copy of the code, which a self-contained file in the same process has of its own.
+        part.__dict__["_attnconv_owner"] = AttentionModule
     module.add_module(CORE, core)
     module.__class__ = converted_class(type(module))
     module.__dict__["_attnconv_name"] = entry.name

@@ -47,10 +47,11 @@ class ConversionResult:
         plan: What was converted how.
         metrics: One row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
             `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
-            `"tokens"` and `"tokens_per_second"`.
+            `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
         start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
             stage has text to measure it on.
         seconds: Wall time.
+        self_contained: Whether the output brings all its code along.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class ConversionResult:
     metrics: tuple[Mapping[str, Any], ...]
     start_distance: Mapping[str, float]
     seconds: float
+    self_contained: bool = False
 
 
 def run_conversion(
@@ -113,18 +115,22 @@ def run_conversion(
         progress=progress,
     )
     overwrite = _begin(run, output, resume=resume, overwrite=overwrite)
-    trainee = _healed(run)
+    try:
+        trainee = _healed(run)
+    except Exception:
+        # Nothing is lost by starting over, perhaps with another recipe.
+        if recipe.stages and run.team.leads:
+            run.work.remove_if_empty()
+        raise
     if run.team.leads:
         progress.phase("Saving")
         with atomic_folder(output, overwrite=overwrite) as folder:
-            _write(run, trainee, folder, output)
-            if self_contained:
-                config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-                write_self_contained(folder, config)
+            _write(run, trainee, folder, output, self_contained)
         run.work.remove()
         progress.end()
     run.team.wait()
-    return ConversionResult(output, plan, metric_rows(run), start_distance(run), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
@@ -164,12 +170,12 @@ def _begin(run: Run, output: Path, *, resume: bool, overwrite: bool) -> bool:
     check_data(run)
     run.team.wait()
     if stored:
-        run.work.check(_identity(run))
+        run.work.check(_identity(run), run.recipe.model_dump(mode="json"))
         run.measured.update(stored)
     elif run.team.leads:
         if resume:
             logger.warning("There is no unfinished run for %s, so the conversion starts at the beginning.", output)
-        run.work.begin(_identity(run))
+        run.work.begin(_identity(run), run.recipe.model_dump(mode="json"))
     run.team.wait()
     run.record("overwrite", overwrite)
     return overwrite
@@ -209,7 +215,7 @@ def _can_stream(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     return checkpoint.gguf_file is None and checkpoint.dtype == dtype
 
 
-def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> None:
+def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_contained: bool) -> None:
     """Fill the folder: weights and configuration, then all that tells how they came about."""
     digests = None
     if trainee is None:
@@ -221,6 +227,8 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> Non
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
         save_converted(model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_size)
+    if self_contained:
+        write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     receipt = make_receipt(
         run.checkpoint,
         run.plan,
@@ -238,6 +246,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path) -> Non
         recipe_name=run.recipe.name,
         recipe_yaml=recipe_yaml,
         papers=[run.recipe.paper] if run.recipe.paper else [],
+        self_contained=self_contained,
     )
     write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     _write_figures(run, folder)

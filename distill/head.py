@@ -24,18 +24,22 @@ class ModelHead:
 
     Args:
         model: A causal language model (`...ForCausalLM`), possibly with adapters injected.
+        stage: Kind of the stage that needs it.
 
     Raises:
         TrainingError: The model has no such head, or does something else between its layers and its logits.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, stage: str) -> None:
         self.model = model
         self.layers: nn.Module = model.base_model
         self._output: Any = None
         head = model.get_output_embeddings()
         if self.layers is model or head is None:
-            raise TrainingError(f"{type(model).__name__} has no language-model head; this kind of stage needs one.")
+            raise TrainingError(
+                f"{type(model).__name__} has no language-model head, which the stage {stage} needs: take a stage "
+                "attention_transfer or features in its place, as the recipe hedgehog-encoder does."
+            )
         self.positions_at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         self._check()
 

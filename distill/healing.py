@@ -21,7 +21,7 @@ from .data import TokenStream
 from .distance import output_distance
 from .evaluation import evaluation_tokens
 from .features import FeatureDistillation
-from .images import ImageStream
+from .images import ImageStream, unit_of
 from .logits import LogitDistillation
 from .lora import LoraTuning
 from .metrics import MetricsFile
@@ -154,7 +154,7 @@ def heal(run: Run) -> Trainee:
         state = run_stage(job, state, moments)
         run.record(_section_key(stream), asdict(state.position))
         label = stage_label(run.recipe, index)
-        run.record(f"training/{label}", _training_figures(run, state))
+        run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
         measure(run, trainee.model, label)
         if stage.kind == "attention_transfer":
             measure_distance(run, trainee, label)
@@ -285,11 +285,11 @@ def _objective(trainee: Trainee, stage: Stage) -> Objective:
     return AttentionTransfer(trainee, stage)
 
 
-def _training_figures(run: Run, state: StageState) -> dict[str, float]:
-    """Loss at the end of a stage, its tokens, and how fast they went by."""
+def _training_figures(run: Run, state: StageState, unit: str) -> dict[str, float]:
+    """Loss at the end of a stage, its tokens or images, and how fast they went by."""
     lines = [record for record in MetricsFile(run.work.metrics).records() if record.index == state.stage]
     speed = state.tokens / max(state.seconds, 1e-9)
-    return {**({"loss": lines[-1].loss} if lines else {}), "tokens": state.tokens, "tokens_per_second": speed}
+    return {**({"loss": lines[-1].loss} if lines else {}), unit: state.tokens, f"{unit}_per_second": speed}
 
 
 def _section_key(stream: TokenStream | ImageStream) -> str:

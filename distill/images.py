@@ -1,6 +1,7 @@
 """Training images, as ordered documents like those of text, turned into pixel values as they are needed."""
 
 import io
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,16 @@ from ..recipes import DataSection
 from .batches import ImageBatch
 from .data import name_of, read_rows, shuffled, wrong_field
 from .packing import PackedSequence, Position
+
+
+class ImageFile(bytes):
+    """The content of an image file.
+
+    Attributes:
+        name: What messages call it.
+    """
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class ImageStream:
                     yield PackedSequence(self.pixel_values(image), Position(epoch, index + 1))
             epoch, skip = epoch + 1, 0
 
-    def pixel_values(self, image: bytes) -> torch.Tensor:
+    def pixel_values(self, image: ImageFile) -> torch.Tensor:
         """What the model's processor makes of an image file, `[channels, height, width]`.
 
         Raises:
@@ -51,7 +62,7 @@ class ImageStream:
             with Image.open(io.BytesIO(image)) as opened:
                 picture = opened.convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{name_of(self.section)} holds an image that cannot be read.") from error
+            raise DataError(f"{name_of(self.section)} holds an image that cannot be read: {image.name}.") from error
         pixels: torch.Tensor = self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
@@ -69,7 +80,12 @@ class ImageStream:
         return ImageBatch(pixel_values=torch.stack(sequences))
 
 
-def read_images(section: DataSection) -> Iterator[bytes]:
+def unit_of(stream: object) -> str:
+    """What a stage's data are counted in."""
+    return "images" if isinstance(stream, ImageStream) else "tokens"
+
+
+def read_images(section: DataSection) -> Iterator[ImageFile]:
     """Yield the image files of a data section, in the order of the source; rows without one are left out.
 
     Raises:
@@ -77,14 +93,18 @@ def read_images(section: DataSection) -> Iterator[bytes]:
     """
     source, found = name_of(section), False
     field = str(section.image_field)
-    for row in read_rows(section):
+    folder = Path(section.path).resolve() if section.path is not None and Path(section.path).is_dir() else None
+    for number, row in enumerate(read_rows(section), 1):
         image = row.get(field)
         if field not in row or not isinstance(image, dict | bytes | None):
             raise wrong_field(source, "image", field, row)
         content = _content(image) if isinstance(image, dict) else image
         if content:
             found = True
-            yield content
+            file = ImageFile(content)
+            path = image.get("path") if isinstance(image, dict) and folder is not None else None
+            file.name = os.path.relpath(path, folder) if path else f"row {number}"
+            yield file
     if not found:
         raise DataError(f"{source} holds no images.")
 

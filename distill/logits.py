@@ -32,7 +32,7 @@ class LogitDistillation(Objective):
     def __init__(self, trainee: Trainee, stage: LogitsStage, adapter: str | None) -> None:
         self.trainee = trainee
         self.temperature = stage.temperature
-        self.head = ModelHead(trainee.model)
+        self.head = ModelHead(trainee.model, stage.kind)
         self.groups: list[ParameterGroup] = []
         if adapter is not None:
             self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))

@@ -23,7 +23,7 @@ class LoraTuning(Objective):
 
     def __init__(self, trainee: Trainee, stage: LoraStage, adapter: str) -> None:
         self.trainee = trainee
-        self.head = ModelHead(trainee.model)
+        self.head = ModelHead(trainee.model, stage.kind)
         self.groups = [ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate)]
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)

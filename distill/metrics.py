@@ -23,6 +23,7 @@ class Record:
         grad_norm: Norm of the gradients before clipping.
         tokens_per_second: Training tokens, by all processes, per second of training.
         layers: Relative squared error of each layer's attention output, by module name; empty if not measured.
+        unit: What is counted as tokens: `tokens`, or `images`.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Record:
     grad_norm: float
     tokens_per_second: float
     layers: dict[str, float]
+    unit: str = "tokens"
 
 
 class MetricsFile:

@@ -21,7 +21,7 @@ MARKED_LAYERS = 64
 
 
 def plot_losses(records: Sequence[Record], path: Path) -> None:
-    """Draw the loss of every stage over its training tokens, a panel for each stage.
+    """Draw the loss of every stage over its training tokens or images, a panel for each stage.
 
     The scale is logarithmic where the loss spans a factor of two or more.
 
@@ -35,7 +35,7 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
         tokens, losses = [line.tokens for line in lines], [line.loss for line in lines]
         panel.plot(tokens, losses, color=color, linewidth=1.8, marker="o" if len(lines) == 1 else None)
         panel.set_title(f"Stage {lines[0].index + 1}: {lines[0].stage.replace('_', ' ')}", loc="left", fontsize=11)
-        panel.set_xlabel("training tokens")
+        panel.set_xlabel(f"training {lines[0].unit}")
         panel.set_ylabel(LOSS_NAMES.get(lines[0].stage, "loss"))
         panel.xaxis.set_major_formatter(_tokens)
         _scale(panel, losses)

@@ -9,17 +9,22 @@ from rich.progress import Progress as RichBars
 from typing_extensions import Self
 
 
+def format_rate(per_second: float) -> str:
+    """`1,234`, and below ten `0.5`."""
+    return f"{per_second:,.1f}" if per_second < 10 else f"{per_second:,.0f}"
+
+
 class Progress(Protocol):
     """What a run tells while it works; every method returns at once."""
 
     def phase(self, text: str) -> None:
         """Something begins that has no steps to count, such as loading or measuring."""
 
-    def begin(self, text: str, total: int, done: int) -> None:
-        """A stage of `total` steps begins, of which `done` are done already."""
+    def begin(self, text: str, total: int, done: int, unit: str = "tokens") -> None:
+        """A stage of `total` steps begins, of which `done` are done already; `unit` is what they read."""
 
-    def step(self, loss: float, tokens_per_second: float) -> None:
-        """One step of the stage is done."""
+    def step(self, loss: float, per_second: float) -> None:
+        """One step of the stage is done; `per_second` counts units."""
 
     def end(self) -> None:
         """The phase or stage that began last is over."""
@@ -31,10 +36,10 @@ class Silent:
     def phase(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, text: str, total: int, done: int) -> None:
+    def begin(self, text: str, total: int, done: int, unit: str = "tokens") -> None:
         """Nothing."""
 
-    def step(self, loss: float, tokens_per_second: float) -> None:
+    def step(self, loss: float, per_second: float) -> None:
         """Nothing."""
 
     def end(self) -> None:
@@ -42,7 +47,7 @@ class Silent:
 
 
 class TerminalProgress:
-    """One line on the terminal for each phase and stage, with loss, tokens per second and the time left.
+    """One line on the terminal for each phase and stage, with loss, tokens or images per second and the time left.
 
     Used as a context manager, which leaves the cursor where it belongs whatever happens.
 
@@ -61,6 +66,7 @@ class TerminalProgress:
             console=console or Console(stderr=True),
         )
         self.task: TaskID | None = None
+        self.unit = "tokens"
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -78,15 +84,16 @@ class TerminalProgress:
         self.end()
         self.task = self.bars.add_task(text, total=None, figures="")
 
-    def begin(self, text: str, total: int, done: int) -> None:
+    def begin(self, text: str, total: int, done: int, unit: str = "tokens") -> None:
         """A line with a bar that fills."""
         self.end()
+        self.unit = unit
         self.task = self.bars.add_task(text, total=total, completed=done, figures="")
 
-    def step(self, loss: float, tokens_per_second: float) -> None:
+    def step(self, loss: float, per_second: float) -> None:
         """Move the bar on by one step."""
         if self.task is not None:
-            self.bars.update(self.task, advance=1, figures=f"loss {loss:.4g}  {tokens_per_second:,.0f} tokens/s")
+            self.bars.update(self.task, advance=1, figures=f"loss {loss:.4g}  {format_rate(per_second)} {self.unit}/s")
 
     def end(self) -> None:
         """Show the line as finished."""

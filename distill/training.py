@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from ..recipes import Stage
 from .batches import StepData, step_data
 from .data import TokenStream
-from .images import ImageStream
+from .images import ImageStream, unit_of
 from .metrics import MetricsFile, Record
 from .objective import Figures, Objective
 from .progress import Progress
@@ -108,7 +108,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     _set_moments(optimizer, parameters, moments)
     state, meter = start, Meter()
     metrics = MetricsFile(job.work.metrics)
-    job.progress.begin(f"Stage {job.index + 1}: {job.stage.kind}", job.num_steps, state.step)
+    job.progress.begin(f"Stage {job.index + 1}: {job.stage.kind}", job.num_steps, state.step, unit_of(job.stream))
     with torch.random.fork_rng(devices=[job.team.device] if job.team.device.type == "cuda" else []):
         for data in _data(job, state):
             began = time.perf_counter()
@@ -235,6 +235,7 @@ def _record(job: StageJob, state: StageState, meter: Meter, learning_rate: float
         learning_rate=learning_rate,
         grad_norm=norm,
         tokens_per_second=meter.tokens_per_second,
+        unit=unit_of(job.stream),
         layers=meter.mean_layers(),
     )
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,21 @@ class WorkFolder:
         """Whether a run was begun and not finished."""
         return (self.path / "run.json").is_file()
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Start afresh for a run of this identity; what an earlier run left is removed."""
+    def begin(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
+        """Start afresh for a run of this identity and recipe; what an earlier run left is removed."""
         self.remove()
         try:
             self.path.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"The work folder {self.path} cannot be made: {error.strerror}.") from error
-        self._write_run({"format": FORMAT, "identity": dict(identity), "measured": {}})
+        self._write_run({"format": FORMAT, "identity": dict(identity), "recipe": recipe, "measured": {}})
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def check(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
         """Refuse to go on with something else than what was begun.
+
+        Args:
+            identity: What must be as it was.
+            recipe: The recipe that `identity` stands for, to tell where it differs.
 
         Raises:
             TrainingError: The folder is damaged, or was begun with another recipe, model or number of processes.
@@ -107,8 +111,9 @@ class WorkFolder:
         for key, value in identity.items():
             before = run["identity"].get(key)
             if before != value:
-                short = all(isinstance(shown, str | int) and len(str(shown)) < 80 for shown in (before, value))
-                change = f" ({before}, and now {value})" if short else ""
+                change = f" ({before}, and now {value})" if isinstance(value, int) else ""
+                if key == "recipe" and (keys := list(_differences(run.get("recipe"), recipe))):
+                    change = f" (it differs in {', '.join(keys)})"
                 raise TrainingError(
                     f"The unfinished run in {self.path} has another {key}{change}: resume it unchanged, "
                     "or start over with --overwrite."
@@ -172,6 +177,11 @@ class WorkFolder:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def remove_if_empty(self) -> None:
+        """Remove the folder unless a checkpoint is in it."""
+        if self.path.is_dir() and not self._checkpoints():
+            self.remove()
+
     def _checkpoints(self) -> list[tuple[tuple[int, int], Path]]:
         found = ((CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
         return [((int(match[1]), int(match[2])), path) for match, path in found if match]
@@ -197,6 +207,18 @@ class WorkFolder:
 def fingerprint(text: str) -> str:
     """A short name for a text that no other text has."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """The keys, such as `stages.0.steps`, in which two trees of JSON data differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{place}.{index}")
+    elif before != now and place:
+        yield place
 
 
 def _flush(file: Path) -> None:

@@ -76,6 +76,21 @@ class AgentAttention(AttentionModule):
             return f"num_agents must be a square number for images, such as 49; it is {options.num_agents}"
         return None
 
+    @classmethod
+    def misfit_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
+        """An image layout for what is no image, or not square."""
+        if options.layout == "sequence":
+            return None
+        if image_tokens is None:
+            return "the model takes no images: set layout to sequence"
+        patches = image_tokens - options.prefix_tokens
+        if patches >= 1 and math.isqrt(patches) ** 2 == patches:
+            return None
+        return (
+            f"{image_tokens} tokens without {options.prefix_tokens} first ones are no square image: set prefix_tokens "
+            "to the number of class and register tokens, or layout to sequence"
+        )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The convolution starts at zero."""
@@ -170,16 +185,12 @@ class AgentAttention(AttentionModule):
 
     def _side(self, length: int, valid: Tensor | None) -> int:
         """Patches along one side of the image."""
-        patches = length - self.options.prefix_tokens
-        side = math.isqrt(max(patches, 0))
-        if patches < 1 or side * side != patches:
-            raise ValueError(
-                f"{length} tokens without {self.options.prefix_tokens} first ones are no square image: set "
-                "prefix_tokens to the number of class and register tokens, or layout to sequence"
-            )
+        misfit = self.misfit_tokens(self.options, length)
+        if misfit is not None:
+            raise ValueError(misfit)
         if valid is not None and not valid.all():
             raise ValueError("an image has no padding: set layout to sequence")
-        return side
+        return math.isqrt(length - self.options.prefix_tokens)
 
     def _grid(self, values: Tensor, valid: Tensor | None) -> Tensor:
         """`[batch, heads, T, dim]` → `[batch, heads, T, dim]` or `[batch, heads, side, side, dim]`, without padding."""

@@ -174,6 +174,7 @@ class RecordRow(Document):
     grad_norm: Number = None
     tokens_per_second: Number = None
     layers: dict[str, Number] = {}
+    unit: str = "tokens"
 
 
 class MapRow(Document):

@@ -43,7 +43,9 @@ def _moments(report: Report) -> Table | None:
     if not rows:
         return None
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
-    names = {"bits_per_character": "bits/char", "tokens": "trained tokens", "tokens_per_second": "tokens/s"}
+    names = {"bits_per_character": "bits/char"}
+    for unit in ("tokens", "images"):
+        names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
     cells = tuple(
         (Cell(str(row.get("stage", "")).replace("_", " ")), *(_value(row, key) for key in keys)) for row in rows
     )
@@ -64,8 +66,8 @@ def _loss_chart(lines: Sequence[RecordRow]) -> Chart:
     first = lines[0]
     series = [Series(first.stage, tokens, losses, COLORS[first.index % len(COLORS)])]
     kind = LOSSES.get(first.stage, "loss")
-    description = f"{kind} from {number(losses[0])} to {number(losses[-1])} over {tokens[-1]:,} tokens."
-    axes = Axis("training tokens"), Axis(kind, log=True)
+    description = f"{kind} from {number(losses[0])} to {number(losses[-1])} over {tokens[-1]:,} {first.unit}."
+    axes = Axis(f"training {first.unit}"), Axis(kind, log=True)
     name = f"Stage {first.index + 1}: {first.stage.replace('_', ' ')}"
     return Chart(f"loss-{first.index}", name, description, partial(line_chart, series, *axes))
 
@@ -74,7 +76,7 @@ def _layer_errors(records: Sequence[RecordRow]) -> dict[str, dict[str, Number]]:
     """Errors of the layers in the first and in the last record that have them, by moment."""
     having = [record for record in records if any(value is not None for value in record.layers.values())]
     chosen = [having[0], having[-1]] if len(having) > 1 else having
-    return {f"after {record.tokens:,} tokens": record.layers for record in chosen}
+    return {f"after {record.tokens:,} {record.unit}": record.layers for record in chosen}
 
 
 def _layer_chart(moments: Mapping[str, Mapping[str, Number]]) -> Chart:
@@ -105,7 +107,8 @@ def _record_table(records: Sequence[RecordRow]) -> Table | None:
         )
         for record in records
     )
-    columns = ("stage", "step", "tokens", "loss", "learning rate", "gradient norm", "tokens/s")
+    unit = " or ".join(dict.fromkeys(record.unit for record in records))
+    columns = ("stage", "step", unit, "loss", "learning rate", "gradient norm", f"{unit} per second")
     return Table("Every line of metrics.jsonl", columns, rows, collapsed=True)
 
 

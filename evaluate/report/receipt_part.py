@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...convert.bundle import is_self_contained
 from ...convert.card import loading
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
 from .formats import number, size
@@ -76,4 +77,5 @@ def _setup_rows(setup: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _snippet(report: Report) -> str:
     architectures = report.config.get("architectures") or [""]
-    return loading(report.name, str(report.config.get("model_type", "")), str(architectures[0]))
+    model_type, flat = str(report.config.get("model_type", "")), is_self_contained(report.folder)
+    return loading(report.name, model_type, str(architectures[0]), self_contained=flat)

@@ -110,12 +110,33 @@ def test_text_says_what_it_is_and_how_to_load_it(base: Path) -> None:
     assert "<https://arxiv.org/abs/2410.10254>" in text
 
 
+def test_a_self_contained_model_asks_for_no_attnconv(base: Path) -> None:
+    text = card_of(base, self_contained=True).text
+    assert "import attnconv" not in text
+    assert "pip install" not in text
+    assert 'AutoModelForCausalLM.from_pretrained("tiny-lolcats", trust_remote_code=True)' in text
+
+
 def test_figures_come_as_a_table(base: Path) -> None:
     text = card_of(base).text
     assert "| | perplexity | bits per character | tokens |\n|---|---|---|---|\n| teacher | 14.37 |  |  |" in text
     assert "| attention_transfer | 40.6 |  | 61440 |" in text
     assert "nan" not in text
     assert "mean relative squared error 0.25" in text
+
+
+def test_nothing_published_tells_where_things_lie(base: Path) -> None:
+    checkpoint = open_checkpoint(base)
+    command = ["/home/me/venv/bin/attnconv", "convert", str(base), "-r", "lolcats", "--set", f"data.path={base}/x.txt"]
+    receipt = make_receipt(checkpoint, PLAN, command=[*command, "--output=~/models/tiny", "-o", "out/tiny"])
+    assert receipt.command == ("attnconv convert base -r lolcats --set data.path=x.txt --output=tiny -o out/tiny")
+    assert make_receipt(checkpoint, PLAN, command=["/x/attnconv/__main__.py", "demo"]).command == "attnconv demo"
+    recipe = f"name: x\ndata:\n  path: '{base}/a b.txt'\nevaluate:\n  text: {base}/c.txt\n  path: here/d.txt\n"
+    card = make_card("tiny", checkpoint=checkpoint, plan=PLAN, receipt=receipt, recipe_name="x", recipe_yaml=recipe)
+    assert "path: 'a b.txt'\nevaluate:\n  text: c.txt\n  path: here/d.txt\n" in card
+    assert str(base.parent) not in card
+    assert str(base.parent) not in str(receipt)
+    assert open_checkpoint(base / ".." / "base").name == "base"
 
 
 def test_without_figures_there_is_no_such_section(base: Path) -> None:
@@ -162,7 +183,7 @@ def test_the_receipt_holds_input_versions_plan_and_figures(base: Path, tmp_path:
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     expected = xxhash.xxh3_128((base / "model.safetensors").read_bytes()).hexdigest()
     assert receipt["inputs"] == {"model.safetensors": f"xxh3_128:{expected}"}
-    assert receipt["source"] == str(base)
+    assert receipt["source"] == "base"
     assert receipt["plan"] == PLAN.to_config()
     assert receipt["versions"] == {
         "attnconv": attnconv.__version__,

@@ -49,8 +49,22 @@ def run(job):
     sys.meta_path.insert(0, Blocker(job["blocked"]))
     if job["first"]:
         import attnconv
+        if job["lacking"]:
+            from attnconv.attention_modules import registry
+            del registry._METHODS[job["lacking"]]
+    models = []
     for folder in job["folders"]:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=job["trust"])
+        if folder == "attnconv":
+            # It is installed only now.
+            sys.meta_path.pop(0)
+            import attnconv
+            continue
+        models.append(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=job["trust"]))
+    for number, model in enumerate(models):
+        look_at(model, job, number)
+
+
+def look_at(model, job, number):
     ids = torch.tensor(job["ids"])
     arguments = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     length = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -61,14 +75,14 @@ def run(job):
             "cached": model.generate(**arguments, **length),
             "uncached": model.generate(**arguments, **length, use_cache=False),
         }
-    save_file({name: tensor.contiguous() for name, tensor in results.items()}, job["out"])
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, f"{job['out']}{number}")
     if job["again"]:
         model.save_pretrained(job["again"])
     parts = [module.attnconv for module in model.modules() if hasattr(module, "attnconv")]
     layers = DynamicCache(config=model.config).layers
     parts += layers
     assert not any(layer.inner for layer in layers)
-    with open(job["parts"], "w") as file:
+    with open(f"{job['parts']}{number}", "w") as file:
         json.dump([type(part).__module__ for part in parts], file)
 
 
@@ -132,7 +146,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    """Loads models in a process of their own and looks at the last of them."""
+    """Loads models in a process of their own and looks at them."""
 
     def __init__(self, server: "subprocess.Popen[str]", place: Path) -> None:
         self.server = server
@@ -146,14 +160,33 @@ class Process:
 
     def results(self, *folders: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
         """What was computed with the last folder's model, and the modules that its cores and cache layers came from."""
+        return self.all_results(*folders, **options)[-1]
+
+    def all_results(self, *folders: Path | str, **options: Any) -> list[tuple[dict[str, torch.Tensor], list[str]]]:
+        """The same of every model once all are loaded; `"attnconv"` among the folders unblocks and imports it there."""
         code, log = self._run(*folders, **options)
         assert code == 0, log
-        return load_file(self.place / "out"), json.loads((self.place / "parts").read_text())
+        numbers = range(len([folder for folder in folders if folder != "attnconv"]))
+        return [
+            (load_file(self.place / f"out{n}"), json.loads((self.place / f"parts{n}").read_text())) for n in numbers
+        ]
 
     def _run(
-        self, *folders: Path, blocked: tuple[str, ...] = (), trust: bool = True, first: bool = False, again: str = ""
+        self,
+        *folders: Path | str,
+        blocked: tuple[str, ...] = (),
+        trust: bool = True,
+        first: bool = False,
+        again: str = "",
+        lacking: str = "",
     ) -> tuple[int, str]:
-        job = {"folders": [str(folder) for folder in folders], "blocked": blocked, "trust": trust, "first": first}
+        job = {
+            "lacking": lacking,
+            "folders": [str(folder) for folder in folders],
+            "blocked": blocked,
+            "trust": trust,
+            "first": first,
+        }
         places = {name: str(self.place / name) for name in ("out", "parts", "log")}
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -245,14 +278,42 @@ def test_two_self_contained_models_share_one_process(flat: Path, process: Proces
     assert len(set(modules)) == 1
 
 
-def test_self_contained_models_of_different_methods_ask_for_attnconv(
+def test_self_contained_models_of_different_methods_share_one_process(
     flat: Path, process: Process, tmp_path: Path
 ) -> None:
     other = build(tmp_path / "other", "hedgehog")
     write_self_contained(other, read_json(other / "config.json"))
-    assert "pip install -U attnconv" in process.error(flat, other, blocked=BLOCKED)
-    results, _ = process.results(flat, other)
-    check(other, results)
+    for order in ((flat, other, flat), (other, flat, other)):
+        found = process.all_results(*order, blocked=BLOCKED)
+        for place, (results, modules) in zip(order, found, strict=True):
+            check(place, results)
+            assert len(modules) == 4
+            assert len(set(modules)) == 1
+        # Each file has served its own models.
+        assert found[0][1] == found[2][1] != found[1][1]
+
+
+@pytest.mark.parametrize("name", ["lolcats", "hedgehog"])
+def test_an_attnconv_that_comes_later_serves_what_is_loaded_from_then_on(
+    flat: Path, folder: Path, process: Process, tmp_path: Path, name: str
+) -> None:
+    later = folder if name == "lolcats" else build(tmp_path / "later", name)
+    found = process.all_results(flat, "attnconv", later, blocked=("attnconv",))
+    for place, (results, _) in zip((flat, later), found, strict=True):
+        check(place, results)
+    assert all(module.endswith(".modeling_attnconv") for module in found[0][1])
+    assert all(module.startswith("attnconv.") for module in found[1][1])
+
+
+def test_a_file_serves_its_model_beside_an_attnconv_that_lacks_its_method(
+    flat: Path, folder: Path, process: Process, tmp_path: Path
+) -> None:
+    other = build(tmp_path / "other", "hedgehog")
+    write_self_contained(other, read_json(other / "config.json"))
+    found = process.all_results(folder, other, flat, first=True, lacking="hedgehog")
+    for place, (results, _) in zip((folder, other, flat), found, strict=True):
+        check(place, results)
+    assert [modules[0].startswith("attnconv.") for _, modules in found] == [True, False, True]
 
 
 def test_self_contained_file_serves_a_family_whose_weights_are_stored_otherwise(

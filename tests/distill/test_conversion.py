@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from attnconv.attention_modules.paths import leaving_out
+from attnconv.cli_views import show_conversion
 from attnconv.distill import embedded_model_path, embedded_tokens, run_conversion
 from attnconv.distill.metrics import MetricsFile
 from attnconv.errors import AttnConvError, DataError, OutputError, TrainingError
 from attnconv.evaluate import perplexity
+from attnconv.evaluate.report.gathering import gather
+from attnconv.evaluate.report.receipt_part import receipt_section
 from attnconv.recipes import Recipe
 
 TRANSFER = {"kind": "attention_transfer", "steps": 12, "sequence_length": 64, "batch_size": 2, "learning_rate": 1e-2}
@@ -164,10 +167,18 @@ def test_without_stages_perplexity_can_be_measured(tmp_path):
     assert teacher < swap
 
 
-def test_self_contained_writes_the_code_of_the_attention(tmp_path):
+def test_self_contained_writes_the_code_of_the_attention(tmp_path, capsys):
     recipe = make_recipe(method="sliding_window", data=None, evaluate=None)
     result = run_conversion(embedded_model_path(), recipe, tmp_path / "model", self_contained=True)
     assert "class SlidingWindowAttention" in (result.output / "modeling_attnconv.py").read_text()
+    # Whoever reads of it is not sent to install what it does without.
+    assert "import attnconv" not in (result.output / "README.md").read_text()
+    show_conversion(result)
+    said = capsys.readouterr().out
+    assert "trust_remote_code=True" in said
+    assert "import attnconv" not in said
+    flat = gather(result.output)
+    assert "import attnconv" not in "".join(str(block) for block in receipt_section(flat).blocks)
 
 
 REFUSED = {

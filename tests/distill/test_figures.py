@@ -65,8 +65,11 @@ def test_bars_show_loss_speed_and_time():
             progress.step(2.3456, 1234.5)
         progress.end()
         progress.end()
+        progress.begin("Stage 2: features", 1, 0, "images")
+        progress.step(2.0, 0.54)
+        progress.end()
     shown = stream.getvalue()
-    for expected in ("Loading the model", "Stage 1: lora", "10/10", "loss 2.346", "1,234 tokens/s"):
+    for expected in ("Loading the model", "Stage 1: lora", "10/10", "loss 2.346", "1,234 tokens/s", "0.5 images/s"):
         assert expected in shown, expected
 
 

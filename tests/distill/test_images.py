@@ -20,11 +20,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from attnconv.cli_progress import LineProgress
+from attnconv.cli_views import show_conversion
 from attnconv.distill import run_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
-from attnconv.errors import DataError, TrainingError
+from attnconv.errors import DataError, PlanError, TrainingError
+from attnconv.evaluate.report.gathering import gather
+from attnconv.evaluate.report.healing_part import healing_section
 from attnconv.recipes import DataSection, Recipe
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -110,8 +114,17 @@ def test_what_holds_no_images_is_refused_in_one_sentence(sources, tmp_path):
     with pytest.raises(DataError, match="There is no data file"):
         next(read_images(section(tmp_path / "nowhere")))
     Dataset.from_dict({"image": [b"no picture"]}).to_parquet(tmp_path / "odd.parquet")
-    with pytest.raises(DataError, match="holds an image that cannot be read"):
+    with pytest.raises(DataError, match="holds an image that cannot be read: row 1"):
         next(ImageStream(section(tmp_path / "odd.parquet"), processor()).sequences())
+
+
+def test_a_broken_image_in_a_folder_is_named(pictures, tmp_path):
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    for name, content in (("a.png", pictures[0]), ("b.png", b"no picture"), ("c.png", pictures[1])):
+        (tmp_path / "pictures" / "cats" / name).write_bytes(content)
+    stream = ImageStream(section(tmp_path / "pictures"), processor()).sequences()
+    with pytest.raises(DataError, match=r"holds an image that cannot be read: cats/b\.png\."):
+        list(itertools.islice(stream, 3))
 
 
 LOSS = {"output_mse": 1, "normalize_per_layer": True}
@@ -151,14 +164,37 @@ def check_healed(result, inputs):
 
 
 @pytest.mark.parametrize("method", ["hedgehog", "linear", "lolcats"])
-def test_dinov2_is_converted_whole(tmp_path, sources, method):
+def test_dinov2_is_converted_whole(tmp_path, sources, capsys, method):
     folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
     options = {"window": 3} if method == "lolcats" else {}
     chosen = recipe(section(sources["known.parquet"]).model_dump(), method, options)
-    result = run_conversion(folder, chosen, tmp_path / "out", device="cpu")
+    result = run_conversion(folder, chosen, tmp_path / "out", device="cpu", progress=LineProgress())
     check_healed(result, {"pixel_values": torch.randn(2, 3, 24, 24)})
     assert (result.output / "preprocessor_config.json").is_file()
-    assert result.metrics[-1]["tokens"] == 25 * 4
+    # Images are not called tokens, wherever somebody reads of them.
+    assert result.metrics[-1]["images"] == 25 * 4
+    assert "tokens" not in (result.output / "README.md").read_text()
+    show_conversion(result)
+    said = capsys.readouterr()
+    assert "images/s" in said.out
+    assert "images/s" in said.err
+    assert "tokens" not in said.out + said.err
+    healing = str(healing_section(gather(result.output)))
+    assert "training images" in healing
+    assert "tokens" not in healing
+
+
+@pytest.mark.parametrize("stages", [True, False])
+def test_a_wrong_number_of_prefix_tokens_is_found_before_anything_is_done(tmp_path, sources, stages):
+    folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
+    options = {"layout": "image", "num_agents": 4, "prefix_tokens": 0}
+    chosen = recipe(section(sources["pictures"]).model_dump(), "agent", options)
+    if not stages:
+        chosen = Recipe(name="test", attention=chosen.attention, stages=[])
+    with pytest.raises(PlanError, match=r"37 tokens without 0 first ones are no square image: set prefix_tokens"):
+        run_conversion(folder, chosen, tmp_path / "out", device="cpu")
+    assert not list(tmp_path.glob(".out*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vit_classifier_is_converted_from_a_folder(tmp_path, sources):
@@ -182,7 +218,7 @@ def test_features_are_distilled_through_all_layers(tmp_path, sources):
         with torch.no_grad():
             errors.append(float(feature_error(student(pixel_values=pixels), teacher(pixel_values=pixels), None)))
     assert [row["stage"] for row in result.metrics] == ["attention_transfer", "features"]
-    assert result.metrics[-1]["tokens"] == 60 * 4
+    assert result.metrics[-1]["images"] == 60 * 4
     assert errors[1] < 0.9 * errors[0]
 
 

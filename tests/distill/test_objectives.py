@@ -170,8 +170,11 @@ def test_the_head_in_pieces_gives_the_same(make_trainee, batch, monkeypatch, kin
 
 def test_the_head_refuses_what_it_cannot_take_apart(make_trainee, batch):
     trainee = make_trainee()
-    with pytest.raises(TrainingError, match="has no language-model head"):
-        ModelHead(trainee.model.model)
+    with pytest.raises(
+        TrainingError,
+        match="no language-model head, which the stage lora needs: take a stage attention_transfer or features",
+    ):
+        ModelHead(trainee.model.model, "lora")
     plain = type(trainee.model).forward
 
     def shifted(self, *args, **kwargs):
@@ -182,7 +185,7 @@ def test_the_head_refuses_what_it_cannot_take_apart(make_trainee, batch):
 
     trainee.model.forward = shifted.__get__(trainee.model)
     with pytest.raises(TrainingError, match="more than its layers and its head"):
-        ModelHead(trainee.model)
+        ModelHead(trainee.model, "lora")
 
 
 def test_normalising_makes_the_loss_the_relative_error(make_trainee, batch):

@@ -33,7 +33,7 @@ recipe, output, resume, kill_stage, kill_step = sys.argv[1:]
 
 
 class Killer(Silent):
-    def begin(self, text, total, done):
+    def begin(self, text, total, done, unit):
         self.stage, self.steps = int(re.search(r"Stage (\\d+)", text)[1]), done
 
     def step(self, loss, tokens_per_second):
@@ -94,8 +94,29 @@ def unfinished(tmp_path, recipe_file, monkeypatch):
 
 def test_a_changed_recipe_cannot_resume(unfinished, recipe_file):
     changed = load_recipe(str(recipe_file), ["stages.0.learning_rate=2e-2"])
-    with pytest.raises(TrainingError, match="has another recipe .*: resume it unchanged, or start over"):
+    with pytest.raises(
+        TrainingError, match=r"has another recipe \(it differs in stages\.0\.learning_rate\): resume it unchanged, or"
+    ):
         run_conversion(embedded_model_path(), changed, unfinished, resume=True)
+
+
+def test_a_mistake_found_before_the_first_checkpoint_leaves_nothing_behind(tmp_path, recipe_file):
+    wrong = load_recipe(str(recipe_file), ["stages.1.targets=[qq]"])
+    with pytest.raises(TrainingError, match='no module "qq"'):
+        run_conversion(embedded_model_path(), wrong, tmp_path / "model")
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_a_mistake_leaves_what_others_began_and_what_can_be_gone_on_with(unfinished, recipe_file, monkeypatch):
+    work = unfinished.parent / ".model.attnconv-work"
+    changed = load_recipe(str(recipe_file), ["stages.0.steps=5"])
+    with pytest.raises(TrainingError, match="another recipe"):
+        run_conversion(embedded_model_path(), changed, unfinished, resume=True)
+    assert (work / "run.json").is_file()
+    (work / "checkpoint-0-3").mkdir()
+    with pytest.raises(TrainingError, match="is damaged"):
+        run_conversion(embedded_model_path(), load_recipe(str(recipe_file)), unfinished, resume=True)
+    assert (work / "checkpoint-0-3").is_dir()
 
 
 def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, recipe_file):

@@ -1,5 +1,6 @@
 """Every recipe that ships loads, explains each of its keys, and survives being written and read again."""
 
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,16 @@ SHIPPED = [
 
 def test_the_list_of_shipped_recipes():
     assert list_recipes() == SHIPPED
+
+
+def test_agent_says_how_it_takes_text():
+    overrides = re.findall(r"^#.*?$", recipe_text("agent"), flags=re.MULTILINE)
+    overrides = re.findall(r"--set (\S+)", " ".join(overrides[:6]))
+    assert len(overrides) == 4
+    recipe = load_recipe("agent", overrides)
+    assert (recipe.data.path, recipe.data.image_field, recipe.data.hub) == ("FILE", None, None)
+    assert recipe.stages[0].misfit(recipe.data) is None
+    assert recipe.attention[0].options["layout"] == "sequence"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
