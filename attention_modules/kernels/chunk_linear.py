@@ -169,13 +169,13 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.chunk, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
     # With gates, what the last sums weigh is part of every gate's gradient.
-    ctx.last = output[2:] if inputs[3] is not None else None
+    last = output[2:] if inputs[3] is not None else (None, None)
+    ctx.save_for_backward(*tensors, cu_seqlens, *last)
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, gates, start, first_sums, first_norm, cu_seqlens = ctx.saved_tensors
+    query, key, value, gates, start, first_sums, first_norm, cu_seqlens, last_sums, last_norm = ctx.saved_tensors
     d_out, d_mass, d_last_sums, d_last_norm = gradients
     d_out = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[-1]) if d_out is None else d_out
     d_mass = query.new_zeros(query.shape[:3], dtype=torch.float32) if d_mass is None else d_mass
@@ -203,7 +203,6 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if gates is not None:
         weight = None
         if d_last_sums is not None and d_last_norm is not None:
-            last_sums, last_norm = ctx.last
             weight = (d_last_sums * last_sums).sum(-1) + d_last_norm * last_norm
         products = pair_products(query, key, d_query, d_key, gates.shape[1])
         d_gates = gate_gradient(products, weight, cu_seqlens, channels=gates.ndim == 4)
