@@ -9,7 +9,7 @@ from interpreted_cases import cases_of, check
 
 pytest.importorskip("triton")
 
-from attnconv.attention_modules.kernels import selection
+from attnconv.attention_modules.kernels import launching, selection
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
@@ -80,6 +80,17 @@ def test_auto_on_a_gpu_says_once_why_it_is_torch(caplog: pytest.LogCaptureFixtur
     assert selection.use_triton("auto", None, cuda)
     assert not selection.use_triton("auto", None, torch.device("cpu"))
     assert not selection.use_triton("torch", None, cuda)
+
+
+@pytest.mark.parametrize(("asked", "given"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_products_of_fp32_are_as_exact_as_torch_is_told(asked: str, given: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = asked
+        assert launching.precision(torch.float32)["PRECISION"] == given
+        assert launching.precision(torch.float16)["PRECISION"] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_operators_have_shapes_without_values() -> None:
