@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunk_linear_backward import chunk_gradients, gate_gradient, pair_products, shared
 from .launching import default_chunk, launch, state_dtype
-from .layout import VECTOR_CHUNK, Layout, chunk_weights, contiguous, run_states, summed_gates
+from .layout import VECTOR_CHUNK, Layout, chunk_weights, contiguous, packed_sequences, run_states, summed_gates
 from .reference import chunk_linear_torch, packed_linear_torch
 from .selection import problem_with, use_triton
 
@@ -56,7 +56,8 @@ def chunk_linear(
     gates = token_gates(query, log_decay, log_gates, start)
     if chunk is None:
         chunk = default_chunk(query.dtype) if gates is None or gates.ndim == 3 else VECTOR_CHUNK
-    problem = problem_with(query, key, value, dims=(value.shape[-1],), features=query.shape[-1])
+    sizes = {"features": query.shape[-1], "sequences": packed_sequences(cu_seqlens)}
+    problem = problem_with(query, key, value, dims=(value.shape[-1],), **sizes)
     if not use_triton(implementation, problem, query.device):
         if cu_seqlens is not None:
             return packed_linear_torch(query, key, value, gates, memory, cu_seqlens, chunk)
