@@ -277,10 +277,9 @@ class LolcatsAttention(LinearAttentionModule):
         share = Statistic("linear share", meaning, "head", "percent", outside)
         return {share.name: share}
 
-    @property
     def without_kernels(self) -> str | None:
-        """As for every linear method, and with sinks."""
-        return super().without_kernels or ("sinks are kept beside the window" if self.num_sinks else None)
+        """As for every linear method, and with sinks; no property, for torch.compile cannot follow `super()` to one."""
+        return super().without_kernels() or ("sinks are kept beside the window" if self.num_sinks else None)
 
     def _without_sinks(
         self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None
