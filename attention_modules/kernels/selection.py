@@ -87,10 +87,17 @@ def use_triton(implementation: str, problem: str | None, device: torch.device) -
         return True
     if implementation != "auto" or device.type != "cuda":
         return False
-    if problem is not None and problem not in _said and not torch.compiler.is_compiling():
+    if problem is not None:
+        _say(problem)
+    return problem is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say(problem: str) -> None:
+    """Once in a process; under torch.compile while it traces."""
+    if problem not in _said:
         _said.add(problem)
         logger.warning("attention falls back to torch: %s", problem)
-    return problem is None
 
 
 def use_chunks(implementation: str, problem: str | None, query: Tensor) -> bool:
