@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .chunk_linear_backward import chunk_gradients, gate_gradient, pair_products, shared
 from .launching import default_chunk, launch, state_dtype
-from .layout import VECTOR_CHUNK, Layout, chunk_weights, contiguous, run_states, summed_gates
+from .layout import VECTOR_CHUNK, Layout, chunk_weights, contiguous, packed_sequences, run_states, summed_gates
 from .reference import chunk_linear_torch, packed_linear_torch
 from .selection import problem_with, use_triton
 
@@ -56,7 +56,8 @@ def chunk_linear(
     gates = token_gates(query, log_decay, log_gates, start)
     if chunk is None:
         chunk = default_chunk(query.dtype) if gates is None or gates.ndim == 3 else VECTOR_CHUNK
-    problem = problem_with(query, key, value, dims=(value.shape[-1],), features=query.shape[-1])
+    sizes = {"features": query.shape[-1], "sequences": packed_sequences(cu_seqlens)}
+    problem = problem_with(query, key, value, dims=(value.shape[-1],), **sizes)
     if not use_triton(implementation, problem, query.device):
         if cu_seqlens is not None:
             return packed_linear_torch(query, key, value, gates, memory, cu_seqlens, chunk)
@@ -169,13 +170,13 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.chunk, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
     # With gates, what the last sums weigh is part of every gate's gradient.
-    ctx.last = output[2:] if inputs[3] is not None else None
+    last = output[2:] if inputs[3] is not None else (None, None)
+    ctx.save_for_backward(*tensors, cu_seqlens, *last)
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, gates, start, first_sums, first_norm, cu_seqlens = ctx.saved_tensors
+    query, key, value, gates, start, first_sums, first_norm, cu_seqlens, last_sums, last_norm = ctx.saved_tensors
     d_out, d_mass, d_last_sums, d_last_norm = gradients
     d_out = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[-1]) if d_out is None else d_out
     d_mass = query.new_zeros(query.shape[:3], dtype=torch.float32) if d_mass is None else d_mass
@@ -203,7 +204,6 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if gates is not None:
         weight = None
         if d_last_sums is not None and d_last_norm is not None:
-            last_sums, last_norm = ctx.last
             weight = (d_last_sums * last_sums).sum(-1) + d_last_norm * last_norm
         products = pair_products(query, key, d_query, d_key, gates.shape[1])
         d_gates = gate_gradient(products, weight, cu_seqlens, channels=gates.ndim == 4)

@@ -8,7 +8,8 @@ from ..window import LOG2E
 from .launching import launch, power_of_two
 from .selection import problem_with
 
-MAX_DECODE_DIM = 128
+# State entries that one program of 8 warps holds, by compiling for GPUs: see benchmarks/kernels_static.py.
+MAX_TILE = 128 * 128
 
 
 def step_problem(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> str | None:
@@ -20,11 +21,7 @@ def step_problem(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> s
         value: `[batch, num_kv_heads, 1, value_dim]`.
         weight: `[heads, head_dim, feature_dim]`.
     """
-    widest = max(query.shape[-1], value.shape[-1], weight.shape[-1])
-    problem = problem_with(query, key, value)
-    if problem is None and widest > MAX_DECODE_DIM:
-        problem = f"a vector has {widest} numbers, and decoding takes at most {MAX_DECODE_DIM}"
-    return problem
+    return problem_with(query, key, value, dims=(query.shape[-1], value.shape[-1], weight.shape[-1]))
 
 
 def decode_step(
@@ -101,7 +98,8 @@ def _step(
     out = value.new_empty((batch, heads, 1, width))
     read = {"q": query, "k": key, "v": value, "query_weight": query_weight, "key_weight": key_weight, "gamma": gamma}
     sizes = {"H": heads, "HS": state_heads, "HV": key.shape[1], "D": head_dim, "F": features, "V": width}
-    blocks = {"BD": power_of_two(head_dim), "BF": power_of_two(features), "BV": power_of_two(width), "BW": 16}
+    blocks = {"BD": power_of_two(head_dim), "BF": power_of_two(features), "BW": 16}
+    blocks["BV"] = min(power_of_two(width), MAX_TILE // blocks["BF"])
     launch(
         decode_hybrid,
         (batch * state_heads,),

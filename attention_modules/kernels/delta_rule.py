@@ -9,7 +9,8 @@ from .chunk_linear import check_tensors, token_gates
 from .chunk_linear_backward import gate_gradient, pair_products, shared
 from .delta_rule_backward import delta_gradients, forward_states
 from .launching import default_chunk, launch, state_dtype
-from .layout import Layout, summed_gates
+from .layout import Layout, packed_sequences, summed_gates
+from .selection import problem_with
 
 
 def delta_rule(
@@ -43,9 +44,14 @@ def delta_rule(
         `[batch, num_heads, T, value_dim]`, and the state after the last token, fp32.
 
     Raises:
-        ValueError: head counts that do not divide each other, or packed sequences in several rows or behind padding.
+        ValueError: head counts that do not divide each other, packed sequences in several rows or behind padding, or
+            the kernels do not take such tensors.
     """
     check_tensors(query, key, value, start, cu_seqlens)
+    dims = query.shape[-1], value.shape[-1]
+    problem = problem_with(query, key, value, dims=dims, sequences=packed_sequences(cu_seqlens))
+    if problem is not None:
+        raise ValueError(f"the kernels cannot follow the delta rule: {problem}")
     gates = token_gates(query, None, log_gates, start)
     first = None if state is None else state.float()
     chunk = chunk or default_chunk(query.dtype)

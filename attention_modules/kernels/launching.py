@@ -51,7 +51,7 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
 
     if dtype == torch.bfloat16:
         return {"COMPUTE": tl.bfloat16, "PRECISION": "tf32"}
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {"COMPUTE": tl.float32, "PRECISION": "tf32x3" if exact else "tf32"}
 
 

@@ -77,6 +77,11 @@ def packed_chunks(cu_seqlens: Tensor, length: int, chunk: int) -> tuple[Tensor, 
     return torch.stack([first, torch.minimum(first + chunk, end)], -1).int(), offsets.int()
 
 
+def packed_sequences(cu_seqlens: Tensor | None) -> int:
+    """How many there are, 0 without packing."""
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def owners(cu_seqlens: Tensor, length: int) -> Tensor:
     """`[length]` which of packed sequences each token belongs to."""
     return torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=cu_seqlens.device), right=True)

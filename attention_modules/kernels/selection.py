@@ -11,8 +11,9 @@ from .launching import MAX_DIM, MAX_FEATURES, has_triton, is_interpreted
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What CUDA takes on the last axis of a grid.
+# What CUDA takes on the second and the third axis of a grid; heads stand on one of them, chunks on the other.
 MAX_ROWS = 65535
+MIN_CHUNK = 16
 _said: set[str] = set()
 
 Method = TypeVar("Method", bound=Callable[..., object])
@@ -23,13 +24,14 @@ def needs_package(method: Method) -> Method:
     return method
 
 
-def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0) -> str | None:
+def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0, sequences: int = 0) -> str | None:
     """Why the kernels cannot take these tensors, or None.
 
     Args:
-        tensors: what a kernel would read; all of one device and dtype.
+        tensors: what a kernel would read, `[batch, heads, T, dim]`; all of one device and dtype.
         dims: sizes of vectors, which are limited.
         features: size of φ, likewise.
+        sequences: how many are packed in the one row, 0 when none are.
     """
     first = tensors[0]
     if not has_triton():
@@ -41,8 +43,12 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0
     problem = gpu_problem(first.device) if first.device.type == "cuda" else None
     if problem is not None:
         return problem
-    if first.shape[0] * first.shape[1] > MAX_ROWS:
-        return f"there are {first.shape[0]} rows of {first.shape[1]} heads, and a launch takes {MAX_ROWS} heads"
+    rows, heads, tokens = sequences or first.shape[0], first.shape[1], first.shape[2]
+    if rows * heads > MAX_ROWS:
+        kind = "packed sequences" if sequences else "rows"
+        return f"there are {rows} {kind} of {heads} heads, and a launch takes {MAX_ROWS} heads"
+    if tokens // MIN_CHUNK + max(sequences, 1) > MAX_ROWS:
+        return f"there are {tokens} tokens, and a launch takes fewer than {MAX_ROWS * MIN_CHUNK}"
     for tensor in tensors:
         if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
             return f"the dtype is {tensor.dtype}, and the kernels take bfloat16, float16 or float32, one for all"
@@ -81,10 +87,17 @@ def use_triton(implementation: str, problem: str | None, device: torch.device) -
         return True
     if implementation != "auto" or device.type != "cuda":
         return False
-    if problem is not None and problem not in _said and not torch.compiler.is_compiling():
+    if problem is not None:
+        _say(problem)
+    return problem is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say(problem: str) -> None:
+    """Once in a process; under torch.compile while it traces."""
+    if problem not in _said:
         _said.add(problem)
         logger.warning("attention falls back to torch: %s", problem)
-    return problem is None
 
 
 def use_chunks(implementation: str, problem: str | None, query: Tensor) -> bool:

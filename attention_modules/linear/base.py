@@ -104,9 +104,8 @@ class LinearAttentionModule(AttentionModule):
         """
         dims = self.geometry.head_dim, self.geometry.value_dim
         problem = problem_with(query, keys, values, dims=dims, features=self.key_map.output_dim)
-        return use_chunks(self.implementation, self.without_kernels or problem, query)
+        return use_chunks(self.implementation, self.without_kernels() or problem, query)
 
-    @property
     def without_kernels(self) -> str | None:
         """Why no kernel serves this layer whatever the call, or None."""
         return None if self.geometry.causal else "the layer looks both ways"

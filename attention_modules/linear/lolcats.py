@@ -15,7 +15,7 @@ from ..geometry import Geometry
 from ..kernels.decode import decode_step, step_problem
 from ..kernels.fused import fused_problem, hedgehog_window_linear
 from ..kernels.hybrid import hybrid_window_linear
-from ..kernels.selection import in_one_dtype, needs_package
+from ..kernels.selection import in_one_dtype, needs_package, use_triton
 from ..padding import padding_before
 from ..registry import register
 from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
@@ -212,16 +212,22 @@ class LolcatsAttention(LinearAttentionModule):
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
     ) -> Tensor | None:
         """One launch, with the published map inside."""
-        is_wanted = self.implementation == "triton" or query.device.type == "cuda"
-        if not is_wanted or self.query_map.name != "hedgehog" or self.num_sinks:
+        if self.implementation != "triton" and query.device.type != "cuda":
             return None
         query, key, value = in_one_dtype(query, key, value)
-        maps = self.query_map.weight, self.key_map.weight
-        if step_problem(query, key, value, maps[0]) is not None:
+        problem = self.without_kernels()
+        if problem is None and self.query_map.name != "hedgehog":
+            problem = f"single tokens are mapped by 'hedgehog' in the kernel, not by {self.query_map.name!r}"
+        problem = problem or step_problem(query, key, value, self.query_map.weight)
+        # Where Triton was asked for, the kernels that take chunks serve what they can of this, and refuse the rest.
+        if self.implementation == "triton" and problem is not None:
+            return None
+        if not use_triton(self.implementation, problem, query.device):
             return None
         ring = state.ring(self.window, key, value, valid)
         memory = self.memory_of(state, query.float())
         sums = memory["key_values"], memory["normalizer"]
+        maps = self.query_map.weight, self.key_map.weight
         tensors = query, key, value, ring, *sums, *maps, self._gamma(torch.float32)
         return decode_step(*tensors, valid, scaling=scaling, absolute=self.is_absolute)
 
@@ -281,10 +287,9 @@ class LolcatsAttention(LinearAttentionModule):
         share = Statistic("linear share", meaning, "head", "percent", outside)
         return {share.name: share}
 
-    @property
     def without_kernels(self) -> str | None:
-        """As for every linear method, and with sinks."""
-        return super().without_kernels or ("sinks are kept beside the window" if self.num_sinks else None)
+        """As for every linear method, and with sinks; no property, for torch.compile cannot follow `super()` to one."""
+        return super().without_kernels() or ("sinks are kept beside the window" if self.num_sinks else None)
 
     def _without_sinks(
         self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None

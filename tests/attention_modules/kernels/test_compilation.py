@@ -16,10 +16,11 @@ pytest.importorskip("triton")
         (64, [80, 90, 100], {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}),
         (128, [90], {"hybrid": 3, "fused": 2}),
         (256, [90], {"fused": 2}),
+        (256, [80, 90, 100], {"decode": 1}),
         (64, [80, 90, 100], {"packed": 5, "vector": 6, "delta": 7}),
         (128, [80, 90, 100], {"packed": 5, "vector": 6, "delta": 7}),
     ],
-    ids=["64", "128", "256", "64-gates", "128-gates"],
+    ids=["64", "128", "256", "256-decode", "64-gates", "128-gates"],
 )
 def test_compiled_for_every_target(
     repository: Path, head_dim: int, targets: list[int], operators: dict[str, int]

@@ -1,16 +1,20 @@
 """Single tokens into a state that changes in place, by the kernel and by torch: all that holds for any state holds."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from attnconv.attention_modules import AttentionState, Geometry, create
+from attnconv.attention_modules.kernels import selection
 
 SCRIPT = Path(__file__).with_name("decoding.py")
 
@@ -43,3 +47,33 @@ def test_another_number_of_rows_is_refused(decoded: AttentionState) -> None:
     module = create("lolcats", Geometry(2, 1, 16, 16), window=8)
     with torch.no_grad(), pytest.raises(ValueError, match="holds 3 sequences, but 2 came in"):
         module(torch.rand(2, 2, 1, 16), *torch.rand(2, 2, 1, 1, 16), scaling=0.3, state=decoded)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"feature_map": "relu"}, "single tokens are mapped by 'hedgehog' in the kernel, not by 'relu'"),
+        ({"feature_dim": 300}, "a vector has 300 numbers, and the kernels take at most 256"),
+        ({"num_sinks": 2}, "sinks are kept beside the window"),
+    ],
+    ids=["map", "width", "sinks"],
+)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_why_no_kernel_decodes_is_said_once_on_a_gpu(
+    device: str,
+    options: dict[str, Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selection, "_said", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    module = create("lolcats", Geometry(2, 1, 16, 16), window=4, **options)
+    # Tensors without numbers may be on a device that is not there.
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, heads, 1, 16, device=device) for heads in (2, 1, 1))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert module.decode_triton(query, key, value, None, 0.3, module.new_state()) is None
+    expected = [f"attention falls back to torch: {reason}"] if device == "cuda" else []
+    assert [record.message for record in caplog.records] == expected

@@ -9,8 +9,9 @@ from interpreted_cases import cases_of, check
 
 pytest.importorskip("triton")
 
-from attnconv.attention_modules.kernels import selection
+from attnconv.attention_modules.kernels import launching, selection
 from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
+from attnconv.attention_modules.kernels.delta_rule import delta_rule
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
 
@@ -62,6 +63,38 @@ def test_what_the_kernels_do_not_take_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert selection.problem_with(*tensors()) == "triton is not installed"
 
 
+def test_no_axis_of_a_grid_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks have at least 16 tokens, and each sequence begins one of its own; every sequence has all heads' states."""
+    monkeypatch.setattr(selection, "is_interpreted", lambda: True)
+    long = torch.empty(1).expand(1, 1, 2**20, 1)
+    assert "1048576 tokens, and a launch takes fewer than 1048560" in (selection.problem_with(long) or "")
+    fits = long[:, :, : 65_534 * 16]
+    assert selection.problem_with(fits) is selection.problem_with(fits, sequences=1) is None
+    assert "tokens" in (selection.problem_with(fits, sequences=2) or "")
+    heads = torch.empty(1).expand(1, 32, 4096, 1)
+    assert selection.problem_with(heads, sequences=2047) is None
+    problem = selection.problem_with(heads, sequences=2048)
+    assert problem == "there are 2048 packed sequences of 32 heads, and a launch takes 65535 heads"
+
+
+def test_packed_sequences_are_counted_before_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "is_interpreted", lambda: True)
+    query = torch.rand(1, 2, 8, 16)
+    gates = torch.zeros(1, 2, 8)
+    cu_seqlens = torch.zeros(40_001, dtype=torch.int32)
+    with pytest.raises(ValueError, match="40000 packed sequences of 2 heads"):
+        chunk_linear(query, query, query, cu_seqlens=cu_seqlens, implementation="triton")
+    with pytest.raises(ValueError, match="cannot follow the delta rule.*40000 packed sequences of 2 heads"):
+        delta_rule(query, query, query, gates, gates, cu_seqlens=cu_seqlens)
+
+
+def test_the_delta_rule_is_refused_where_it_cannot_run() -> None:
+    query = torch.rand(1, 2, 8, 16)
+    gates = torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="'cpu', not on a CUDA device"):
+        delta_rule(query, query, query, gates, gates)
+
+
 def test_old_and_foreign_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 7.5" in (selection.gpu_problem(torch.device("cuda")) or "")
@@ -80,6 +113,17 @@ def test_auto_on_a_gpu_says_once_why_it_is_torch(caplog: pytest.LogCaptureFixtur
     assert selection.use_triton("auto", None, cuda)
     assert not selection.use_triton("auto", None, torch.device("cpu"))
     assert not selection.use_triton("torch", None, cuda)
+
+
+@pytest.mark.parametrize(("asked", "given"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_products_of_fp32_are_as_exact_as_torch_is_told(asked: str, given: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = asked
+        assert launching.precision(torch.float32)["PRECISION"] == given
+        assert launching.precision(torch.float16)["PRECISION"] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_operators_have_shapes_without_values() -> None:

@@ -1,5 +1,8 @@
 """The kernels of linear attention and of recurrent methods against float64 oracles, interpreted on the CPU."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,3 +16,12 @@ SCRIPT = Path(__file__).with_name("interpreted_states.py")
 @pytest.mark.parametrize("case", cases_of(SCRIPT))
 def test_outputs_and_gradients(case: str) -> None:
     check(SCRIPT, case)
+
+
+def test_a_training_step_leaves_no_tensor_behind() -> None:
+    script = SCRIPT.with_name("leaking.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    left: dict[str, int] = json.loads(done.stdout)
+    assert len(left) > 5
+    assert {case: count for case, count in left.items() if count} == {}

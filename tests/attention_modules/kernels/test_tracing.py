@@ -1,12 +1,16 @@
 """torch.compile takes a whole call as one graph: the kernels are operators to it, with shapes that need no values."""
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from attnconv.attention_modules.kernels import selection
 
 # A process of its own, for triton reads TRITON_INTERPRET once.
 SCRIPT = """
@@ -48,3 +52,18 @@ def test_one_graph_forward_backward_and_decoding() -> None:
     errors = json.loads(done.stdout)
     assert len(errors) == 4 + 3 + 3
     assert max(errors) < 1e-5
+
+
+def test_why_a_compiled_model_falls_back_is_said_while_it_is_traced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_said", set())
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return -x if selection.use_triton("auto", f"{x.shape[1]} heads are too many", torch.device("cuda")) else x
+
+    with caplog.at_level(logging.WARNING):
+        for rows in (2, 3, 4):
+            attend(torch.zeros(rows, 5))
+    assert [record.message for record in caplog.records] == ["attention falls back to torch: 5 heads are too many"]
