@@ -1,6 +1,7 @@
 """The maths: attention methods behind one contract."""
 
-from .base import AttentionModule, AttentionOptions
+from .base import AttentionModule
+from .contract import AttentionOptions
 from .geometry import Geometry
 from .linear.agent import AgentAttention
 from .linear.gated import GatedLinearAttention

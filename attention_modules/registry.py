@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .base import AttentionModule, AttentionOptions
+from .base import AttentionModule
+from .contract import AttentionOptions
 from .geometry import Geometry
 
 Module = TypeVar("Module", bound=type[AttentionModule])

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import AttentionModule, AttentionOptions, Memory
+from .base import AttentionModule
+from .contract import AttentionOptions, Memory
 from .registry import register
 from .window import LOG2E, softmax_terms, window_mask
 

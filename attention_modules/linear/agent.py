@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..base import AttentionModule, AttentionOptions, Memory
+from ..base import AttentionModule
+from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
 from ..paths import leaving_out
 from ..registry import register

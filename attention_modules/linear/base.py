@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..base import AttentionModule, AttentionOptions, Memory
+from ..base import AttentionModule
+from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
 from ..kernels.selection import needs_package, problem_with, use_chunks
 from ..state import AttentionState

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..base import Memory
+from ..contract import Memory
 from ..window import from_blocks, to_blocks
 
 CHUNK = 64

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Memory
+from ..contract import Memory
 from ..geometry import Geometry
 from ..kernels.selection import needs_package
 from ..registry import register

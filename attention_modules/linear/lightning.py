@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..base import Memory
+from ..contract import Memory
 from ..geometry import Geometry
 from ..registry import register
 from .recurrence import decayed_products

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..base import Memory
+from ..contract import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register

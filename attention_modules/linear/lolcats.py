@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..base import Memory
+from ..contract import Memory
 from ..geometry import Geometry
 from ..kernels.decode import decode_step, step_problem
 from ..kernels.fused import fused_problem, hedgehog_window_linear

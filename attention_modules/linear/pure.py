@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..base import Memory
+from ..contract import Memory
 from ..kernels.chunk_linear import chunk_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import Memory
+from ..contract import Memory
 from .base import divide
 
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..base import AttentionModule, AttentionOptions, Memory
+from ..base import AttentionModule
+from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
 from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_chunks
 from ..padding import padding_before

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..base import AttentionModule, AttentionOptions, Memory
+from ..base import AttentionModule
+from ..contract import AttentionOptions, Memory
 from ..registry import register
 from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
 from ..weights import Statistic, share_outside

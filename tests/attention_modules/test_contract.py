@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from attnconv.attention_modules import AttentionModule, Geometry, available, create, get_method, register
-from attnconv.attention_modules.base import AttentionOptions
+from attnconv.attention_modules.contract import AttentionOptions
 
 GEOMETRY = Geometry(4, 2, 8, 8)
 

@@ -1,0 +1,221 @@
+"""What an attention method says and does: the contract that each one fills in."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .geometry import Geometry
+from .state import AttentionState, Mixed
+from .weights import Statistic
+
+Memory = dict[str, Tensor]
+
+
+class AttentionOptions(BaseModel):
+    """Options of a method; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AttentionContract(nn.Module, ABC):
+    """One layer's attention, between the model's own projections.
+
+    A method implements `attend_naive` (the law: every weight written out, O(L^2), or the recurrence itself, token by
+    token) and `attend_torch` (sub-quadratic), and, if it forgets exact tokens, `tail_tokens` and `absorb`; a form that
+    has the accumulators behind its last tokens anyway returns them too (`Mixed`), and a state takes them over. What it
+    needs of a token besides key and value, such as a gate, comes from `signals`; what it does to the mixed values, such
+    as a norm, belongs into `finish`. Padding, dtypes and states are handled here.
+
+    Args:
+        geometry: head counts and sizes.
+        options: the method's own options.
+        implementation: `"auto"`, `"naive"`, `"torch"` or, where a method has kernels, `"triton"`; auto takes the
+            fastest that the device has.
+
+    Raises:
+        ValueError: no such implementation, or the method cannot serve such a layer.
+    """
+
+    name: ClassVar[str] = ""
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
+    # Whether the state stays as it is while the context grows.
+    is_recurrent: ClassVar[bool] = True
+    # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
+    paths: ClassVar[tuple[str, ...]] = ()
+    # Those of them that are left out at present.
+    left_out: frozenset[str] = frozenset()
+
+    def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
+        super().__init__()
+        if implementation not in self.implementations:
+            raise ValueError(
+                f"implementation={implementation!r} is not available for {self.name!r}; "
+                f"choose one of {', '.join(self.implementations)}"
+            )
+        misfit = self.misfit(geometry, options)
+        if misfit is not None:
+            raise ValueError(misfit)
+        self.geometry = geometry
+        self.options = options
+        self.implementation = implementation
+
+    @classmethod
+    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+        """Why the method with these options (of its own class) cannot serve such a layer, None if it can."""
+        return None
+
+    @classmethod
+    def misfit_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
+        """Why the method cannot serve the tokens that a model makes of its inputs, None if it can.
+
+        Args:
+            options: of its own class.
+            image_tokens: how many there are of an image of the model's own size; None if it takes no images.
+        """
+        return None
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether `signals` or `finish` need the layer's input."""
+        return False
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether a query's attention weights are never negative and add up to one."""
+        return True
+
+    def reset_parameters(self) -> None:
+        """Set every learnable parameter to its start; methods without parameters have nothing to do."""
+        return
+
+    @property
+    def tail_tokens(self) -> int | None:
+        """Newest tokens the state keeps exactly between calls; None = all of them."""
+        return None
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fp32 accumulators of one sequence, without the batch axis."""
+        return {}
+
+    def signals(self, key: Tensor, hidden_states: Tensor | None) -> Memory:
+        """What the method derives from each new token besides its key and value, such as the logarithm of its gate.
+
+        It stays with keys and values wherever they go: `attend_naive`, `attend_torch` and `absorb` of a method with
+        signals take them by name as further arguments.
+
+        Args:
+            key: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
+            hidden_states: `[batch, seq, hidden]`, zero where padding stands; None unless `reads_hidden_states`.
+
+        Returns:
+            tensors `[batch, heads, seq, dim]` by name, of any heads and dim.
+        """
+        return {}
+
+    def finish(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
+        """What follows the mixing of values, for each token by itself; the output need not be linear in it.
+
+        Args:
+            out: `[batch, num_heads, T, value_dim]`, fp32 or fp64.
+            hidden_states: `[batch, T, hidden]`, zero where padding stands; None unless `reads_hidden_states`.
+        """
+        return out
+
+    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+        """Fold tokens that left the tail into the accumulators.
+
+        Args:
+            memory: accumulators so far, empty at the start.
+            keys: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
+            values: `[batch, num_kv_heads, seq, value_dim]`.
+            valid: `[batch, seq]` bool or None when all are real.
+        """
+        return memory
+
+    @abstractmethod
+    def attend_naive(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor:
+        """The oracle, with every attention weight written out.
+
+        Queries stand at the right end of the keys: query `t` sits at key position `S - T + t`.
+
+        Args:
+            query: `[batch, num_heads, T, head_dim]`, fp32 or fp64.
+            keys: `[batch, num_kv_heads, S, head_dim]`.
+            values: `[batch, num_kv_heads, S, value_dim]`.
+            valid: `[batch, S]` bool, padding before real tokens in every row, or None.
+            scaling: factor on query-key products.
+            memory: accumulators of all tokens before `keys`.
+
+        Returns:
+            `[batch, num_heads, T, value_dim]`.
+        """
+
+    @abstractmethod
+    def attend_torch(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
+    ) -> Tensor | Mixed:
+        """The same function as `attend_naive`, sub-quadratic in time and memory where the method is.
+
+        Returns:
+            the output alone, or beside it what `absorb` would make of the oldest keys, gradients included.
+        """
+
+    def attend_triton(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        memory: Memory,
+        **signals: Tensor,
+    ) -> Tensor | Mixed | None:
+        """The same in Triton kernels, on tensors in the dtype they came in; None where the torch path is to serve.
+
+        Raises:
+            ValueError: `implementation="triton"` was asked for and cannot be had.
+        """
+        return None
+
+    def decode_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor | None:
+        """One new token of every row, with a state that changes in place; None where a call like others is to serve.
+
+        Called where no gradients are wanted and nothing will be taken back.
+
+        Args:
+            query: `[batch, num_heads, 1, head_dim]`, fp32 or fp64.
+            key: `[batch, num_kv_heads, 1, head_dim]`, in the dtype it came in.
+            value: `[batch, num_kv_heads, 1, value_dim]`, likewise.
+            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
+            scaling: factor on query-key products.
+            state: memory of earlier calls, with no more than `tail_tokens` tokens in its tail.
+
+        Returns:
+            `[batch, num_heads, 1, value_dim]`.
+        """
+        return None
+
+    def decode_triton(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
+    ) -> Tensor | None:
+        """The same as one kernel, on tensors in the dtype they came in; None where the torch path is to serve."""
+        return None
+
+    def statistics(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Mapping[str, Statistic]:
+        """What the method can tell about itself on these tokens, by name; arguments as for `attention_weights`."""
+        return {}
