@@ -16,7 +16,7 @@ from ..attention_modules.base import AttentionModule
 from ..errors import PlanError
 from .cache import register_cache_layers
 from .copies import Section, is_ours, register_copy
-from .interface import ATTENTION
+from .interface import ATTENTION, attnconv_attention
 from .plan import Plan
 from .swap import apply_plan
 
@@ -43,7 +43,9 @@ def register_hooks() -> None:
 
 
 def _attention_of_its_copy(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module._attnconv_attention(module, *args, **kwargs)
+    # An unconverted module has none; this one tells what is wrong with that.
+    attention = getattr(module, "_attnconv_attention", attnconv_attention)
+    return attention(module, *args, **kwargs)
 
 
 def native_model(architecture: str, module: str) -> type[PreTrainedModel]:
