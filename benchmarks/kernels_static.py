@@ -1,8 +1,11 @@
 """What the Triton kernels take of a GPU, read from code compiled for it; no GPU is needed, and nothing is timed.
 
 python benchmarks/kernels_static.py --targets 80 90 100 --head-dims 64 128
+
+With `--update` the rows of other operators, sizes, dtypes and targets stay as they were measured; each names its commit.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import RESULTS, parser_of, set_threads, write_result
+from common import RESULTS, commit_state, parser_of, set_threads, write_result
 
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--operators", nargs="+", default=OPERATORS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--update", action="store_true", help="keep the rows of what is not compiled now")
     parser.add_argument("--check", action="store_true", help="print the table as JSON lines and write no result")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
@@ -186,13 +190,23 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = [row for rows in pool.map(measure, cases) for row in rows]
     if arguments.check:
-        import json
-
         print("\n".join(json.dumps(row) for row in rows))
         return
+    rows = [{**row, "commit": commit_state()["commit"]} for row in rows]
+    recorded = RESULTS / "kernels_static.json"
+    if arguments.update and recorded.is_file():
+        rows = merged(json.loads(recorded.read_text(encoding="utf-8")), rows)
     settings = {"heads": HEADS, "kv_heads": KV_HEADS, "window": WINDOW, "triton": triton.__version__}
     path = write_result("kernels_static", settings=settings, results={"kernels": rows}, label=arguments.label)
-    path.replace(RESULTS / "kernels_static.json")
+    path.replace(recorded)
+
+
+def merged(document: dict, rows: list[dict]) -> list[dict]:
+    """New rows, after the recorded ones of other operators, head_dims, dtypes and targets."""
+    keys = "operator", "head_dim", "dtype", "target"
+    new = {tuple(row[key] for key in keys) for row in rows}
+    old = [{"commit": document["commit"], **row} for row in document["results"]["kernels"]]
+    return [row for row in old if tuple(row[key] for key in keys) not in new] + rows
 
 
 if __name__ == "__main__":
