@@ -2,7 +2,7 @@
 
 python benchmarks/kernels_static.py --targets 80 90 100 --head-dims 64 128
 
-With `--update` the rows of other operators, sizes, dtypes and targets stay as they were measured; each names its commit.
+With `--update` rows of other operators, sizes, dtypes and targets stay as they were measured; each names its commit.
 """
 
 import json
