@@ -12,6 +12,7 @@ from ..contract import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register
+from ..sinks import real_tokens
 from ..state import Mixed
 from ..weights import Statistic
 from ..window import LOG2E, SoftmaxTerms, softmax_terms
@@ -84,7 +85,7 @@ class LolaAttention(LolcatsAttention):
         memory = self._begun(memory, keys)
         for start in range(0, keys.shape[2], CACHE_BLOCK):
             now = slice(start, start + CACHE_BLOCK)
-            pool = self._pool(memory, keys[:, :, now], values[:, :, now], _real(keys, valid)[:, now])
+            pool = self._pool(memory, keys[:, :, now], values[:, :, now], real_tokens(keys, valid)[:, now])
             sums = linear_sums(*pool.folded())
             memory = {**pool.cache(), **{name: memory[name] + total for name, total in sums.items()}}
         return memory
@@ -101,7 +102,7 @@ class LolaAttention(LolcatsAttention):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
     ) -> Mixed:
         """A block of queries at a time, with the cache and what was in its window beside it."""
-        real, gone = _real(keys, valid), max(keys.shape[2] - query.shape[2] - self.window, 0)
+        real, gone = real_tokens(keys, valid), max(keys.shape[2] - query.shape[2] - self.window, 0)
         memory = self.absorb(memory, keys[:, :, :gone], values[:, :, :gone], real[:, :gone])
         folded = max(keys.shape[2] - self.window, 0)
         # From here on query `t` stands `window` behind the token that leaves with it, which may have to be made up.
@@ -227,7 +228,7 @@ class LolaAttention(LolcatsAttention):
         size, num_queries, num_keys = self.options.cache_size, query.shape[2], keys.shape[2]
         began = self._begun(memory, keys)
         filled = torch.arange(size, device=keys.device) < began["cache_filled"][:, None]
-        real = torch.cat([filled, _real(keys, valid)], 1)
+        real = torch.cat([filled, real_tokens(keys, valid)], 1)
         slots = began["cache_values"] if memory else mixed.new_zeros(*mixed.shape[:2], size, mixed.shape[-1])
         keys, mixed = torch.cat([began["cache_keys"], keys], 2), self.repeat_values(torch.cat([slots, mixed], 2))
         values = torch.cat([began["cache_values"], values], 2)
@@ -270,8 +271,3 @@ class LolaAttention(LolcatsAttention):
             cached, folded = cached & ~leaves, folded | leaves
             folded_at = folded_at.masked_fill(leaves, left + self.window)
         return folded_at
-
-
-def _real(keys: Tensor, valid: Tensor | None) -> Tensor:
-    """`[batch, S]` bool."""
-    return torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
