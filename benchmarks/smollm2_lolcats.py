@@ -11,9 +11,11 @@ on WikiText-2 valid (detokenised), first 5,120 tokens, context 1,024. The same t
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from common import attnconv_command, find_data, find_model, parser_of, run_command, set_threads, write_result
+from common import Finished, attnconv_command, find_data, find_model, parser_of, run_command, set_threads, write_result
 
 TRAIN = "train/wikipedia_paragraphs.jsonl.gz"
 EVALUATE = "eval/wikitext2_valid_detok.txt.gz"
@@ -36,21 +38,13 @@ def main() -> None:
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = find_model(arguments.model)
-    train, text = find_data(TRAIN), find_data(EVALUATE)
-    evaluation = {"path": str(text), "tokens": TOKENS, "context": CONTEXT}
-    data = {"path": str(train), "field": "text"}
-    changes = [f"{key}={value}" for key, value in SETTINGS.items()]
-    changes += [f"data={json.dumps(data)}", f"evaluate={json.dumps(evaluation)}", *arguments.changes]
+    text = find_data(EVALUATE)
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or Path(scratch) / "out"
-        flags = [part for change in changes for part in ("--set", change)]
-        command = attnconv_command("convert", model, "--recipe", arguments.recipe, "--output", output, *flags)
-        conversion = run_command(command)
-        print(conversion.stdout)
+        conversion, receipt = convert(model, arguments.recipe, output, SETTINGS, arguments.changes)
         window = ["--text", text, "--tokens", str(TOKENS), "--context", str(CONTEXT), "--dtype", "bfloat16"]
         window += ["--output", Path(scratch) / "results"]
         evaluated = run_command(attnconv_command("-q", "eval", output, "--against", model, *window, "--json"))
-        receipt = json.loads((output / "receipt.json").read_text(encoding="utf-8"))
     (task,) = json.loads(evaluated.stdout)["tasks"].values()
     measured = next(row for row in task["figures"] if row["metric"] == "perplexity" and not row["group"])
     write_result(
@@ -72,6 +66,20 @@ def main() -> None:
         },
         label=arguments.label,
     )
+
+
+def convert(
+    model: Path, recipe: str, output: Path, settings: Mapping[str, object], more: Sequence[str]
+) -> tuple[Finished, dict[str, Any]]:
+    """Convert by the command line with these settings and `KEY=VALUE` more of them: the command's end, the receipt."""
+    data = {"path": str(find_data(TRAIN)), "field": "text"}
+    evaluation = {"path": str(find_data(EVALUATE)), "tokens": TOKENS, "context": CONTEXT}
+    changes = [f"{key}={value}" for key, value in settings.items()]
+    changes += [f"data={json.dumps(data)}", f"evaluate={json.dumps(evaluation)}", *more]
+    flags = [part for change in changes for part in ("--set", change)]
+    conversion = run_command(attnconv_command("convert", model, "--recipe", recipe, "--output", output, *flags))
+    print(conversion.stdout)
+    return conversion, json.loads((output / "receipt.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

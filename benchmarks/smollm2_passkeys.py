@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import attnconv_command, find_data, find_model, parser_of, run_command, set_threads, write_result
-from smollm2_lolcats import CONTEXT, EVALUATE, TOKENS, TRAIN
+from common import find_data, find_model, parser_of, set_threads, write_result
+from smollm2_lolcats import TRAIN, convert
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnconv.evaluate.tasks.retrieval import continuations
@@ -35,19 +35,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the converted model in this folder")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
-    model, train, text = find_model(arguments.model), find_data(TRAIN), find_data(EVALUATE)
+    model = find_model(arguments.model)
     with gzip.open(find_data(PROMPTS), "rt", encoding="utf-8") as lines:
         prompts = chosen([json.loads(line) for line in lines])
-    changes = [f"{key}={value}" for key, value in SETTINGS.items()]
-    changes.append(f"data={json.dumps({'path': str(train), 'field': 'text'})}")
-    changes.append(f"evaluate={json.dumps({'path': str(text), 'tokens': TOKENS, 'context': CONTEXT})}")
-    flags = [part for change in [*changes, *arguments.changes] for part in ("--set", change)]
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or Path(scratch) / "out"
-        command = attnconv_command("convert", model, "--recipe", arguments.recipe, "--output", output, *flags)
-        conversion = run_command(command)
-        print(conversion.stdout)
-        receipt = json.loads((output / "receipt.json").read_text(encoding="utf-8"))
+        conversion, receipt = convert(model, arguments.recipe, output, SETTINGS, arguments.changes)
         found = {role: answers(folder, prompts) for role, folder in (("teacher", model), ("converted", output))}
     write_result(
         "smollm2_passkeys",
