@@ -16,7 +16,7 @@ from .copies import Section
 from .interface import ATTENTION, CONTEXT, CallContext, attnconv_attention, core_of, is_converted
 from .plan import Plan, PlanEntry
 
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 CORE = "attnconv"
 
 
