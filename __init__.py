@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .attention_modules import Geometry, available, create
     from .convert import apply_plan, convert_model, make_plan, probe
-    from .distill import run_conversion
     from .recipes import Recipe, load_recipe
+    from .runs import run_conversion
 
 __all__ = [
     "Geometry",
@@ -38,7 +38,7 @@ _ROOMS = {
     "convert_model": "convert",
     "make_plan": "convert",
     "probe": "convert",
-    "run_conversion": "distill",
+    "run_conversion": "runs",
     "Recipe": "recipes",
     "load_recipe": "recipes",
 }
@@ -46,7 +46,7 @@ _ROOMS = {
 
 @when_imported("transformers.modeling_utils")
 def _register_with_transformers(_module: Any) -> None:
-    from .convert.reload import register_hooks
+    from .convert.writing.reload import register_hooks
 
     register_hooks()
 

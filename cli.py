@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .cli_measure import measure_app
-from .cli_options import Device, Model, Overrides, TrustRemoteCode
-from .cli_recipes import recipes_app
-from .cli_session import AsJson, CommandGroup, Session, examples, print_json, session_of
+from .commands.measure import measure_app
+from .commands.options import Device, Model, Overrides, TrustRemoteCode
+from .commands.recipes import recipes_app
+from .commands.session import AsJson, CommandGroup, Session, examples, print_json, session_of
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -81,10 +81,10 @@ def convert(
     if private and push is None:
         raise typer.BadParameter("--private needs --push REPO")
     session = session_of(ctx)
-    from .cli_progress import conversion_progress
-    from .cli_views import show_conversion
-    from .distill import run_conversion
+    from .commands.progress import conversion_progress
+    from .commands.tables import show_conversion
     from .recipes import load_recipe
+    from .runs import run_conversion
 
     session.silence_libraries()
     loaded = load_recipe(recipe, overrides or ())
@@ -146,8 +146,8 @@ def inspect(
     if diagnose is not None:
         _diagnose(session, model, diagnose, tokens, output, picture, device, trust_remote_code, as_json)
         return
-    from .cli_views import show_inspection
-    from .evaluate.inspection import inspect_model
+    from .commands.tables import show_inspection
+    from .evaluate.diagnose.inspection import inspect_model
     from .recipes import load_recipe
 
     loaded = None if recipe is None else load_recipe(recipe, overrides or ())
@@ -169,10 +169,10 @@ def _diagnose(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    from .cli_progress import progress_bar
-    from .cli_results import show_diagnosis
-    from .evaluate.diagnostics import advice_yaml, diagnose_model, plot_diagnosis, recommend
-    from .evaluate.results import write_text
+    from .commands.progress import progress_bar
+    from .commands.results import show_diagnosis
+    from .evaluate.diagnose import advice_yaml, diagnose_model, plot_diagnosis, recommend
+    from .evaluate.engine.results import write_text
 
     with progress_bar("diagnosing", quiet=session.quiet) as progress:
         diagnosis = diagnose_model(
@@ -195,7 +195,7 @@ def _diagnose(
 def methods(name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this method.")] = None) -> None:
     """List the attention methods with their options, defaults and papers."""
     from .attention_modules import available, get_method
-    from .cli_views import show_methods
+    from .commands.tables import show_methods
 
     if name is not None and name not in available():
         raise typer.BadParameter(f"there is no method {name}; the methods are {', '.join(available())}")
@@ -214,7 +214,7 @@ def push(
 
 
 def _push(session: Session, folder: Path, repository: str, private: bool) -> None:
-    from .convert.hub import push_folder
+    from .convert.writing.hub import push_folder
 
     session.resume_hint = (
         f"run `attnconv push {folder} {repository}` to go on; what is uploaded already is not sent again"
@@ -231,9 +231,9 @@ def demo(
     """Convert the small packaged model, and show what became of it."""
     session = session_of(ctx)
     session.silence_libraries()
-    from .cli_progress import conversion_progress
-    from .cli_views import show_demo
-    from .distill.demo import run_demo
+    from .commands.progress import conversion_progress
+    from .commands.tables import show_demo
+    from .runs.demo import run_demo
 
     with conversion_progress(quiet=session.quiet) as progress:
         result = run_demo(output, progress=progress)

@@ -29,7 +29,7 @@ def measure(model, steps: int) -> dict[str, object]:
     """Bytes after the prefill, and milliseconds a token; the contexts take turns token by token."""
     import torch
 
-    from attnconv.evaluate.cache_size import held_bytes
+    from attnconv.evaluate.bench.cache_size import held_bytes
 
     with torch.inference_mode():
         runs = [prefill(model, context) for context in CONTEXTS]

@@ -124,7 +124,7 @@ def simple_gla(query: Any, key: Any, value: Any, gates: Any) -> Any:
 
 def chunked(query: Any, key: Any, value: Any, gates: Any) -> Any:
     """Ours, the same."""
-    from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
+    from attnconv.attention_modules.kernels.chunk_linear.forward import chunk_linear
 
     return chunk_linear(query, key, value, log_gates=gates, implementation="triton")[0][0]
 

@@ -42,17 +42,14 @@ def record(case: Case, target: int):
     """The launches that a case would make: kernel, arguments, constants, warps and stages."""
     import torch
 
-    from attnconv.attention_modules.kernels import (
-        chunk_linear,
-        chunk_linear_backward,
-        decode,
-        delta_rule,
-        delta_rule_backward,
-        fused,
-        hybrid,
-        launching,
-        layout,
-    )
+    from attnconv.attention_modules.kernels import launching
+    from attnconv.attention_modules.kernels.chunk_linear import backward as chunk_linear_backward
+    from attnconv.attention_modules.kernels.chunk_linear import forward as chunk_linear
+    from attnconv.attention_modules.kernels.chunk_linear import layout
+    from attnconv.attention_modules.kernels.decode_step import decode
+    from attnconv.attention_modules.kernels.delta_rule import backward as delta_rule_backward
+    from attnconv.attention_modules.kernels.delta_rule import forward as delta_rule
+    from attnconv.attention_modules.kernels.window_linear import fused, hybrid
 
     launches = []
 
@@ -127,10 +124,9 @@ def compile_for(launch, target: int):
 
 def usage(compiled, target: int) -> dict[str, int]:
     """Registers of a thread, bytes that it spills, and bytes of shared memory of a block."""
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton import knobs
 
-    # Triton brings several; which of them reads the PTX that it writes for a target changes from release to release.
-    assembler = get_ptxas(target)
+    assembler = knobs.nvidia.ptxas_blackwell if target >= 100 else knobs.nvidia.ptxas
     ptx = compiled.asm["ptx"]
     name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:

@@ -94,7 +94,7 @@ def main() -> None:
 
 def causal_recipes(model: Path) -> list[str]:
     """The shipped recipes for text that convert a causal model; not the demo's, nor those made for encoders."""
-    from attnconv.evaluate.inspection import inspect_model
+    from attnconv.evaluate.diagnose.inspection import inspect_model
     from attnconv.recipes import list_recipes, load_recipe
 
     found = []
@@ -114,7 +114,7 @@ def collect(
 
     Rows of other settings, or of a recipe that was another then, are measured again. `measured` may raise `SystemExit`.
     """
-    from attnconv.evaluate.journal import Journal
+    from attnconv.evaluate.engine.journal import Journal
     from attnconv.recipes import recipe_text
 
     keys, failures = {}, []
@@ -137,7 +137,7 @@ def collect(
 
 def measure(name: str, model: Path, train: Path, text: Path, given: argparse.Namespace) -> Row:
     """Convert by a recipe, measure, and delete the conversion."""
-    from attnconv.evaluate.inspection import inspect_model
+    from attnconv.evaluate.diagnose.inspection import inspect_model
     from attnconv.recipes import load_recipe
 
     recipe = load_recipe(name)

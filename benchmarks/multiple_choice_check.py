@@ -86,7 +86,7 @@ def ours(subject, name: str, path: str, limit: int | None, batch_size: int) -> d
 
 def compare(subject, name: str, path: str, limit: int | None, batch_size: int) -> dict[str, object]:
     """Right answers by both, and the rows on which they differ."""
-    from attnconv.evaluate.packaged import data_file
+    from attnconv.evaluate.tasks.packaged import data_file
     from attnconv.evaluate.tasks.rows import read_rows
 
     rows = list(read_rows(data_file(path), limit=limit))
@@ -124,7 +124,7 @@ def main() -> None:
     folder = find_model(arguments.model)
     import lm_eval
 
-    from attnconv.evaluate.subjects import load_subject, open_subject
+    from attnconv.evaluate.engine.models import load_subject, open_subject
 
     subject = open_subject("model", str(folder))
     load_subject(subject, dtype=arguments.dtype)

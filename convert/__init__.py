@@ -3,10 +3,10 @@
 # First of all: loading it registers our hooks, which import modules of this folder.
 import transformers.modeling_utils  # noqa: F401
 
-from .model import convert_model
-from .plan import Plan, PlanEntry, make_plan
-from .probe import ProbedModule, probe
-from .swap import apply_plan, converted_modules
+from .planning.plan import Plan, PlanEntry, make_plan
+from .planning.probe import ProbedModule, probe
+from .surgery.in_memory import convert_model
+from .surgery.swap import apply_plan, converted_modules
 
 __all__ = [
     "Plan",

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..convert.wording import first_line
 from ..errors import DataError
+from ..files.foreign_errors import first_line
 from ..recipes import DataSection
+from ..runs.packaged_model import embedded_model_path, embedded_tokens
 from .batches import Batch
-from .embedded import embedded_model_path, embedded_tokens
 from .packing import PackedSequence, Position, pack
 
 BUILDERS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..convert.interface import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from .batches import Batch
 from .head import evaluating, run_layers
 from .losses import output_errors

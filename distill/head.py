@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import TrainingError
-from ..evaluate.answering import answering
+from ..evaluate.tasks.answering import answering
 from .batches import Batch
 
 # Logits held at once, in numbers: 2**23 of them are 32 MB in fp32, and a loss needs about four times that.

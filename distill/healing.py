@@ -11,15 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..attention_modules.paths import leaving_out, paths_of
-from ..convert.checkpoint import Checkpoint, load_model
-from ..convert.plan import Plan
-from ..convert.swap import apply_plan
+from ..convert.planning.plan import Plan
+from ..convert.reading.checkpoint import Checkpoint, load_model
+from ..convert.surgery.swap import apply_plan
 from ..errors import TrainingError
 from ..evaluate import perplexity
 from ..recipes import FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
+from ..runs.evaluation_tokens import evaluation_tokens
+from ..runs.work_folder import StageState, WorkFolder, fingerprint
 from .data import TokenStream
 from .distance import output_distance
-from .evaluation import evaluation_tokens
 from .features import FeatureDistillation
 from .images import ImageStream, unit_of
 from .logits import LogitDistillation
@@ -32,7 +33,6 @@ from .team import Team
 from .trainee import LoraSettings, Trainee, check_targets
 from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
-from .work import StageState, WorkFolder, fingerprint
 
 # The path that hybrids tend to bypass (https://arxiv.org/abs/2510.05901).
 LINEAR_PATH = "linear"

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..attention_modules import AttentionModule
-from ..convert.interface import AttentionCall, attention_tap
-from ..convert.swap import converted_modules
+from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.swap import converted_modules
 from ..errors import TrainingError
 
 FIRST_ADAPTER = "default"

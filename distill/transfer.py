@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ..attention_modules import create
-from ..convert.interface import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..errors import TrainingError
 from ..recipes import AttentionTransferStage
 from .batches import Batch

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..contract import Memory
 from ..geometry import Geometry
-from ..kernels.decode import decode_step, step_problem
-from ..kernels.fused import fused_problem, hedgehog_window_linear
-from ..kernels.hybrid import hybrid_window_linear
+from ..kernels.decode_step.decode import decode_step, step_problem
 from ..kernels.selection import in_one_dtype, needs_package, use_triton
+from ..kernels.window_linear.fused import fused_problem, hedgehog_window_linear
+from ..kernels.window_linear.hybrid import hybrid_window_linear
 from ..padding import padding_before
 from ..registry import register
 from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Memory
-from ..kernels.chunk_linear import chunk_linear
+from ..kernels.chunk_linear.forward import chunk_linear
 from ..kernels.selection import in_one_dtype, needs_package
 from ..padding import padding_before
 from ..state import AttentionState, Mixed

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.chunk_linear import chunk_linear
-from ..kernels.delta_rule import delta_rule
+from ..kernels.chunk_linear.forward import chunk_linear
+from ..kernels.delta_rule.forward import delta_rule
 
 
 def decayed_kernels(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ..subjects import DTYPES
+from ..engine.models import DTYPES
 
 PREFILL, DECODE, TRANSFER = "prefill", "decode", "transfer"
 MODEL, BASE = "model", "base"

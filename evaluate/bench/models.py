@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...convert.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from ..subjects import positions_of, require_causal, subject_dtype
+from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from ..engine.models import positions_of, require_causal, subject_dtype
 
 SEED = 0
 

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import TrainingError
-from ..journal import Journal
-from ..results import (
+from ..engine.journal import Journal
+from ..engine.models import find_device
+from ..engine.results import (
     BENCHMARK,
     describe_model,
     describe_setup,
@@ -25,7 +26,6 @@ from ..results import (
     results_folder,
     write_results,
 )
-from ..subjects import find_device
 from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, pieces_of
 from .clock import Clock, Stopwatch
 from .crossover import crossovers

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..cache_size import held_bytes
+from .cache_size import held_bytes
 from .cases import Case, Piece
 from .clock import Stopwatch
 from .memory import give_back, trim

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..results import FOLDER
+from ..engine.results import FOLDER
 from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
 from .documents import CaseRow, TaskRow
 from .gathering import Report, gather

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..bootstrap import make_figures
-from ..items import Better, Item, Metric, Style
+from ..engine.bootstrap import make_figures
+from ..engine.items import Better, Item, Metric, Style
 from .documents import ItemColumns, TaskRow
 from .gathering import Report
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from ...errors import DataError
-from ..items import Better, Compare, Scale, Style
+from ..engine.items import Better, Compare, Scale, Style
 
 
 def _number(value: Any) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ...attention_modules import create
-from ...convert.checkpoint import open_checkpoint
-from ...convert.config_file import CONFIG_FILE, SECTION
-from ...convert.files import RECEIPT_FILE, is_ours
-from ...convert.jsonfiles import read_json
-from ...convert.plan import Plan, PlanEntry
-from ...convert.receipt import digest_inputs
+from ...convert.planning.plan import Plan, PlanEntry
+from ...convert.reading.checkpoint import open_checkpoint
+from ...convert.reading.config_file import CONFIG_FILE, SECTION
+from ...convert.writing.receipt import digest_inputs
 from ...errors import CheckpointError, DataError, PlanError
-from ..results import BENCHMARK, EVALUATION, FOLDER, read_results
+from ...files.json_files import read_json
+from ...files.output_folder import RECEIPT_FILE, is_ours
+from ..engine.results import BENCHMARK, EVALUATION, FOLDER, read_results
 from .documents import (
     BenchmarkFile,
     EvaluationFile,

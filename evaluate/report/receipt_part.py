@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ...convert.bundle import is_self_contained
-from ...convert.card import loading
+from ...convert.writing.card import loading
+from ...convert.writing.self_contained import is_self_contained
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
 from .formats import number, size
 from .gathering import Report

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...convert.card import with_report
-from ...convert.save import CARD_FILE
+from ...convert.writing.card import with_report
+from ...convert.writing.save import CARD_FILE
 from ...errors import DataError, OutputError
-from ..results import write_atomically
+from ..engine.results import write_atomically
 from .gathering import Report, gather
 from .html import render_html
 from .markdown import IMAGES, escape, render_markdown, table

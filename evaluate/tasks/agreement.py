@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from ..items import Item, Metric
-from ..perplexity import LOGITS_AT_ONCE, logit_slices
-from ..textdata import TextSettings, TwoOrMore, Windows, comparable_base, cut_blocks, window_units
+from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, Unit
+from .perplexity import LOGITS_AT_ONCE, logit_slices
+from .textdata import TextSettings, TwoOrMore, Windows, comparable_base, cut_blocks, window_units
 
 # Tensors of the size of a slice of logits that exist at the same time: two of logits, and what comes of them.
 TENSORS = 8

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...convert.checkpoint import Checkpoint
+from ...convert.reading.checkpoint import Checkpoint
 from ...recipes.fields import Count, Section
-from ..items import Item, Metric
+from ..engine.items import Item, Metric
 
 Settings = TypeVar("Settings", bound="TaskSettings")
 

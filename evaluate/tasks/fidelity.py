@@ -8,15 +8,15 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...convert.watch import AttentionLayer
+from ...convert.surgery.recording import AttentionLayer
 from ...recipes.fields import Count, CountOrZero, Text
-from ..diagnostics.compare import LayerComparison, comparable_layers, compare_layers
-from ..items import Item, Metric
-from ..packaged import data_file
-from ..perplexity import cut_windows
-from ..textdata import TwoOrMore, comparable_base, fitting_context
-from ..textfile import load_tokens
+from ..diagnose.compare import LayerComparison, comparable_layers, compare_layers
+from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .packaged import data_file
+from .perplexity import cut_windows
+from .textdata import TwoOrMore, comparable_base, fitting_context
+from .textfile import load_tokens
 
 logger = logging.getLogger(__name__)
 

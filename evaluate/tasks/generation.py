@@ -11,12 +11,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, Text
-from ..items import Item, Metric
-from ..packaged import data_file
-from ..subjects import positions_of
-from ..textdata import TwoOrMore, comparable_base
-from ..textfile import load_tokens
+from ..engine.items import Item, Metric
+from ..engine.models import positions_of
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .packaged import data_file
+from .textdata import TwoOrMore, comparable_base
+from .textfile import load_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ...convert.wording import first_line
 from ...errors import DataError
+from ...files.foreign_errors import first_line
 from ...recipes.fields import CountOrZero, Text
-from ..items import Item, Metric
+from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
 
 logger = logging.getLogger(__name__)

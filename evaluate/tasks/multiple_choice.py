@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...errors import DataError
-from ..items import Item, Metric
-from ..packaged import data_file
-from ..subjects import positions_of
+from ..engine.items import Item, Metric
+from ..engine.models import positions_of
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .packaged import data_file
 from .rows import read_rows
 from .scoring import Continuation, encode_pair, log_likelihoods
 

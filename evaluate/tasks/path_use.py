@@ -7,12 +7,12 @@ from transformers import PreTrainedConfig
 
 from ...attention_modules.paths import leaving_out
 from ...attention_modules.registry import get_method
-from ...convert.config_file import SECTION
-from ...convert.plan import Plan
-from ..items import Item, Metric
-from ..perplexity import head_takes_slices, token_losses
-from ..textdata import TextSettings, TwoOrMore, Windows, cut_blocks, window_units
+from ...convert.planning.plan import Plan
+from ...convert.reading.config_file import SECTION
+from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, Unit
+from .perplexity import head_takes_slices, token_losses
+from .textdata import TextSettings, TwoOrMore, Windows, cut_blocks, window_units
 
 
 class PathUseSettings(TextSettings):

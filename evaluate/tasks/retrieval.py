@@ -12,14 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, CountOrZero
-from ..items import Item, Metric
-from ..packaged import data_file
-from ..subjects import positions_of
-from ..textfile import read_documents
+from ..engine.items import Item, Metric
+from ..engine.models import positions_of
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
 from .generation import end_tokens, generating_by
 from .haystack import Haystack, fit, make_prompt
+from .packaged import data_file
 from .rows import read_rows
+from .textfile import read_documents
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..textfile import open_text
+from .textfile import open_text
 
 
 def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ...recipes.fields import Count
-from ..items import Item, Metric
-from ..perplexity import characters_before, token_losses
-from ..textdata import TextSettings, Windows, cut_blocks, window_units
+from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, Unit
+from .perplexity import characters_before, token_losses
+from .textdata import TextSettings, Windows, cut_blocks, window_units
 
 
 def _rising(ends: list[int]) -> list[int]:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Dinov2WithRegistersConfig, Dinov2
 from attnconv.attention_modules import AttentionModule, Geometry, create
 from attnconv.attention_modules.paths import leaving_out
 from attnconv.convert import convert_model
-from attnconv.distill import embedded_model_path
 from attnconv.errors import PlanError
+from attnconv.runs import embedded_model_path
 
 SCALING = 0.25
 IMAGE = {"layout": "image", "num_agents": 4, "prefix_tokens": 3}

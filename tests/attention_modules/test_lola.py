@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from attnconv.attention_modules import AttentionModule, Geometry, create
 from attnconv.attention_modules.paths import leaving_out
-from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.recipes import Recipe, load_recipe
+from attnconv.runs import embedded_model_path, run_conversion
 
 SCALING = 0.25
 

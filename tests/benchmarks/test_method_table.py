@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from attnconv.attention_modules import available
-from attnconv.evaluate.inspection import inspect_model
+from attnconv.evaluate.diagnose.inspection import inspect_model
 from attnconv.recipes import list_recipes, load_recipe
 
 
@@ -25,7 +25,7 @@ def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def model(repository: Path) -> Path:
-    return repository / "distill" / "assets" / "stories260K"
+    return repository / "runs" / "assets" / "stories260K"
 
 
 def case(role: str, measure: str, seconds: list[float], skipped: str | None = None) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_traceback_needs_v(run: Run, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnconv.evaluate.inspection.inspect_model", raising(AttnConvError("It broke.")))
+    monkeypatch.setattr("attnconv.evaluate.diagnose.inspection.inspect_model", raising(AttnConvError("It broke.")))
     quiet = run("inspect", teacher)
     assert (quiet.exit_code, quiet.stderr) == (1, "Error: It broke.\n")
     loud = run("inspect", teacher, "-v")
@@ -121,7 +121,7 @@ def test_a_traceback_needs_v(run: Run, teacher: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_defect_is_a_sentence_too(run: Run, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnconv.evaluate.inspection.inspect_model", raising(KeyError("a\nb")))
+    monkeypatch.setattr("attnconv.evaluate.diagnose.inspection.inspect_model", raising(KeyError("a\nb")))
     result = run("inspect", teacher)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: Failed with KeyError:")
@@ -129,7 +129,7 @@ def test_a_defect_is_a_sentence_too(run: Run, teacher: str, monkeypatch: pytest.
 
 
 def test_a_full_disk_is_said(run: Run, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnconv.distill.run_conversion", raising(OutputError("The disk is full.")))
+    monkeypatch.setattr("attnconv.runs.run_conversion", raising(OutputError("The disk is full.")))
     result = run("-q", "convert", teacher, "-r", "quickstart", "-o", tmp_path / "out")
     assert (result.exit_code, result.stderr) == (1, "Error: The disk is full.\n")
 
@@ -138,7 +138,7 @@ def test_a_full_disk_is_said(run: Run, teacher: str, tmp_path: Path, monkeypatch
 def test_an_interrupt_says_how_to_go_on(
     run: Run, teacher: str, tmp_path: Path, recipe: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnconv.distill.run_conversion", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("attnconv.runs.run_conversion", raising(KeyboardInterrupt()))
     result = run("-q", "convert", teacher, "-r", recipe, "-o", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
@@ -213,7 +213,7 @@ def test_eval_says_how_to_go_on(run: Run, teacher: str, tmp_path: Path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attnconv.evaluate.engine.load_subject", interrupt)
+    monkeypatch.setattr("attnconv.evaluate.engine.running.load_subject", interrupt)
     result = run("eval", teacher, "--output", tmp_path)
     assert result.exit_code == 130
     assert "run the same command again to go on" in result.stderr
@@ -238,12 +238,12 @@ def test_push(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         calls.append((folder, repo_id, private))
         return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr("attnconv.convert.hub.push_folder", push_folder)
+    monkeypatch.setattr("attnconv.convert.writing.hub.push_folder", push_folder)
     result = run("push", tmp_path, "user/name", "--private")
     assert result.exit_code == 0
     assert "https://hub/user/name" in result.stdout
     assert calls == [(tmp_path, "user/name", True)]
-    monkeypatch.setattr("attnconv.convert.hub.push_folder", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("attnconv.convert.writing.hub.push_folder", raising(KeyboardInterrupt()))
     interrupted = run("push", tmp_path, "user/name")
     assert interrupted.exit_code == 130
     assert "attnconv push" in interrupted.stderr

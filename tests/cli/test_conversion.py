@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from attnconv.convert import converted_modules
-from attnconv.distill import demo as demo_module
 from attnconv.recipes import load_recipe
+from attnconv.runs import demo as demo_module
 
 Run = Callable[..., Result]
 # One step of each stage, and a look at two windows.
@@ -65,7 +65,7 @@ def test_convert_and_push(run: Run, teacher: str, tmp_path: Path, monkeypatch: p
         calls.append((folder, repo_id, private))
         return "https://hub/user/name"
 
-    monkeypatch.setattr("attnconv.convert.hub.push_folder", push_folder)
+    monkeypatch.setattr("attnconv.convert.writing.hub.push_folder", push_folder)
     output = tmp_path / "out"
     arguments = ["-q", "convert", teacher, "-r", "sliding-window", "-o", output, "--push", "user/name", "--private"]
     result = run(*arguments)

@@ -36,7 +36,6 @@ finally:
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.slow
 def test_help_is_quick(environment: dict[str, str]) -> None:
     """Under half a second of the processor's time, which unlike the wall's does not depend on who else is working."""
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from attnconv.attention_modules import available, get_method
-from attnconv.convert import bundle, plain_options
-from attnconv.convert.bundle import bundle_source
-from attnconv.convert.bundle_modules import BundleError
+from attnconv.convert.writing import plain_options
+from attnconv.convert.writing import self_contained as bundle
+from attnconv.convert.writing.self_contained import bundle_source
+from attnconv.convert.writing.source_trees import BundleError
 
 BASE = '''"""Base."""
 

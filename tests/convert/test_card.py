@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 
 import attnconv
 from attnconv.attention_modules import Geometry
-from attnconv.convert.card import base_metadata, make_card
-from attnconv.convert.checkpoint import Checkpoint, open_checkpoint
-from attnconv.convert.plan import Plan, PlanEntry
-from attnconv.convert.receipt import Receipt, digest_inputs, make_receipt, write_receipt
+from attnconv.convert.planning.plan import Plan, PlanEntry
+from attnconv.convert.reading.checkpoint import Checkpoint, open_checkpoint
+from attnconv.convert.writing.card import base_metadata, make_card
+from attnconv.convert.writing.receipt import Receipt, digest_inputs, make_receipt, write_receipt
 
 GEOMETRY = Geometry(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8)
 PLAN = Plan(

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from attnconv.convert.checkpoint import (
+from attnconv.convert.reading.checkpoint import (
     architecture_of,
     load_model,
     load_tokenizer,
@@ -367,7 +367,6 @@ def test_companions_are_what_a_conversion_takes_over(folder: Path) -> None:
     assert set(open_checkpoint(folder).companions) == set(taken)
 
 
-@pytest.mark.slow
 def test_is_fast(shared: Path) -> None:
     began = time.perf_counter()
     open_checkpoint(shared / "data" / "models" / "stories260K")

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attnconv.convert import files
-from attnconv.convert.files import atomic_folder, is_full, is_ours
-from attnconv.convert.locks import lock_folder
 from attnconv.errors import OutputError
+from attnconv.files import output_folder as files
+from attnconv.files.locks import lock_folder
+from attnconv.files.output_folder import atomic_folder, is_full, is_ours
 
 NAMES = ("a.txt", "b.txt", "folder/c.txt")
 

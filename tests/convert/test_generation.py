@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from attnconv.convert import apply_plan, converted_modules, make_plan, probe
-from attnconv.convert.cache import AttnConvCacheLayer
+from attnconv.convert.surgery.cache_layer import AttnConvCacheLayer
 from attnconv.recipes import AttentionRule
 
 WINDOW = 3

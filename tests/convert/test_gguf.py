@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 
-from attnconv.convert.checkpoint import load_model, load_tokenizer, open_checkpoint
+from attnconv.convert.reading.checkpoint import load_model, load_tokenizer, open_checkpoint
 from attnconv.errors import CheckpointError
 
 gguf = pytest.importorskip("gguf")

@@ -9,7 +9,7 @@ import torch
 from hub_server import READER, HubServer
 from safetensors.torch import save_file
 
-from attnconv.convert.hub import push_folder
+from attnconv.convert.writing.hub import push_folder
 from attnconv.errors import CheckpointError, HubError
 
 REPO = "tester/tiny-lolcats"

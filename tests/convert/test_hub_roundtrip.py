@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attnconv.convert import convert_model
-from attnconv.convert.bundle import write_self_contained
-from attnconv.convert.hub import push_folder
-from attnconv.convert.jsonfiles import read_json
+from attnconv.convert.writing.hub import push_folder
+from attnconv.convert.writing.self_contained import write_self_contained
+from attnconv.files.json_files import read_json
 
 REPO = "tester/tiny"
 PUSH = """

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from attnconv.convert import convert_model
-from attnconv.convert.bundle import write_self_contained
-from attnconv.convert.jsonfiles import read_json
+from attnconv.convert.writing.self_contained import write_self_contained
 from attnconv.errors import PlanError
+from attnconv.files.json_files import read_json
 
 # One process imports torch and transformers, which takes seconds, and is forked for every model; none of the copies has
 # met attnconv before.
@@ -104,7 +104,7 @@ for line in sys.stdin:
 """
 # What transformers says of a model that names an attention it does not know.
 NOT_SUPPORTED = 'Specified `attn_implementation="attnconv"` is not supported'
-CACHE = "attnconv.convert.cache"
+CACHE = "attnconv.convert.surgery.cache_layer"
 FROM_PACKAGE = ["attnconv.attention_modules.linear.lolcats"] * 2 + [CACHE] * 2
 BLOCKED = ("attnconv", "pydantic")
 IDS = [[0, 0, 0, 5, 6, 7, 8, 9, 10, 11], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]

@@ -25,7 +25,7 @@ from transformers import (
 
 from attnconv.attention_modules import Geometry
 from attnconv.convert import ProbedModule, make_plan, probe
-from attnconv.convert.model import _EveryLayer
+from attnconv.convert.surgery.in_memory import _EveryLayer
 from attnconv.errors import PlanError
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
-from attnconv.convert.reload import resolve_names
+from attnconv.convert.writing.reload import resolve_names
 from attnconv.errors import PlanError
 from attnconv.recipes import AttentionRule
 

@@ -11,12 +11,12 @@ import transformers
 
 from attnconv.attention_modules import Geometry
 from attnconv.convert import apply_plan
-from attnconv.convert.checkpoint import Checkpoint, load_model, open_checkpoint
-from attnconv.convert.files import atomic_folder, is_ours
-from attnconv.convert.plan import Plan, PlanEntry
-from attnconv.convert.receipt import Receipt
-from attnconv.convert.save import auto_classes, mark_config, mark_folder, save_converted, write_companions
-from attnconv.convert.stream import stream_convert
+from attnconv.convert.planning.plan import Plan, PlanEntry
+from attnconv.convert.reading.checkpoint import Checkpoint, load_model, open_checkpoint
+from attnconv.convert.writing.receipt import Receipt
+from attnconv.convert.writing.save import auto_classes, mark_config, mark_folder, save_converted, write_companions
+from attnconv.convert.writing.stream import stream_convert
+from attnconv.files.output_folder import atomic_folder, is_ours
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 7, 40]])
 GEOMETRY = Geometry(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from attnconv.convert.shapes import remembered_shapes
+from attnconv.convert.planning.meta_results import remembered_shapes
 
 
 class Counted(nn.Module):

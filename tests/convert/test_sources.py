@@ -9,8 +9,8 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 
-from attnconv.convert.checkpoint import load_model, load_tokenizer, open_checkpoint
-from attnconv.convert.stream import stream_convert
+from attnconv.convert.reading.checkpoint import load_model, load_tokenizer, open_checkpoint
+from attnconv.convert.writing.stream import stream_convert
 from attnconv.errors import CheckpointError
 
 REPO = "tester/tiny"
@@ -120,7 +120,7 @@ def test_a_download_that_is_refused(base: Path, hub: HubServer) -> None:
 
 
 def test_a_conversion_shares_the_files_of_the_cache(base: Path, tmp_path: Path) -> None:
-    from attnconv.convert.plan import Plan
+    from attnconv.convert.planning.plan import Plan
 
     publish(base)
     checkpoint = open_checkpoint(REPO)

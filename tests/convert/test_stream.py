@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from attnconv.attention_modules import Geometry
 from attnconv.convert import apply_plan
-from attnconv.convert.checkpoint import Checkpoint, load_model, open_checkpoint
-from attnconv.convert.copying import COPY_CHUNK, copy_files, digest_of
-from attnconv.convert.files import atomic_folder
-from attnconv.convert.plan import Plan, PlanEntry
-from attnconv.convert.stream import stream_convert
+from attnconv.convert.planning.plan import Plan, PlanEntry
+from attnconv.convert.reading.checkpoint import Checkpoint, load_model, open_checkpoint
+from attnconv.convert.writing.stream import stream_convert
 from attnconv.errors import CheckpointError, OutputError
+from attnconv.files.fast_copy import COPY_CHUNK, copy_files, digest_of
+from attnconv.files.output_folder import atomic_folder
 
 IDS = torch.tensor([[1, 5, 9, 33, 2, 7, 40]])
 LLAMA = [f"model.layers.{index}.self_attn" for index in range(2)]

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
-from attnconv.convert.interface import AttentionCall, attention_tap
-from attnconv.convert.model import _EveryLayer
+from attnconv.convert.surgery.attention_function import AttentionCall, attention_tap
+from attnconv.convert.surgery.in_memory import _EveryLayer
 from attnconv.errors import PlanError
 
 IDS = torch.arange(3, 21).view(2, 9)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from attnconv.convert import convert_model
-from attnconv.convert.watch import WatchedCall, attention_layers, watching
+from attnconv.convert.surgery.recording import WatchedCall, attention_layers, watching
 from attnconv.errors import PlanError
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

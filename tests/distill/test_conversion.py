@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from attnconv.attention_modules.paths import leaving_out
-from attnconv.cli_views import show_conversion
-from attnconv.distill import embedded_model_path, embedded_tokens, run_conversion
+from attnconv.commands.tables import show_conversion
 from attnconv.distill.metrics import MetricsFile
 from attnconv.errors import AttnConvError, DataError, OutputError, TrainingError
 from attnconv.evaluate import perplexity
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.receipt_part import receipt_section
 from attnconv.recipes import Recipe
+from attnconv.runs import embedded_model_path, embedded_tokens, run_conversion
 
 TRANSFER = {"kind": "attention_transfer", "steps": 12, "sequence_length": 64, "batch_size": 2, "learning_rate": 1e-2}
 LORA = {"kind": "lora", "steps": 4, "sequence_length": 64, "learning_rate": 1e-3, "rank": 2, "targets": ["q_proj"]}

@@ -20,9 +20,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from attnconv.cli_progress import LineProgress
-from attnconv.cli_views import show_conversion
-from attnconv.distill import run_conversion
+from attnconv.commands.progress import LineProgress
+from attnconv.commands.tables import show_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
@@ -30,6 +29,7 @@ from attnconv.errors import DataError, PlanError, TrainingError
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.healing_part import healing_section
 from attnconv.recipes import DataSection, Recipe
+from attnconv.runs import run_conversion
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 VISION = {**SIZES, "image_size": 24, "patch_size": 4}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from attnconv.convert.interface import attention_tap
+from attnconv.convert.surgery.attention_function import attention_tap
 from attnconv.distill.distance import output_distance
 from attnconv.distill.head import ModelHead
 from attnconv.distill.logits import LogitDistillation

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.errors import TrainingError
 from attnconv.recipes import load_recipe
+from attnconv.runs import embedded_model_path, run_conversion
 
 RECIPE = """
 name: test
@@ -26,7 +26,8 @@ stages:
 
 CHILD = """
 import os, re, signal, sys
-from attnconv.distill import Silent, embedded_model_path, run_conversion
+from attnconv.distill import Silent
+from attnconv.runs import embedded_model_path, run_conversion
 from attnconv.recipes import load_recipe
 
 recipe, output, resume, kill_stage, kill_step = sys.argv[1:]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.distill.speed import transfer_cases
 from attnconv.distill.transfer import AttentionTransfer
 from attnconv.errors import TrainingError
 from attnconv.evaluate.bench import run_bench
 from attnconv.recipes import Recipe
+from attnconv.runs import embedded_model_path, run_conversion
 
 
 def test_a_step_trains_the_cores_and_leaves_nothing_behind(make_trainee, batch, monkeypatch):

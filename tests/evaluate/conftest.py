@@ -2,8 +2,8 @@
 
 import pytest
 
-from attnconv.distill.embedded import embedded_model_path
-from attnconv.evaluate.diagnostics import Diagnosis, diagnose_model
+from attnconv.evaluate.diagnose import Diagnosis, diagnose_model
+from attnconv.runs.packaged_model import embedded_model_path
 
 
 @pytest.fixture(scope="session")

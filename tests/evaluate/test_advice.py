@@ -7,8 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from attnconv import make_plan, probe
-from attnconv.distill.embedded import embedded_model_path
-from attnconv.evaluate.diagnostics import (
+from attnconv.evaluate.diagnose import (
     Diagnosis,
     HeadProfile,
     LayerProfile,
@@ -17,6 +16,7 @@ from attnconv.evaluate.diagnostics import (
     recommend,
 )
 from attnconv.recipes import load_recipe, parse_recipe
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

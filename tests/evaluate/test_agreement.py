@@ -8,16 +8,16 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from attnconv import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import CheckpointError
 from attnconv.evaluate import load_tokens
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.packaged import packaged_file
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks import agreement
 from attnconv.evaluate.tasks.agreement import AgreementSettings, AgreementTask, compare_predictions
 from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.packaged import packaged_file
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

@@ -13,12 +13,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.errors import CheckpointError, DataError, TrainingError
 from attnconv.evaluate.bench import bench_rows, crossover_sentences, run_bench, setup_sentence
 from attnconv.evaluate.bench.models import ModelRunner
-from attnconv.evaluate.results import read_results
+from attnconv.evaluate.engine.results import read_results
 from attnconv.recipes import Recipe
+from attnconv.runs import embedded_model_path, run_conversion
 
 CPU = torch.device("cpu")
 QUICK = {"contexts": (16, 48), "repeats": 2, "decode_tokens": 3, "device": "cpu"}

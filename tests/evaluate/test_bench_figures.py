@@ -10,13 +10,13 @@ from transformers import (
 )
 
 from attnconv.convert import convert_model
-from attnconv.convert.checkpoint import open_checkpoint
-from attnconv.distill import embedded_model_path
+from attnconv.convert.reading.checkpoint import open_checkpoint
 from attnconv.evaluate.bench import crossover_sentences, crossovers, quartiles
+from attnconv.evaluate.bench.cache_size import held_bytes
 from attnconv.evaluate.bench.cases import Case, Piece
 from attnconv.evaluate.bench.crossover import interpolate
 from attnconv.evaluate.bench.models import ModelRunner, ordinary_tokens, random_prompt
-from attnconv.evaluate.cache_size import held_bytes
+from attnconv.runs import embedded_model_path
 
 BASE = str(embedded_model_path())
 

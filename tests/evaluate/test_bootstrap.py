@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item, Metric
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item, Metric
 
 PERPLEXITY = Metric("perplexity", "nll", "tokens", scale="exp", compare="ratio")
 ACCURACY = Metric("accuracy", "correct", better="higher", style="percent")

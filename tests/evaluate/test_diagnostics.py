@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from attnconv import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import CheckpointError, DataError, OutputError, PlanError
-from attnconv.evaluate.diagnostics import (
+from attnconv.evaluate.diagnose import (
     Diagnosis,
     diagnose,
     diagnose_model,
@@ -29,10 +28,11 @@ from attnconv.evaluate.diagnostics import (
     plot_diagnosis,
     recommend,
 )
-from attnconv.evaluate.diagnostics.maps import shrink_map, watch_tokens
-from attnconv.evaluate.diagnostics.roles import role_of
-from attnconv.evaluate.packaged import data_file
-from attnconv.evaluate.textfile import load_tokens
+from attnconv.evaluate.diagnose.maps import shrink_map, watch_tokens
+from attnconv.evaluate.diagnose.roles import role_of
+from attnconv.evaluate.tasks.packaged import data_file
+from attnconv.evaluate.tasks.textfile import load_tokens
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

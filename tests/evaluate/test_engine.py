@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from attnconv import load_recipe, run_conversion
 from attnconv.errors import CheckpointError, DataError
 from attnconv.evaluate import load_tokens, perplexity
-from attnconv.evaluate.engine import JOURNAL, run_evaluation
+from attnconv.evaluate.engine.running import JOURNAL, run_evaluation
+from attnconv.evaluate.engine.suite import Suite
 from attnconv.evaluate.report.gathering import gather
-from attnconv.evaluate.suite import Suite
 from attnconv.evaluate.tasks.text import PerplexityTask
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\n"
@@ -19,7 +19,7 @@ STORY = "Once upon a time, there was a little girl named Lily. She loved to play
 
 @pytest.fixture(scope="module")
 def teacher(repository: Path) -> str:
-    return str(repository / "distill" / "assets" / "stories260K")
+    return str(repository / "runs" / "assets" / "stories260K")
 
 
 @pytest.fixture(scope="module")

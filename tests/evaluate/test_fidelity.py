@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from attnconv import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import CheckpointError, DataError
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.diagnostics import compare
-from attnconv.evaluate.diagnostics.compare import attention_divergence, comparable_layers
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.diagnose import compare
+from attnconv.evaluate.diagnose.compare import attention_divergence, comparable_layers
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Outcome, Scope, Subject
 from attnconv.evaluate.tasks.fidelity import FidelitySettings, FidelityTask, spread
 from attnconv.recipes import build_recipe
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 SMALL = {"context": 40, "windows": 2, "map_size": 16}

@@ -6,11 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from attnconv import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import CheckpointError, DataError
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.generation import (
     GenerationSettings,
@@ -20,6 +19,7 @@ from attnconv.evaluate.tasks.generation import (
     end_tokens,
     matching,
 )
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

@@ -9,13 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from attnconv.convert import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import DataError
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks import harness
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.harness import HarnessSettings, HarnessTask, items_of
+from attnconv.runs.packaged_model import embedded_model_path
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 STORIES = [

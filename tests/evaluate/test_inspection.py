@@ -7,8 +7,8 @@ from transformers import BertConfig, DiffLlamaConfig, Gemma2Config, GPTJConfig, 
 
 from attnconv.attention_modules import Geometry, create
 from attnconv.errors import CheckpointError, PlanError, RecipeError
-from attnconv.evaluate.footprint import CachedLayer, cache_bytes, footprints, native_window
-from attnconv.evaluate.inspection import inspect_model, join_names
+from attnconv.evaluate.bench.footprint import CachedLayer, cache_bytes, footprints, native_window
+from attnconv.evaluate.diagnose.inspection import inspect_model, join_names
 from attnconv.recipes import build_recipe
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

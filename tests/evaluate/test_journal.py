@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from attnconv.errors import OutputError
-from attnconv.evaluate.journal import Journal
+from attnconv.evaluate.engine.journal import Journal
 
 
 def test_it_keeps_what_was_added(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 import gzip
-import importlib
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,10 +11,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attnconv.convert import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import DataError
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks import scoring
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.multiple_choice import (
@@ -23,6 +23,7 @@ from attnconv.evaluate.tasks.multiple_choice import (
     load_questions,
 )
 from attnconv.evaluate.tasks.scoring import Continuation, encode_pair, log_likelihoods
+from attnconv.runs.packaged_model import embedded_model_path
 
 REQUESTS = [
     Continuation((1, 5, 9, 9), (7,)),
@@ -225,9 +226,16 @@ def test_units_are_cut_without_the_model_and_respect_the_limit() -> None:
 @pytest.fixture(scope="module")
 def check(repository: Path) -> ModuleType:
     """The benchmark that compares with lm-eval."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(repository / "benchmarks")
-        return importlib.import_module("multiple_choice_check")
+    sys.path.insert(0, str(repository / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location(
+            "multiple_choice_check", repository / "benchmarks" / "multiple_choice_check.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
 
 
 @pytest.mark.parametrize(

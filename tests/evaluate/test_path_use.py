@@ -7,14 +7,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnconv import convert_model, load_recipe
 from attnconv.attention_modules.paths import leaving_out
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.evaluate import load_tokens, perplexity
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.packaged import packaged_file
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.packaged import packaged_file
 from attnconv.evaluate.tasks.path_use import PathUseSettings, PathUseTask, planned_paths
+from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

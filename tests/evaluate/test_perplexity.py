@@ -20,10 +20,10 @@ from transformers import (
 
 from attnconv.errors import DataError
 from attnconv.evaluate import perplexity as perplexity_function
-from attnconv.evaluate.perplexity import perplexity
+from attnconv.evaluate.tasks.perplexity import perplexity
 
 # The room exports the function under the module's own name.
-MODULE = importlib.import_module("attnconv.evaluate.perplexity")
+MODULE = importlib.import_module("attnconv.evaluate.tasks.perplexity")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 KEY_VALUE = {"num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
@@ -154,7 +154,7 @@ def test_predictions_that_are_not_finite_are_said(caplog) -> None:
 
 
 def test_a_trained_model_on_its_own_samples(repository: Path) -> None:
-    assets = repository / "distill" / "assets"
+    assets = repository / "runs" / "assets"
     model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
     tokenizer = AutoTokenizer.from_pretrained(assets / "stories260K")
     rows = torch.from_numpy(np.load(assets / "samples.npz")["valid"][:16].astype(np.int64))

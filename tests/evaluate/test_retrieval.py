@@ -12,15 +12,15 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from attnconv.convert import convert_model
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import CheckpointError, DataError
-from attnconv.evaluate.packaged import data_file
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks import retrieval
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.haystack import CITIES, RIDDLES, Haystack, Riddle, fit, make_prompt, weave
+from attnconv.evaluate.tasks.packaged import data_file
 from attnconv.evaluate.tasks.retrieval import RetrievalSettings, RetrievalTask, continuations, encode, interleave
-from attnconv.evaluate.textfile import read_documents
+from attnconv.evaluate.tasks.textfile import read_documents
+from attnconv.runs.packaged_model import embedded_model_path
 
 TASKS = [*RIDDLES, "common_words"]
 SENTENCES = " ".join(f"Word{i} stands here, in sentence {i}." for i in range(400))

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from attnconv.errors import DataError
-from attnconv.evaluate.packaged import packaged_names
-from attnconv.evaluate.suite import Suite, list_suites, load_suite, make_task
+from attnconv.evaluate.engine.suite import Suite, list_suites, load_suite, make_task
+from attnconv.evaluate.tasks.packaged import packaged_names
 
 
 @pytest.mark.parametrize("name", list_suites())

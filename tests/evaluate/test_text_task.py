@@ -8,15 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from attnconv.distill.embedded import embedded_model_path
 from attnconv.errors import DataError
 from attnconv.evaluate import load_tokens, perplexity
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item
-from attnconv.evaluate.packaged import data_file, packaged_file, packaged_names
-from attnconv.evaluate.subjects import load_subject, open_subject
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item
+from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.packaged import data_file, packaged_file, packaged_names
 from attnconv.evaluate.tasks.text import PerplexitySettings, PerplexityTask
+from attnconv.runs.packaged_model import embedded_model_path
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park — every day.\n"
 
@@ -155,7 +155,7 @@ def test_wrong_settings(settings: dict[str, object], said: str) -> None:
 def test_packaged_data(repository: Path, tmp_path: Path) -> None:
     assert "book" in packaged_names()
     assert data_file("book") == packaged_file("book")
-    assert data_file("book").samefile(repository / "evaluate" / "assets" / "book.txt.gz")
+    assert data_file("book").samefile(repository / "evaluate" / "tasks" / "assets" / "book.txt.gz")
     assert packaged_file("none") is None
     own = tmp_path / "book.txt"
     own.write_text(STORY)
@@ -167,7 +167,7 @@ def test_packaged_data(repository: Path, tmp_path: Path) -> None:
 
 
 def test_the_book_is_the_one_that_is_described(repository: Path) -> None:
-    folder = repository / "evaluate" / "assets"
+    folder = repository / "evaluate" / "tasks" / "assets"
     packed = (folder / "book.txt.gz").read_bytes()
     assert hashlib.sha256(packed).hexdigest() in (folder / "README.md").read_text()
     text = gzip.decompress(packed).decode()

@@ -6,14 +6,14 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from attnconv.errors import DataError
-from attnconv.evaluate.textfile import adds_bos, load_tokens, read_documents
+from attnconv.evaluate.tasks.textfile import adds_bos, load_tokens, read_documents
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(repository: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(repository / "distill" / "assets" / "stories260K")
+    return AutoTokenizer.from_pretrained(repository / "runs" / "assets" / "stories260K")
 
 
 def write(path: Path, text: str) -> Path:
@@ -81,7 +81,7 @@ def test_every_window_starts_with_bos(tmp_path: Path, tokenizer: PreTrainedToken
 
 
 def test_no_bos_where_the_tokenizer_adds_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch) -> None:
-    monkeypatch.setattr("attnconv.evaluate.textfile.adds_bos", lambda _: False)
+    monkeypatch.setattr("attnconv.evaluate.tasks.textfile.adds_bos", lambda _: False)
     ids = load_tokens(write(tmp_path / "a.txt", STORY), tokenizer, context=8).tolist()
     assert ids == tokenizer(STORY, add_special_tokens=False)["input_ids"]
 
@@ -96,7 +96,7 @@ def test_a_limited_read_gives_the_first_tokens(tmp_path: Path, tokenizer: PreTra
 def test_text_of_long_tokens_is_read_again_in_full(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch
 ) -> None:
-    monkeypatch.setattr("attnconv.evaluate.textfile.CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr("attnconv.evaluate.tasks.textfile.CHARACTERS_PER_TOKEN", 1)
     path = write(tmp_path / "a.txt", STORY * 200)
     whole = load_tokens(path, tokenizer, context=32)
     assert load_tokens(path, tokenizer, context=32, limit=500).equal(whole[:500])
@@ -112,6 +112,6 @@ def test_documents_are_joined_by_an_empty_line(tmp_path: Path, tokenizer: PreTra
 def test_an_empty_file_is_an_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr("attnconv.evaluate.textfile.adds_bos", lambda _: False)
+    monkeypatch.setattr("attnconv.evaluate.tasks.textfile.adds_bos", lambda _: False)
     with pytest.raises(DataError, match="at least 2"):
         load_tokens(write(tmp_path / "a.txt", content), tokenizer, context=64)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from attnconv.evaluate.bootstrap import make_figures
-from attnconv.evaluate.items import Item, Metric
-from attnconv.evaluate.results import write_results
+from attnconv.evaluate.engine.bootstrap import make_figures
+from attnconv.evaluate.engine.items import Item, Metric
+from attnconv.evaluate.engine.results import write_results
 
 PERPLEXITY = Metric("perplexity", "nll", "tokens", "exp", compare="ratio", meaning="how many tokens it wavers between")
 BITS = Metric("bits/char", "bits", "characters", meaning="bits for a character of the text")

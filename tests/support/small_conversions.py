@@ -1,7 +1,7 @@
 """Small conversions of the packaged model, for tests of what is made of their folders."""
 
-from attnconv.distill import embedded_model_path, run_conversion
 from attnconv.recipes import Recipe
+from attnconv.runs import embedded_model_path, run_conversion
 
 TRANSFER = {"kind": "attention_transfer", "steps": 24, "sequence_length": 32, "batch_size": 1, "learning_rate": 1e-2}
 LORA = {"kind": "lora", "steps": 12, "sequence_length": 32, "learning_rate": 1e-3, "rank": 2, "targets": ["q_proj"]}

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from interpreting import Case, Inputs, Module, answer, differentiate, errors, starts
+from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
 from torch import Tensor
 
 from attnconv.attention_modules import Geometry, create
-from attnconv.attention_modules.kernels.fused import hedgehog_window_linear
-from attnconv.attention_modules.kernels.hybrid import hybrid_window_linear
+from attnconv.attention_modules.kernels.window_linear.fused import hedgehog_window_linear
+from attnconv.attention_modules.kernels.window_linear.hybrid import hybrid_window_linear
 from attnconv.attention_modules.linear.lolcats import LOG_STEP
 
 
@@ -116,4 +116,4 @@ CASES: dict[str, Case] = {
 }
 
 if __name__ == "__main__":
-    answer(CASES)
+    print_errors(CASES)

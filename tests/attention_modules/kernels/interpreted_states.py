@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
-from interpreting import Case, Inputs, Module, answer, differentiate, errors, starts
+from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
 from torch import Tensor
 
-from attnconv.attention_modules.kernels.chunk_linear import chunk_linear, token_gates
-from attnconv.attention_modules.kernels.delta_rule import delta_rule
+from attnconv.attention_modules.kernels.chunk_linear.forward import chunk_linear, token_gates
+from attnconv.attention_modules.kernels.delta_rule.forward import delta_rule
 
 # What has a row for each sequence instead of tokens.
 STATES = ("sums", "norm", "state")
@@ -284,4 +284,4 @@ CASES: dict[str, Case] = {
 }
 
 if __name__ == "__main__":
-    answer(CASES)
+    print_errors(CASES)

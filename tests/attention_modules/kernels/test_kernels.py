@@ -10,8 +10,8 @@ from interpreted_cases import cases_of, check
 pytest.importorskip("triton")
 
 from attnconv.attention_modules.kernels import launching, selection
-from attnconv.attention_modules.kernels.chunk_linear import chunk_linear
-from attnconv.attention_modules.kernels.delta_rule import delta_rule
+from attnconv.attention_modules.kernels.chunk_linear.forward import chunk_linear
+from attnconv.attention_modules.kernels.delta_rule.forward import delta_rule
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
 

@@ -1,0 +1,1 @@
+"""The hybrid: softmax in a window, linear attention before it."""

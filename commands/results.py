@@ -1,0 +1,207 @@
+"""What the measuring commands print."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .tables import format_bytes, make_console, make_table
+
+if TYPE_CHECKING:
+    from ..evaluate.bench import BenchResult
+    from ..evaluate.diagnose import Diagnosis, LayerAdvice
+    from ..evaluate.engine.running import Evaluation
+    from ..evaluate.report import ConversionComparison, ReportFiles
+
+# A task with more groups than this shows its overall figures only; the file and the report have all.
+MOST_GROUPS = 6
+
+
+def show_evaluation(evaluation: "Evaluation") -> None:
+    """Figures of each task, with intervals, and where all the rest is."""
+    console = make_console()
+    document = evaluation.document
+    tasks = {name: document["tasks"][name] for name in evaluation.ran}
+    two = any(figure["base"] is not None for task in tasks.values() for figure in task["figures"])
+    table = make_table(["task", "figure", *([">base"] if two else []), ">model", *([">change"] if two else []), "95 %"])
+    for name, task in tasks.items():
+        for figure in _shown(task["figures"]):
+            table.add_row(name, *_cells(figure, two))
+            name = ""
+    console.print(table)
+    console.print(f"\nmodel: {_named(document['model'])}")
+    if two:
+        console.print(f"base:  {_named(document['base'])}")
+    for name, reason in evaluation.skipped.items():
+        console.print(f"left out: {name}: {reason}")
+    if two and not all(figure["paired"] for figure in _compared(tasks)):
+        console.print("The models cut text into different tokens: compare bits/char, not perplexity.")
+    console.print(f"All figures and scores are in {evaluation.path}.")
+    if document["model"]["converted"] and evaluation.path.parent.name == "results":
+        console.print(f"Next: attnconv report {evaluation.path.parent.parent}", soft_wrap=True)
+
+
+def format_value(value: float | None, style: str) -> str:
+    """A figure as tables print it."""
+    if value is None:
+        return "-"
+    if style == "percent":
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def format_change(value: float | None, figure: Mapping[str, Any]) -> str:
+    """A change as tables print it: a factor, or a difference with its sign."""
+    if value is None:
+        return "-"
+    if figure["compare"] == "ratio":
+        return f"{value:.3f} x"
+    return f"{100 * value:+.1f}" if figure["style"] == "percent" else f"{value:+.4f}"
+
+
+def _shown(figures: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    by_keys: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for figure in figures:
+        by_keys.setdefault(tuple(figure["group"]), []).append(figure)
+    for keys, members in by_keys.items():
+        if not keys or len({str(member["group"]) for member in members}) <= MOST_GROUPS:
+            yield from members
+
+
+def _cells(figure: Mapping[str, Any], two: bool) -> list[str]:
+    label = ", ".join([figure["metric"], *(f"{key} {value}" for key, value in figure["group"].items())])
+    own = format_value(figure["model"], figure["style"])
+    interval = figure["interval"]
+    if not two:
+        return [label, own, _interval([format_value(end, figure["style"]) for end in interval or ()])]
+    if figure["base"] is None:
+        return [label, "", own, "", _interval([format_value(end, figure["style"]) for end in interval or ()])]
+    ends = [format_change(end, figure) for end in figure["change_interval"] or ()]
+    return [
+        label,
+        format_value(figure["base"], figure["style"]),
+        own,
+        format_change(figure["change"], figure),
+        _interval(ends),
+    ]
+
+
+def _interval(ends: list[str]) -> str:
+    return f"{ends[0]} to {ends[1]}" if ends else ""
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    return f"{model['source']}, {model['dtype']}{', converted' if model['converted'] else ''}"
+
+
+def _compared(tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for task in tasks.values():
+        if task["kind"] == "perplexity":
+            yield from (figure for figure in task["figures"] if figure["base"] is not None)
+
+
+def show_bench(result: "BenchResult") -> None:
+    """Medians with quartiles, side by side, and where the model overtakes its base."""
+    from ..evaluate.bench import bench_rows, crossover_sentences, setup_sentence
+
+    console = make_console()
+    rows = bench_rows(result.document)
+    two = any(row.base is not None for row in rows)
+    columns = ["", ">tokens", ">batch", *([">base"] if two else []), ">model", *([">speed-up"] if two else [])]
+    table = make_table([*columns, *([">base's cache"] if two else []), ">cache", ">peak memory"])
+    for row in rows:
+        cells = [row.measure, f"{row.context:,}", f"{row.batch}"]
+        base = row.base or {}
+        compared = [_times(row.speedup), _bytes(base.get("cache_bytes"))] if two else []
+        cells += [*([_time(base)] if two else []), _time(row.model), *compared]
+        table.add_row(*cells, _bytes(row.model.get("cache_bytes")), _bytes(row.model.get("peak_bytes")))
+    console.print(table)
+    console.print()
+    for sentence in crossover_sentences(result.document):
+        console.print(sentence)
+    for row in rows:
+        for role, case in (("base", row.base), ("model", row.model)):
+            if case is not None and case["skipped"]:
+                size = f"{row.context:,} tokens, batch {row.batch}"
+                console.print(f"left out: {row.measure} of the {role}, {size}: {case['skipped']}")
+    console.print(setup_sentence(result.document))
+    console.print(f"All figures are in {result.path}.")
+
+
+def _time(case: Mapping[str, Any]) -> str:
+    """`40 ms [38 to 45]`; per token for decoding."""
+    if not case or case["median"] is None:
+        return "-"
+    unit, factor = ("ms", 1e3) if case["measure"] == "decode" or case["median"] < 1 else ("s", 1.0)
+    middle, low, high = (format_value(factor * case[key], "number") for key in ("median", "low", "high"))
+    return f"{middle} {unit} [{low} to {high}]"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f} x"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else format_bytes(count)
+
+
+def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> None:
+    """What each layer's heads look at, and what the layer could become."""
+    from ..evaluate.diagnose.roles import MEANINGS
+
+    console = make_console()
+    advised = {one.layer: one for one in advice}
+    table = make_table(["layer", "heads", ">span", ">90 % within", ">entropy", ">first tokens", ">induction", "advice"])
+    for layer in diagnosis.layers:
+        roles = ", ".join(f"{count} {role}" for role, count in layer.role_counts.items() if count)
+        widest = max(head.window_90 for head in layer.heads)
+        induction = [head.induction for head in layer.heads if head.induction is not None]
+        figures = [f"{layer.mean('mean_distance'):.0f}", f"{widest:.0f}", f"{layer.mean('entropy'):.2f}"]
+        figures += [f"{layer.mean('sink_mass'):.0%}", f"{max(induction):.0%}" if induction else "-"]
+        one = advised.get(layer.index)
+        table.add_row(str(layer.index), roles, *figures, "" if one is None else _advice(one))
+    console.print(table)
+    texts = f"{diagnosis.tokens:,} tokens of {diagnosis.text} in windows of {diagnosis.context:,}"
+    console.print(f"\n{texts}. Means over heads, except the widest 90 % window and the best induction head.")
+    for role, count in diagnosis.role_counts.items():
+        if count:
+            console.print(f"{role}: {count} heads; {MEANINGS[role]}")
+    console.print("\nWhy:")
+    for one in advice:
+        console.print(f"  {one.layer}: {one.method}: {one.reason}")
+
+
+def _advice(one: "LayerAdvice") -> str:
+    window = one.options.get("window")
+    return f"{one.method}, window {window}" if window is not None else one.method
+
+
+def show_report(files: "ReportFiles") -> None:
+    """Where everything is."""
+    console = make_console()
+    console.print(f"The report is in {files.html}, the same as Markdown in {files.markdown}.")
+    if files.card is not None:
+        console.print(f"The model card {files.card} has a summary of it.")
+
+
+def show_compared(compared: "ConversionComparison") -> None:
+    """A row for each figure and a column for each model, what the numbers are worth, and where the picture is."""
+    console = make_console()
+    table = make_table(["", *(f">{row.name}" for row in compared.rows)])
+    for column in compared.columns:
+        found = [row.values.get(column.key) for row in compared.rows]
+        table.add_row(column.label, *("-" if one is None else _in_unit(one.value, column.style) for one in found))
+    console.print(table)
+    console.print()
+    for difference in compared.differences:
+        if difference.differs is False:
+            console.print(f"{difference.column}: {difference.name} is not told apart from {difference.best}")
+    for remark in compared.remarks:
+        console.print(remark)
+    console.print(f"The comparison is in {' and '.join(str(path) for path in compared.files)}.")
+
+
+def _in_unit(value: float, style: str) -> str:
+    if style == "bytes":
+        return format_bytes(int(value))
+    return format_value(value, style) + (
+        f" {'s' if style == 'seconds' else style}" if style in ("ms", "seconds") else ""
+    )

@@ -1,0 +1,136 @@
+"""How the command line talks: how much it says, how errors become one sentence, and what an interrupt is answered."""
+
+import errno
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import AttnConvError
+
+FAILED = 1
+INTERRUPTED = 130
+VERBOSITY_FLAGS = ("-v", "--verbose", "-q", "--quiet")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as indented JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@dataclass
+class Session:
+    """One run of the command line.
+
+    Attributes:
+        verbose: Say what is being done, keep the libraries' own messages, and show tracebacks.
+        quiet: Say only results and errors: no warnings, no progress.
+        resume_hint: What to do after an interrupt, as the second half of a sentence; empty if nothing was begun.
+    """
+
+    verbose: bool = False
+    quiet: bool = False
+    resume_hint: str = ""
+
+    def configure_logging(self) -> None:
+        """Send this package's messages to stderr, and other packages' warnings nowhere unless they were asked for."""
+        logger = logging.getLogger("attnconv")
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _StderrHandler)]
+        handler = _StderrHandler()
+        handler.setFormatter(
+            logging.Formatter("%(levelname)s %(name)s: %(message)s" if self.verbose else "%(message)s")
+        )
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if self.verbose else logging.ERROR if self.quiet else logging.WARNING)
+        if not self.verbose and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"attnconv(\.|$)")
+            warnings.showwarning = _log_warning
+
+    def silence_libraries(self) -> None:
+        """Keep transformers and the Hub's client from speaking for themselves, downloads excepted, unless verbose."""
+        if self.verbose:
+            return
+        from huggingface_hub.utils.tqdm import enable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if not self.quiet:
+            enable_progress_bars()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever stderr is at the time, which a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    logging.getLogger("attnconv").warning("%s", message)
+
+
+def session_of(ctx: typer.Context) -> Session:
+    """The session of a command's context."""
+    session = ctx.find_root().obj
+    return session if isinstance(session, Session) else Session()
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands that takes `-v` and `-q` in any place and answers errors with one sentence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move `-v` and `-q` before the command, where they belong to the group."""
+        end = args.index("--") if "--" in args else len(args)
+        flags = [argument for argument in args[:end] if argument in VERBOSITY_FLAGS]
+        rest = [argument for argument in args[:end] if argument not in VERBOSITY_FLAGS]
+        return list(super().parse_args(ctx, flags + rest + args[end:]))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; see `one_sentence_errors`."""
+        with one_sentence_errors(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_sentence_errors(ctx: typer.Context) -> Iterator[None]:
+    """Turn exceptions into a sentence on stderr and an exit code: 1 for failures, 130 for an interrupt."""
+    try:
+        yield
+    except AttnConvError as error:
+        _explain(ctx, str(error), error)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        hint = session_of(ctx).resume_hint
+        typer.echo(f"\nInterrupted; {hint}." if hint else "\nInterrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    # A defect of ours or of a library underneath: the user gets a sentence all the same, and -v shows where.
+    except Exception as error:
+        # Typer's own exceptions (wrong usage, exit) and a closed pipe are for Typer to answer.
+        if hasattr(error, "exit_code") or getattr(error, "errno", None) == errno.EPIPE:
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+        _explain(ctx, f"Failed with {type(error).__name__}: {reason}. Run again with -v to see where.", error)
+        raise typer.Exit(FAILED) from None
+
+
+def _explain(ctx: typer.Context, message: str, error: BaseException) -> None:
+    if session_of(ctx).verbose:
+        typer.echo("".join(traceback.format_exception(error)), err=True)
+    typer.echo(f"Error: {message}", err=True)

@@ -1,0 +1,192 @@
+"""What the commands print: tables that fit 80 columns on a terminal and are plain when they go to a file or pipe."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..attention_modules import Geometry, MethodInfo
+    from ..evaluate.diagnose.inspection import Inspection, ModuleGroup
+    from ..recipes import Recipe
+    from ..runs import ConversionResult
+    from ..runs.demo import DemoResult
+
+# Wide enough that no row of a table is ever broken in a file.
+PLAIN_WIDTH = 1_000
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for stdout; not on a terminal it neither colours nor breaks lines."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    # Names and paths are printed as they are, whatever brackets or colons they hold.
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else PLAIN_WIDTH)
+
+
+def make_table(columns: Sequence[str]) -> Table:
+    """An empty table; columns whose name begins with `>` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        right = name.startswith(">")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def format_bytes(count: int) -> str:
+    """`1536` as `1.5 KiB`."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def format_options(options: Mapping[str, Any]) -> str:
+    """`window=64, feature_map=hedgehog`."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def show_inspection(inspection: "Inspection") -> None:
+    """Modules, what becomes of each, and the memory of a sequence."""
+    console = make_console()
+    fate = "is" if inspection.already_converted else f"with {inspection.recipe}" if inspection.recipe else ""
+    console.print(f"{inspection.source}: {inspection.class_name} ({inspection.model_type}), {inspection.dtype}")
+    table = make_table(["attention", ">count", "heads", "dim", *([fate, ">new params"] if fate else [])])
+    for group in inspection.groups:
+        cells = [group.modules, str(group.count), *_geometry_cells(group.geometry)]
+        table.add_row(*cells, *([_fate_cell(group), f"{group.parameters:,}"] if fate else []))
+    console.print(table)
+    for line in _remarks(inspection):
+        console.print(line)
+    if inspection.footprints:
+        _show_footprints(console, inspection, changed=bool(fate))
+
+
+def _geometry_cells(geometry: "Geometry") -> tuple[str, str]:
+    heads = f"{geometry.num_heads}"
+    if geometry.num_kv_heads != geometry.num_heads:
+        heads += f", {geometry.num_kv_heads} kv"
+    dims = f"{geometry.head_dim}"
+    if geometry.value_dim != geometry.head_dim:
+        dims += f", value {geometry.value_dim}"
+    return heads, dims if geometry.causal else f"{dims}, both ways"
+
+
+def _fate_cell(group: "ModuleGroup") -> str:
+    if group.refused is not None:
+        return "refused"
+    if group.method is None:
+        return "softmax"
+    return f"{group.method}, lossy" if group.lossy else group.method
+
+
+def _remarks(inspection: "Inspection") -> list[str]:
+    lines: dict[str, None] = {}
+    for group in inspection.groups:
+        if group.refused is not None:
+            lines[f"refused: {group.modules}: {group.refused}; keep it softmax in the recipe"] = None
+        elif group.method is not None:
+            lines[f"{group.method}: {format_options(group.options) or 'no options'}"] = None
+            if group.lossy:
+                lines[f"lossy: leaves out {' and '.join(group.lossy)}; convert needs --allow-lossy"] = None
+    if inspection.already_converted:
+        lines["This model is converted already; the rows show what it is now."] = None
+    elif inspection.recipe is None:
+        lines["Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them."] = None
+    else:
+        counts = f"{inspection.num_converted} of {inspection.num_modules} modules would be converted"
+        lines[f"{counts}, {inspection.parameters:,} new parameters."] = None
+    return list(lines)
+
+
+def _show_footprints(console: Console, inspection: "Inspection", *, changed: bool) -> None:
+    table = make_table([">tokens", ">KV cache", *([">converted", ">share"] if changed else [])])
+    for row in inspection.footprints:
+        share = f"{row.after / row.before:.1%}" if row.before else "-"
+        cells = [f"{row.tokens:,}", format_bytes(row.before)]
+        table.add_row(*cells, *([format_bytes(row.after), share] if changed else []))
+    console.print(f"\nself-attention memory of one sequence while generating, in {inspection.dtype}:")
+    console.print(table)
+
+
+def show_methods(infos: Iterable["MethodInfo"]) -> None:
+    """Each method with its options and their defaults."""
+    console = make_console()
+    for info in infos:
+        console.print(Text.assemble((info.name, "bold"), f": {info.summary}"))
+        defaults = {key: field.get_default() for key, field in info.options_class.model_fields.items()}
+        console.print(f"  options: {format_options(defaults) or 'none'}")
+        if info.paper:
+            console.print(f"  paper: {info.paper}")
+
+
+def show_recipes(recipes: Iterable["Recipe"]) -> None:
+    """Name and description of each recipe."""
+    console = make_console()
+    table = make_table(["recipe", "what it does"])
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.description)
+    console.print(table)
+
+
+def show_conversion(result: "ConversionResult") -> None:
+    """What was measured, and where the result is."""
+    console = make_console()
+    if result.metrics:
+        console.print(_metrics_table(result.metrics))
+        console.print()
+    counts = Counter(entry.method for entry in result.plan.converted)
+    what = ", ".join(
+        f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
+    )
+    console.print(f"Converted {what} in {result.seconds:.1f} s.")
+    if result.self_contained:
+        console.print(
+            f"The model is in {result.output}: from_pretrained with trust_remote_code=True, without attnconv."
+        )
+    else:
+        console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
+
+
+def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
+    """A row for each moment; a column for each figure that any of them has."""
+    from ..distill.progress import format_rate
+
+    rows = list(metrics)
+    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}"}
+    names = {"bits_per_character": "bits/char"}
+    for unit in ("tokens", "images"):
+        formats |= {unit: "{:,}", f"{unit}_per_second": "{}"}
+        names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
+        rates = f"{unit}_per_second"
+        rows = [{**row, rates: format_rate(row[rates])} if rates in row else row for row in rows]
+    present = [key for key in formats if any(key in row for row in rows)]
+    table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
+    for row in rows:
+        table.add_row(row["stage"], *(formats[key].format(row[key]) if key in row else "" for key in present))
+    return table
+
+
+def show_demo(result: "DemoResult") -> None:
+    """Perplexities, both continuations, and what to try next."""
+    console = make_console()
+    methods = ", ".join(result.methods)
+    console.print(f"{result.layers} of {result.num_layers} attention layers converted to {methods}.\n")
+    console.print(_metrics_table(result.metrics))
+    for name, answer in (("Teacher", result.teacher), ("Converted", result.converted)):
+        kind = "key/value cache" if not answer.recurrent_layers else f"{answer.recurrent_layers} recurrent states"
+        held = f", {format_bytes(answer.cache_bytes)} in its {kind} at the end:"
+        console.print(Text.assemble("\n", (name, "bold"), held))
+        console.print(answer.text)
+    console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in {result.output}. Try next:")
+    for command in (
+        f"attnconv inspect {result.output}",
+        "attnconv inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",
+        "attnconv recipes copy lolcats my-recipe.yaml",
+        "attnconv convert HuggingFaceTB/SmolLM2-135M --recipe my-recipe.yaml --output smollm2-linear",
+    ):
+        console.print(f"  {command}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Planning: what a model's attention is, and what will be done to each module."""

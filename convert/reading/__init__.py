@@ -1,0 +1,1 @@
+"""Reading a checkpoint: where it comes from, what its headers say, whether it is whole."""

@@ -1,0 +1,68 @@
+"""The config.json of a model folder: what is refused before anything of the model is touched, and how it is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from ...errors import CheckpointError
+from ...files.foreign_errors import first_line
+
+CONFIG_FILE = "config.json"
+SECTION = "attnconv"
+"""The key under which a converted model keeps its plan."""
+
+
+def check_config(
+    config: Mapping[str, Any], source: str, *, trust_remote_code: bool = False, allow_converted: bool = False
+) -> None:
+    """Refuse what must not be converted.
+
+    Args:
+        config: the contents of config.json.
+        source: the model as the user named it.
+        trust_remote_code: let it bring Python code.
+        allow_converted: let it be the output of a conversion.
+
+    Raises:
+        CheckpointError: the model is converted already, brings its own code, or is of an unknown type.
+    """
+    if SECTION in config:
+        if not allow_converted:
+            raise CheckpointError(f"{source} is converted already: convert the model that it was made from instead.")
+        return
+    if config.get("auto_map") and not trust_remote_code:
+        raise CheckpointError(
+            f"{source} brings its own Python code (auto_map in {CONFIG_FILE}), which is not run unless you allow it "
+            "with --trust-remote-code."
+        )
+    model_type = config.get("model_type")
+    if "AutoConfig" in (config.get("auto_map") or {}):
+        return
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{source} is no model for transformers: its {CONFIG_FILE} names no model_type.")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{source} has the model_type {model_type!r}, which transformers {transformers.__version__} does not know: "
+            f"check its {CONFIG_FILE}, or upgrade transformers."
+        )
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read a folder's configuration as transformers does; no model code is imported unless the folder brings it.
+
+    Raises:
+        CheckpointError: transformers does not accept its values.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    # Every configuration class checks its values in its own way.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is not accepted by transformers: {first_line(error)}."
+        ) from error
+    return config

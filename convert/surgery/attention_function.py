@@ -1,0 +1,309 @@
+"""The one attention function through which every converted module runs."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...attention_modules.base import AttentionModule
+from ...attention_modules.weights import Statistic, response_weights
+from ...errors import PlanError
+from .cache_layer import AttnConvCacheLayer
+
+ATTENTION = "attnconv"
+CONTEXT = "attnconv_context"
+
+
+@dataclass
+class CallContext:
+    """What a converted module notes before its own forward runs.
+
+    Attributes:
+        hidden_states: the module's input `[batch, T, hidden]`.
+        layer: its cache layer, None without a cache.
+    """
+
+    hidden_states: Tensor | None = None
+    layer: AttnConvCacheLayer | None = None
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of one converted module, as a tap sees it (no cache involved).
+
+    Attributes:
+        name: the module's name in the model.
+        core: its attention module.
+        query: `[batch, num_heads, T, head_dim]`.
+        key: `[batch, num_kv_heads, T, head_dim]`.
+        value: `[batch, num_kv_heads, T, value_dim]`.
+        padding_mask: `[batch, T]` bool or None.
+        scaling: factor on query-key products.
+        hidden_states: `[batch, T, hidden]` or None.
+    """
+
+    name: str
+    core: AttentionModule
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    padding_mask: Tensor | None
+    scaling: float
+    hidden_states: Tensor | None
+    _base: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def student(self) -> Tensor:
+        """The converted attention's output `[batch, num_heads, T, value_dim]`, with gradients to its core only."""
+        out: Tensor = self.core(
+            self.query.detach(),
+            self.key.detach(),
+            self.value.detach(),
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=None if self.hidden_states is None else self.hidden_states.detach(),
+        )
+        return out
+
+    def converted(self) -> Tensor:
+        """The converted attention's output with gradients to everything."""
+        out: Tensor = self.core(
+            self.query,
+            self.key,
+            self.value,
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=self.hidden_states,
+        )
+        return out
+
+    @torch.no_grad()
+    def teacher(self) -> Tensor:
+        """The original attention's output, softcaps, sinks and biases included: `[batch, num_heads, T, value_dim]`."""
+        return self._base(self.value)
+
+    @torch.no_grad()
+    def student_weights(self) -> Tensor:
+        """What each key weighs in the converted attention's output: `[batch, num_heads, T, T]`, fp32 or fp64."""
+        return self.core.attention_weights(
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=self.hidden_states,
+            value=self.value,
+        )
+
+    @torch.no_grad()
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What the converted attention tells about itself."""
+        return self.core.statistics(
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            padding_mask=self.padding_mask,
+            hidden_states=self.hidden_states,
+        )
+
+    @torch.no_grad()
+    def teacher_weights(self) -> Tensor:
+        """The same of the original attention, as exact as the model's dtype; rows of padding mean nothing."""
+        return response_weights(self._base, self.value)
+
+
+Tap = Callable[[AttentionCall], Tensor]
+
+
+@contextmanager
+def attention_tap(model: nn.Module, tap: Tap) -> Iterator[None]:
+    """Inside, every converted module's attention is `tap(call)`; what it returns flows on through the model.
+
+    Keep it active until backward has run if the model recomputes activations.
+    """
+    modules = [module for _, module in model.named_modules() if is_converted(module)]
+    for module in modules:
+        module.__dict__["_attnconv_tap"] = tap
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("_attnconv_tap", None)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module's attention was replaced."""
+    return hasattr(type(module), "_attnconv_original")
+
+
+def core_of(module: nn.Module) -> AttentionModule:
+    """The attention module inside a converted module, or what an adapter library put around it."""
+    return cast(AttentionModule, module.attnconv)
+
+
+def attnconv_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls: shapes as in its attention interface, output `[batch, T, heads, dim]`.
+
+    Raises:
+        PlanError: what is asked for cannot be computed exactly; nothing ever falls back to dense attention.
+    """
+    if not is_converted(module):
+        raise PlanError(f"{type(module).__name__} was not converted, so attn_implementation='attnconv' cannot serve it")
+    core = core_of(module)
+    context = kwargs.pop(CONTEXT, None) or module.__dict__.get("_attnconv_context") or CallContext()
+    _refuse_unsupported(kwargs)
+    _refuse_split_sequences()
+    length, layer = query.shape[2], context.layer
+    if layer is not None and key.shape[2] > length:
+        # The model kept earlier keys itself; ours are in the state.
+        key, value = key[:, :, -length:], value[:, :, -length:]
+    if key.shape[2] != length:
+        raise PlanError(
+            f"{module.__dict__.get('_attnconv_name')} received {key.shape[2]} keys for {length} queries: "
+            "cross-attention and foreign caches cannot run through a converted layer"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    seen = 0 if layer is None else layer.get_seq_length()
+    padding_mask = new_token_mask(attention_mask, query.shape[0], length, seen, kwargs.get("position_ids"))
+    tap = module.__dict__.get("_attnconv_tap")
+    if tap is not None:
+
+        def base(values: Tensor) -> Tensor:
+            (config,) = module.__dict__["_attnconv_config"]
+            function = original_function(module, config)
+            out = function(module, query, key, values, attention_mask, scaling=scaling, dropout=0.0, **kwargs)[0]
+            return out.transpose(1, 2)
+
+        call = AttentionCall(
+            module.__dict__["_attnconv_name"],
+            core,
+            query,
+            key,
+            value,
+            padding_mask,
+            scaling,
+            context.hidden_states,
+            base,
+        )
+        return tap(call).transpose(1, 2).contiguous(), None
+    state = None
+    if layer is not None:
+        layer.device = query.device
+        state = layer.state_of(core)
+    out = core(
+        query,
+        key,
+        value,
+        scaling=scaling,
+        padding_mask=padding_mask,
+        state=state,
+        hidden_states=context.hidden_states,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cache") is not None:
+        raise PlanError("converted layers keep a state, which paged caches (continuous batching) cannot hold")
+    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")):
+        raise PlanError("packed sequences (cu_seq_lens) cannot run through a converted layer; pad the batch instead")
+
+
+def _refuse_split_sequences() -> None:
+    """Context and sequence parallelism hand each process a part of every sequence; a state needs all that came before.
+
+    accelerate says so in its state, torch by having replaced the function whose calls it splits.
+    """
+    accelerate_state = sys.modules.get("accelerate.state")
+    shared = {} if accelerate_state is None else accelerate_state.AcceleratorState._shared_state
+    parallelism = shared.get("parallelism_config")
+    sizes = [getattr(parallelism, name, None) or 1 for name in ("cp_size", "sp_size")]
+    function = F.scaled_dot_product_attention
+    split = isinstance(function, FunctionType) and "context_parallel" in function.__module__
+    if split or max(sizes) > 1:
+        raise PlanError(
+            "context or sequence parallelism (cp_size, sp_size) splits sequences, which a converted layer cannot see; "
+            "use data or fully sharded parallelism"
+        )
+
+
+def original_function(module: nn.Module, config: Any) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that a module would use by itself, given its own configuration."""
+    name = config._attn_implementation
+    if name in (None, "eager", ATTENTION):
+        for owner in type(module).__mro__:
+            eager: Callable[..., tuple[Tensor, Any]] | None = getattr(
+                sys.modules.get(owner.__module__), "eager_attention_forward", None
+            )
+            if eager is not None:
+                return eager
+        name = "sdpa"
+    function: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[name]
+    return function
+
+
+def new_token_mask(mask: Any, batch: int, length: int, seen: int, position_ids: Tensor | None = None) -> Tensor | None:
+    """Which of the new tokens are real, read from whatever mask the model built.
+
+    Args:
+        mask: None, `[batch, seq]`, or 4-D bool or additive; wider than needed for static caches.
+        batch: rows.
+        length: new tokens.
+        seen: tokens before them.
+        position_ids: `[batch, length]`, to recognise packed sequences.
+
+    Returns:
+        `[batch, length]` bool or None.
+
+    Raises:
+        PlanError: a mask object that cannot be read, or packed sequences (a RuntimeError where compiled).
+    """
+    if mask is None:
+        valid = None
+    elif not isinstance(mask, Tensor):
+        raise PlanError(
+            f"a mask of type {type(mask).__name__} cannot be read; load the model with attn_implementation='sdpa'"
+        )
+    elif mask.ndim == 2:
+        valid = _is_visible(mask[:, -length:]) if mask.dtype.is_floating_point else mask[:, -length:].bool()
+    else:
+        # A static cache's mask spans slots that are not filled yet; any other ends with the new tokens.
+        start = seen if mask.shape[-1] > seen + length else mask.shape[-1] - length
+        block = mask[:, 0, :, start : start + length]
+        # A bidirectional mask may have one row for all queries.
+        row = block[:, 0] if block.shape[1] == 1 else block[:, -length:].diagonal(dim1=-2, dim2=-1)
+        valid = _is_visible(row).expand(batch, -1)
+    _refuse_packed(position_ids, valid, length)
+    return valid
+
+
+def _is_visible(mask: Tensor) -> Tensor:
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.dtype.is_floating_point else mask.bool()
+
+
+def _refuse_packed(position_ids: Any, valid: Tensor | None, length: int) -> None:
+    if length == 1 or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return
+    restart = position_ids[:, 1:] <= position_ids[:, :-1]
+    if valid is not None and position_ids.shape == valid.shape:
+        restart = restart & valid[:, 1:] & valid[:, :-1]
+    message = "packed sequences (position_ids that restart) cannot run through a converted layer; pad instead"
+    if torch.compiler.is_compiling():
+        # A graph cannot branch on what it computes: it fails when it runs.
+        torch._assert_async(~restart.any(), message)
+    elif restart.any():
+        raise PlanError(message)

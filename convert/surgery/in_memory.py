@@ -1,0 +1,41 @@
+"""Convert a model that is in memory already."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..planning.plan import make_plan
+from ..planning.probe import probe
+from .swap import apply_plan
+
+
+@dataclass(frozen=True)
+class _EveryLayer:
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def matches(self, index: int, num_layers: int, module_name: str) -> bool:
+        return True
+
+
+def convert_model(model: PreTrainedModel, recipe: Any, *, allow_lossy: bool = False, **options: Any) -> PreTrainedModel:
+    """Swap a loaded model's attention in place, without healing it.
+
+    Args:
+        model: any transformers model whose attention goes through the attention interface.
+        recipe: a `Recipe`, whose attention rules are applied, or a method's name for all layers.
+        allow_lossy: accept that soft caps, sinks or biases are left out.
+        options: the method's options, when `recipe` is a name.
+
+    Returns:
+        the same model; `save_pretrained` and `from_pretrained` work as before.
+
+    Raises:
+        PlanError: the conversion cannot be carried out as asked.
+        ValueError: unknown method or option.
+    """
+    rules = [_EveryLayer(recipe, options)] if isinstance(recipe, str) else recipe.attention
+    plan = make_plan(rules, probe(model.config, type(model)), allow_lossy=allow_lossy)
+    apply_plan(model, plan)
+    return model

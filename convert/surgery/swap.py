@@ -1,0 +1,219 @@
+"""The surgery: chosen modules keep their class, names and parameters, and hand query, key and value to a core."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from ...attention_modules.base import AttentionModule
+from ...attention_modules.registry import create
+from ...errors import PlanError
+from ..planning.plan import Plan, PlanEntry
+from .attention_function import ATTENTION, CONTEXT, CallContext, attnconv_attention, core_of, is_converted
+from .cache_layer import layer_of
+from .code_copies import Section
+
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
+CORE = "attnconv"
+
+
+class ConvertedMixin:
+    """Put before a module's own class: notes the call's input and cache layer, then runs the original forward."""
+
+    _attnconv_attention = staticmethod(attnconv_attention)
+    _attnconv_original: type[Any]
+    _attnconv_signature: inspect.Signature
+    _attnconv_forwards_kwargs: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward; its attention call finds what was noted here."""
+        context = _context(self, args, kwargs)
+        if self._attnconv_forwards_kwargs:
+            return super().forward(*args, **{CONTEXT: context}, **kwargs)  # type: ignore[misc]
+        self.__dict__["_attnconv_context"] = context
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__.pop("_attnconv_context", None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Dynamic classes cannot be imported by name, so copies are rebuilt from the original class."""
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_attnconv_context", "_attnconv_tap")}
+        return _rebuild, (self._attnconv_original,), state
+
+
+def _context(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallContext:
+    bound = module._attnconv_signature.bind_partial(module, *args, **kwargs).arguments
+    arguments = {**bound, **bound.get("kwargs", {}), **kwargs}
+    past = next((arguments[name] for name in _CACHE_ARGUMENTS if isinstance(arguments.get(name), Cache)), None)
+    hidden_states = arguments.get("hidden_states", args[0] if args else None)
+    context = CallContext(hidden_states if isinstance(hidden_states, torch.Tensor) else None)
+    core = module.attnconv
+    if past is not None and core.geometry.causal:
+        layer_idx = arguments.get("layer_idx")
+        layer_idx = layer_idx if isinstance(layer_idx, int) else module.layer_idx
+        context.layer = layer_of(past, layer_idx)
+    return context
+
+
+def _forwards_kwargs(module_class: type[Any]) -> bool:
+    """Whether `forward(..., **kwargs)` hands its kwargs on to the attention function.
+
+    Read from the source, since it must be known before the first call; where it is not, the context travels on the
+    module instead.
+    """
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values()):
+        return False
+    try:
+        source = inspect.getsource(module_class.forward)
+    except (OSError, TypeError):
+        return False
+    _, found, call = source.partition("attention_interface(")
+    depth, arguments = 1, ""
+    for character in call:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            break
+        arguments += character
+    return bool(found) and "**kwargs" in arguments
+
+
+_CLASSES: dict[Any, Any] = {}
+
+
+def converted_class(original: Any) -> Any:
+    """The subclass of `original` whose attention runs in a core."""
+    if original in _CLASSES:
+        return _CLASSES[original]
+    attributes = {
+        "_attnconv_original": original,
+        "_attnconv_signature": inspect.signature(original.forward),
+        "_attnconv_forwards_kwargs": _forwards_kwargs(original),
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    _CLASSES[original] = type(f"AttnConv{original.__name__}", (ConvertedMixin, original), attributes)
+    return _CLASSES[original]
+
+
+def _rebuild(original: Any) -> Any:
+    module_class = converted_class(original)
+    return module_class.__new__(module_class)
+
+
+def converted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every converted module of a model by name; its core is `module.attnconv`."""
+    return {name: module for name, module in model.named_modules() if is_converted(module)}
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Swap attention in place; modules that are converted already stay.
+
+    Args:
+        model: any transformers model, on any device (meta included).
+        plan: names and methods, as made by `make_plan` or read from a saved config.
+
+    Returns:
+        the same model, its config carrying the plan.
+
+    Raises:
+        PlanError: a module of the plan is not in the model, or cannot be swapped.
+    """
+    modules = dict(model.named_modules())
+    missing = [entry.name for entry in plan.converted if entry.name not in modules]
+    if missing:
+        raise PlanError(f"modules of the plan are not in {type(model).__name__}: {', '.join(missing[:3])}")
+    for entry in plan.converted:
+        if not is_converted(modules[entry.name]):
+            _swap(modules[entry.name], entry)
+    section = Section(plan.to_config())
+    model.config.attnconv = section
+    # Caches are built from the text config; an encoder-decoder builds that of cross-attention from it too.
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is not model.config and not model.config.is_encoder_decoder:
+        text_config.attnconv = section
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and converted_modules(part):
+            _count_positions_from_mask(part)
+    # Serving engines that bring their own key/value cache must not take a recurrent layer.
+    if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
+        model._supports_attention_backend = False
+    return model
+
+
+def _count_positions_from_mask(model: PreTrainedModel) -> None:
+    """Make a padded row's positions start at its first real token, as `generate` does, when the caller gives none.
+
+    Softmax attention under RoPE does not notice a shift of all positions; feature maps do. Models with learned or
+    fixed absolute positions do notice it and are left as they are.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    has_rope = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    if "_attnconv_positions" in vars(model) or "attention_mask" not in parameters or not has_rope:
+        return
+    config = model.config.get_text_config()
+    # A composite that gives tokens several axes (time, height, width) counts them itself, from the mask.
+    counts = not model.config.is_encoder_decoder and (config is model.config or not _has_position_axes(config))
+    hook: Any = None
+    if "position_ids" in parameters:
+        hook = _add_position_ids if counts else None
+    elif not any(isinstance(m, PreTrainedModel) and converted_modules(m) for m in list(model.modules())[1:]):
+        hook = _refuse_left_padding
+    if hook is not None:
+        model.__dict__["_attnconv_positions"] = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _refuse_left_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, 0].all():
+        raise PlanError(
+            f"{type(model).__name__} counts positions from the first column and takes no position_ids, so a converted "
+            "layer would see padding on the left; pad on the right"
+        )
+
+
+def _has_position_axes(config: Any) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return any("mrope_section" in entry for entry in (parameters, *by_layer_type))
+
+
+def _add_position_ids(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    tokens = args[0] if tokens is None and args else tokens
+    given = kwargs.get("position_ids") is not None
+    if given or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(tokens, torch.Tensor):
+        return args, kwargs
+    positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+    return args, {**kwargs, "position_ids": positions}
+
+
+def _swap(module: nn.Module, entry: PlanEntry) -> None:
+    original_config: Any = getattr(module, "config", None)
+    if original_config is None:
+        raise PlanError(f"{entry.name} ({type(module).__name__}) has no config, so its attention cannot be replaced")
+    parameter = next(module.parameters())
+    with torch.device(parameter.device):
+        core = build_core(entry)
+    core.train(module.training)
+    for part in core.modules():
+        # A class of this copy of the code, which a self-contained file in the same process has of its own.
+        part.__dict__["_attnconv_owner"] = AttentionModule
+    module.add_module(CORE, core)
+    module.__class__ = converted_class(type(module))
+    module.__dict__["_attnconv_name"] = entry.name
+    # In a tuple, so that nothing that walks over configs finds it.
+    module.__dict__["_attnconv_config"] = (original_config,)
+    # Only this module dispatches to us: unconverted layers keep theirs, and set_attn_implementation cannot undo it.
+    config = copy.copy(original_config)
+    config._attn_implementation_internal = ATTENTION
+    module.config = config
+
+
+def build_core(entry: PlanEntry) -> AttentionModule:
+    """The attention module of one plan entry, its parameters in fp32 whatever the model's dtype."""
+    return create(entry.method, entry.geometry, **entry.options).float()

@@ -1,0 +1,125 @@
+"""The receipt of a conversion: what went in, what was done, with which versions, and what was measured."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ...files.containment import inside
+from ...files.fast_copy import digest_of
+from ...files.json_files import write_json
+from ...files.output_folder import RECEIPT_FILE, TOOL
+from ..planning.plan import Plan
+from ..reading.checkpoint import Checkpoint
+
+RECEIPT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `receipt.json` says.
+
+    Attributes:
+        source: the base as the user named it; of a folder or file the name alone, for receipts are published.
+        repo_id: its Hub repository, if known.
+        revision: the commit of that repository.
+        inputs: digest of each weight file that was read.
+        plan: the `attnconv` section of config.json.
+        start_distance: how far the model was from its teacher right after the swap, by measure.
+        metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
+        linear_path_use: perplexity without the linear path over perplexity with it, at the end; 1 means that the path
+            does nothing, None that there is none or that perplexity was not measured.
+        command: the command line, absolute paths shortened to names.
+        created: when, in UTC.
+        versions: of the packages that took part.
+    """
+
+    source: str
+    repo_id: str | None
+    revision: str | None
+    inputs: Mapping[str, str]
+    plan: Mapping[str, Any]
+    start_distance: Mapping[str, float] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, Any]] = ()
+    linear_path_use: float | None = None
+    command: str = ""
+    created: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_receipt(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    start_distance: Mapping[str, float] | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    linear_path_use: float | None = None,
+    command: Sequence[str] | None = None,
+) -> Receipt:
+    """Put a receipt together.
+
+    Args:
+        checkpoint: the base.
+        plan: what was converted.
+        inputs: digests of the base's weight files; the default reads the files once more.
+        start_distance: how far the model was from its teacher right after the swap, by measure.
+        metrics: what was measured, one row per moment, each with its `"stage"`.
+        linear_path_use: perplexity without the linear path over perplexity with it.
+        command: the command line; the default is that of this process.
+    """
+    return Receipt(
+        source=checkpoint.name,
+        repo_id=checkpoint.repo_id,
+        revision=checkpoint.revision,
+        inputs=digest_inputs(checkpoint) if inputs is None else inputs,
+        plan=plan.to_config(),
+        start_distance=start_distance or {},
+        metrics=tuple(metrics),
+        linear_path_use=linear_path_use,
+        command=_public(sys.argv if command is None else command),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions(),
+    )
+
+
+def digest_inputs(checkpoint: Checkpoint) -> dict[str, str]:
+    """The digest of each weight file of a checkpoint; about 0.1 s per GB that is in memory, else the disk's speed."""
+    names = [checkpoint.gguf_file] if checkpoint.gguf_file else [shard.name for shard in checkpoint.shards]
+    return {name: digest_of(inside(checkpoint.path, name)) for name in names}
+
+
+def write_receipt(folder: Path, receipt: Receipt) -> None:
+    """Write `receipt.json`."""
+    write_json(folder / RECEIPT_FILE, {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt)})
+
+
+def _public(command: Sequence[str]) -> str:
+    """A command line as one would type it anywhere: neither the program's place nor absolute paths of this machine."""
+    program, arguments = Path(command[0]).name, command[1:]
+    # `python -m attnconv`.
+    program = TOOL if program == "__main__.py" else program
+    return shlex.join([program, *(_without_folders(argument) for argument in arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else argument
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from ... import __version__
+
+    return {
+        TOOL: __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,79 @@
+"""Conversions without training, made on disk: the base's shards are taken over, what is new goes beside them."""
+
+import logging
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...files.containment import inside
+from ...files.fast_copy import copy_files
+from ...files.json_files import write_json
+from ..planning.plan import Plan
+from ..reading.checkpoint import Checkpoint
+from ..reading.weight_files import INDEX_FILE, SINGLE_FILE
+from .companion_files import copy_companions
+from .save import mark_config, write_marked
+
+logger = logging.getLogger(__name__)
+
+
+def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bool = True) -> dict[str, str]:
+    """Write a converted checkpoint without building the model or reading a tensor of it.
+
+    New tensors go into one more shard, for which the base's shards are renamed; where a plan adds none, their names
+    stay. New tensors are named after the modules of the model class: transformers finds them even where the base's own
+    tensors have other names (without the base model's prefix, or from before a renaming).
+
+    With `link` the base's files get a second name in the output and are not copied, which takes no time and no room;
+    deleting either folder leaves the other whole. But whoever writes into such a file in place, instead of putting a
+    new one in its stead as safetensors from 0.8 on and the Hub's client do, changes both models.
+
+    Args:
+        checkpoint: a safetensors checkpoint.
+        plan: what is converted.
+        folder: an empty folder, such as the one that `atomic_folder` gives.
+        link: share the base's files where the file system can; else, and everywhere with False, copy them.
+
+    Returns:
+        The digest of each base shard by name.
+
+    Raises:
+        CheckpointError: the checkpoint is a GGUF file, or holds a tensor under a new tensor's name.
+    """
+    if checkpoint.gguf_file is not None:
+        raise CheckpointError(f"{checkpoint.source} is a GGUF file, which has to be loaded to be converted.")
+    new = {name: tensor.contiguous() for name, tensor in plan.new_tensors()}
+    clash = sorted(new.keys() & checkpoint.weight_map.keys())
+    if clash:
+        raise CheckpointError(f"{checkpoint.source} holds a tensor named {clash[0]!r} already.")
+    names = {shard.name: shard.name for shard in checkpoint.shards}
+    weight_map = dict(checkpoint.weight_map)
+    if new:
+        count = len(names) + 1
+        names = {name: _shard_name(index, count) for index, name in enumerate(names, start=1)}
+        weight_map = {tensor: names[name] for tensor, name in weight_map.items()}
+        weight_map |= dict.fromkeys(new, _shard_name(count, count))
+        save_file(new, folder / _shard_name(count, count), metadata={"format": "pt"})
+    if set(weight_map.values()) != {SINGLE_FILE}:
+        write_json(folder / INDEX_FILE, {"metadata": _totals(checkpoint, new), "weight_map": weight_map})
+    config = {**checkpoint.config_dict, "architectures": [checkpoint.architecture]}
+    write_marked(folder, mark_config(config, plan))
+    copy_companions(checkpoint.path, checkpoint.companions, folder)
+    paths = {name: inside(checkpoint.path, name) for name in names}
+    for name in names.values():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    digests = copy_files([(paths[name], folder / new_name) for name, new_name in names.items()], link=link)
+    shared = [name for name, path in paths.items() if path.samefile(folder / names[name])]
+    if shared:
+        logger.info("%s share their content with those of %s", ", ".join(shared), checkpoint.path)
+    return {name: digests[path] for name, path in paths.items()}
+
+
+def _totals(checkpoint: Checkpoint, new: dict[str, Tensor]) -> dict[str, int]:
+    return {"total_size": checkpoint.nbytes + sum(tensor.nbytes for tensor in new.values())}
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index:05}-of-{count:05}.safetensors"

@@ -1,0 +1,231 @@
+"""What a model's attention looks like and what a recipe would make of it, from its configuration alone."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ...attention_modules import AttentionModule, Geometry, create
+from ...convert.planning.plan import Plan, PlanEntry, make_plan
+from ...convert.planning.probe import ProbedModule, probe
+from ...convert.reading.checkpoint import model_class_of
+from ...convert.reading.config_file import CONFIG_FILE, SECTION, check_config, read_config
+from ...convert.reading.gguf_file import read_gguf
+from ...convert.reading.sources import locate
+from ...files.json_files import read_json
+from ...recipes import Recipe
+from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Consecutive attention modules that are alike and meet the same fate.
+
+    Attributes:
+        modules: Their names as one, such as `model.layers.0-29.self_attn`.
+        count: How many they are.
+        class_name: Class of the modules in transformers.
+        geometry: Head counts and sizes of each.
+        method: What they become; None if they stay as they are.
+        options: Options of the method.
+        parameters: New parameters of all of them together.
+        lossy: What the method would drop of what they do now.
+        refused: Why they cannot be converted; None if they can.
+    """
+
+    modules: str
+    count: int
+    class_name: str
+    geometry: Geometry
+    method: str | None
+    options: Mapping[str, Any]
+    parameters: int
+    lossy: tuple[str, ...]
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect_model`.
+
+    Attributes:
+        source: The model as it was named.
+        model_type: Its type in transformers.
+        class_name: Its class.
+        dtype: Its dtype, which keys and values have too.
+        recipe: Name of the recipe; None if none was asked about.
+        already_converted: Whether the model carries a conversion, which is then what the groups show.
+        groups: The attention modules in order.
+        footprints: Bytes per sequence at several lengths; empty for a model that generates nothing.
+    """
+
+    source: str
+    model_type: str
+    class_name: str
+    dtype: str
+    recipe: str | None
+    already_converted: bool
+    groups: tuple[ModuleGroup, ...]
+    footprints: tuple[Footprint, ...]
+
+    @property
+    def num_modules(self) -> int:
+        """Attention modules found."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def num_converted(self) -> int:
+        """Attention modules that are or would be converted."""
+        return sum(group.count for group in self.groups if group.method is not None and group.refused is None)
+
+    @property
+    def parameters(self) -> int:
+        """New parameters in all."""
+        return sum(group.parameters for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            **asdict(self),
+            "num_modules": self.num_modules,
+            "num_converted": self.num_converted,
+            "parameters": self.parameters,
+        }
+
+
+def inspect_model(
+    source: str,
+    *,
+    recipe: Recipe | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Probe a model's attention without its weights, which of a Hub model are not even downloaded, and plan a recipe.
+
+    Args:
+        source: A local folder, Hub id or `.gguf` file.
+        recipe: What to plan; what it would lose or be refused is reported, not raised.
+        lengths: Tokens of the sequences whose cache is counted.
+        trust_remote_code: Whether a model that brings its own code may run it.
+
+    Raises:
+        CheckpointError: The model cannot be read or is refused.
+        PlanError: Its attention cannot be found.
+        RecipeError: The recipe names layers that the model does not have.
+    """
+    config, dtype = _open_config(source, trust_remote_code)
+    model_class = model_class_of(config, trust_remote_code=trust_remote_code)
+    probed = probe(config, model_class)
+    carried = getattr(config, SECTION, None)
+    entries: Iterable[PlanEntry] = ()
+    if carried is not None:
+        entries = Plan.from_config(carried).entries
+    elif recipe is not None:
+        entries = make_plan(recipe.attention, probed, check=False).entries
+    by_name = {entry.name: entry for entry in entries}
+    cores = {module.name: _build(module, by_name.get(module.name)) for module in probed}
+    layers = [
+        CachedLayer(module.geometry, native_window(config, module.layer_idx), cores[module.name])
+        for module in probed
+        if module.self_attention and module.geometry.causal
+    ]
+    return Inspection(
+        source=source,
+        model_type=config.model_type,
+        class_name=model_class.__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        recipe=None if recipe is None else recipe.name,
+        already_converted=carried is not None,
+        groups=group_modules(probed, by_name, cores),
+        footprints=footprints(layers, dtype, lengths) if layers else (),
+    )
+
+
+def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:
+    """A model's configuration and dtype; its weights stay where they are."""
+    location = locate(source, trust_remote_code=trust_remote_code)
+    if location.gguf_file is not None:
+        return read_gguf(location.folder / location.gguf_file)
+    check_config(
+        read_json(location.folder / CONFIG_FILE), source, trust_remote_code=trust_remote_code, allow_converted=True
+    )
+    config = read_config(location.folder, trust_remote_code=trust_remote_code)
+    dtype = config.get_text_config().dtype or config.dtype
+    return config, dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _build(module: ProbedModule, entry: PlanEntry | None) -> AttentionModule | None:
+    """The module that the plan puts in, on the meta device; None where nothing changes."""
+    if entry is None or not entry.converted:
+        return None
+    with torch.device("meta"):
+        return create(entry.method, module.geometry, **entry.options)
+
+
+def group_modules(
+    probed: Sequence[ProbedModule],
+    entries: Mapping[str, PlanEntry],
+    cores: Mapping[str, AttentionModule | None],
+) -> tuple[ModuleGroup, ...]:
+    """Collapse consecutive modules whose names differ by numbers only and whose rows would be equal."""
+    rows = []
+    for module in probed:
+        entry, core = entries.get(module.name), cores[module.name]
+        changed = entry is not None and (entry.converted or entry.refused is not None)
+        rows.append(
+            ModuleGroup(
+                modules=module.name,
+                count=1,
+                class_name=module.class_name,
+                geometry=module.geometry,
+                method=entry.method if entry is not None and changed else None,
+                options={} if core is None else core.options.model_dump(),
+                parameters=0 if core is None else sum(parameter.numel() for parameter in core.parameters()),
+                lossy=() if entry is None else tuple(entry.lossy),
+                refused=None if entry is None else entry.refused,
+            )
+        )
+    groups = []
+    for _, alike in groupby(rows, key=_likeness):
+        members = list(alike)
+        groups.append(_merge(members))
+    return tuple(groups)
+
+
+def _likeness(row: ModuleGroup) -> tuple[Any, ...]:
+    name = re.sub(r"\d+", "#", row.modules)
+    return (name, row.class_name, row.geometry, row.method, sorted(row.options.items()), row.lossy, row.refused)
+
+
+def _merge(members: Sequence[ModuleGroup]) -> ModuleGroup:
+    first = members[0]
+    values = {**vars(first)}
+    values["modules"] = join_names([member.modules for member in members])
+    values["count"] = len(members)
+    values["parameters"] = sum(member.parameters for member in members)
+    return ModuleGroup(**values)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """One name for modules whose names differ in their numbers: `a.0.b`, `a.1.b`, `a.3.b` are `a.0-1,3.b`."""
+    columns = list(zip(*(re.split(r"(\d+)", name) for name in names), strict=True))
+    varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
+    if len(varying) > 1:
+        return f"{names[0]} ... {names[-1]}"
+    parts = [_ranges([int(part) for part in c]) if i in varying else c[0] for i, c in enumerate(columns)]
+    return "".join(parts)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,258 @@
+"""Running a suite: units of work one after another, each journaled, then figures with intervals in one document."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..tasks.base import Outcome, Scope, Subject, Task
+from .bootstrap import make_figures
+from .items import Item
+from .jobs import Job, make_jobs, scope_of
+from .journal import Journal
+from .models import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
+from .results import (
+    EVALUATION,
+    describe_model,
+    describe_setup,
+    model_identity,
+    read_results,
+    results_folder,
+    write_results,
+)
+from .suite import Suite, make_task
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+JOURNAL = f"{EVALUATION}.partial"
+OLD = f"{EVALUATION}.old.json"
+"""Where results of other models go when those of this one take their place."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answer of `run_evaluation`.
+
+    Attributes:
+        document: What the file holds; see `evaluate.results`.
+        path: The file.
+        ran: Names of the tasks of this run, in order; the file may hold more from earlier runs.
+        skipped: Tasks of the suite that could not be run, with the reason.
+    """
+
+    document: Mapping[str, Any]
+    path: Path
+    ran: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document without the single scores, which the file has."""
+        left_out = ("items", "extras")
+        tasks = {
+            name: {key: value for key, value in task.items() if key not in left_out}
+            for name, task in self.document["tasks"].items()
+        }
+        return {**self.document, "tasks": tasks, "path": str(self.path), "skipped": dict(self.skipped)}
+
+
+def run_evaluation(
+    source: str,
+    suite: Suite,
+    *,
+    against: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    output: str | Path | None = None,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model, and another to compare it with, on the tasks of a suite.
+
+    The models are loaded one after the other; both at once only for tasks that compare them token by token. What an
+    interrupted run measured is not measured again. Tasks that the file of results holds from earlier runs of the same
+    models stay in it.
+
+    Args:
+        source: A local folder, Hub id or `.gguf` file of a causal language model, converted or not.
+        suite: The tasks.
+        against: The model to compare with.
+        limit: Items of each task at most, the first ones; the suite's own limits hold too.
+        batch_size: Sequences in one forward pass at most.
+        dtype: One of `subjects.DTYPES`; auto is that of each checkpoint.
+        device: Where to run; None means a GPU if there is one.
+        output: Folder for the results; None means as `results_folder` says.
+        restart: Forget what an interrupted run measured.
+        trust_remote_code: Whether models that bring their own code may run it.
+        progress: Called with (tokens done, tokens in all, what is being done).
+
+    Raises:
+        CheckpointError: A model cannot be read, or is no causal language model.
+        DataError: A task's data cannot be used, or a setting is none of those allowed.
+        OutputError: The results cannot be written.
+    """
+    folder = results_folder(source, output)
+    subjects = [open_subject("model", source, trust_remote_code=trust_remote_code)]
+    if against is not None:
+        subjects.insert(0, open_subject("base", against, trust_remote_code=trust_remote_code))
+        subjects[1].base = subjects[0]
+    about = {
+        subject.role: describe_model(subject.checkpoint, subject_dtype(subject.checkpoint, dtype))
+        for subject in subjects
+    }
+    where = find_device(device)
+    # Before anything is measured: a damaged file, and one that will have to make room.
+    _kept_tasks(read_results(folder, EVALUATION), about, warn=True)
+    scope = Scope(limit, batch_size)
+    tasks = {name: make_task(settings) for name, settings in suite.tasks.items()}
+    skipped = {
+        name: "it compares with a base: name one with --against"
+        for name, task in tasks.items()
+        if task.needs_base and against is None
+    }
+    tasks = {name: task for name, task in tasks.items() if name not in skipped}
+    jobs = [job for subject in subjects for job in make_jobs(subject, tasks, scope, about, where)]
+    with Journal(folder / JOURNAL) as journal:
+        if restart:
+            journal.remove()
+        seconds = _measure(jobs, subjects, journal, dtype, where, progress)
+        paired = len(subjects) == 1 or same_tokens(*subjects)
+        setup = describe_setup(where)
+        done = {
+            name: {**_summary(name, task, jobs, journal, scope, seconds, paired), "setup": setup}
+            for name, task in tasks.items()
+        }
+        # Read only now: another run may have added tasks in the meantime.
+        earlier = read_results(folder, EVALUATION)
+        kept = _kept_tasks(earlier, about)
+        if earlier is not None and kept is None:
+            (folder / f"{EVALUATION}.json").replace(folder / OLD)
+        document = {
+            "model": about["model"],
+            "base": about.get("base") or (earlier.get("base") if earlier and kept is not None else None),
+            "setup": setup,
+            "suite": suite.name,
+            "tasks": {**(kept or {}), **done},
+        }
+        path = write_results(folder, EVALUATION, document)
+        journal.remove()
+    return Evaluation(read_results(folder, EVALUATION) or {}, path, tuple(done), skipped)
+
+
+def _measure(
+    jobs: Sequence[Job],
+    subjects: Sequence[Subject],
+    journal: Journal,
+    dtype: str,
+    device: torch.device,
+    progress: Progress | None,
+) -> dict[tuple[str, str], float]:
+    """Work off what the journal does not hold; returns seconds by (task, role)."""
+    in_all = sum(unit.tokens for job in jobs for unit in job.units)
+    todo = sum(unit.tokens for job in jobs for _, unit in job.missing(journal))
+    done = in_all - todo
+    seconds: dict[tuple[str, str], float] = {}
+    if done and todo:
+        logger.warning("Going on after an interruption: %.0f %% are measured already.", 100 * done / in_all)
+    pairs = any(job.task.needs_base and job.missing(journal) for job in jobs)
+    try:
+        for subject in subjects:
+            own = [job for job in jobs if job.subject is subject and job.missing(journal)]
+            if not own and not (subject.role == "base" and pairs):
+                continue
+            if progress is not None:
+                progress(done, in_all, f"loading {subject.source}")
+            load_subject(subject, dtype=dtype, device=str(device))
+            for job in own:
+                began = time.monotonic()
+                for key, unit in job.missing(journal):
+                    if progress is not None:
+                        progress(done, in_all, f"{job.name}, {subject.role}")
+                    with torch.inference_mode():
+                        outcome = job.task.measure(subject, unit)
+                    journal.add(key, {"items": [asdict(item) for item in outcome.items], "extra": outcome.extra})
+                    done += unit.tokens
+                seconds[job.name, subject.role] = time.monotonic() - began
+            if not (subject.role == "base" and pairs):
+                unload(subject)
+    finally:
+        for subject in subjects:
+            unload(subject)
+    if progress is not None:
+        progress(in_all, in_all, "")
+    return seconds
+
+
+def _outcome(entry: Mapping[str, Any]) -> Outcome:
+    # The journal has null for what is no number.
+    items = []
+    for raw in entry["items"]:
+        values = {key: float("nan") if value is None else value for key, value in raw["values"].items()}
+        items.append(Item(raw["id"], values, raw["group"], raw["note"], raw["cluster"]))
+    return Outcome(items, entry["extra"])
+
+
+def _summary(
+    name: str,
+    task: Task[Any],
+    jobs: Sequence[Job],
+    journal: Journal,
+    scope: Scope,
+    seconds: Mapping[tuple[str, str], float],
+    same: bool,
+) -> dict[str, Any]:
+    """One task of the document: figures, and the scores that they are made of."""
+    outcomes = {job.subject.role: [_outcome(journal[key]) for key in job.keys] for job in jobs if job.name == name}
+    items = {role: [item for outcome in found for item in outcome.items] for role, found in outcomes.items()}
+    metrics = task.metrics_of(items["model"])
+    pair = same or not task.counts_tokens
+    slices = [(), *task.slices] if task.overall else task.slices
+    figures = make_figures(items["model"], items.get("base"), metrics, slices, pair=pair)
+    extras = {role: [o.extra for o in found if o.extra is not None] for role, found in outcomes.items()}
+    return {
+        "kind": task.settings.model_dump()["kind"],
+        "settings": task.settings.model_dump(mode="json"),
+        "limit": scope_of(task, scope).limit,
+        "batch_size": scope.batch_size,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "seconds": {role: round(seconds[name, role], 3) for role in items if (name, role) in seconds},
+        "metrics": [asdict(metric) for metric in metrics],
+        "figures": [asdict(figure) for figure in figures],
+        "items": {role: _columns(found) for role, found in items.items()},
+        "extras": {role: found for role, found in extras.items() if found},
+    }
+
+
+def _columns(items: Sequence[Item]) -> dict[str, Any]:
+    """Items as columns, which take a fraction of the room."""
+    names = list(dict.fromkeys(key for item in items for key in item.values))
+    return {
+        "ids": [item.id for item in items],
+        "groups": [item.group for item in items],
+        "values": {name: [item.values.get(name) for item in items] for name in names},
+        "notes": {item.id: item.note for item in items if item.note},
+        "clusters": [item.cluster for item in items] if any(item.cluster for item in items) else None,
+    }
+
+
+def _kept_tasks(
+    earlier: Mapping[str, Any] | None, about: Mapping[str, Mapping[str, Any]], *, warn: bool = False
+) -> Mapping[str, Any] | None:
+    """The tasks of an earlier file; None if it is about other models."""
+    if earlier is None:
+        return {}
+    for role in ("model", "base"):
+        before, now = earlier.get(role), about.get(role)
+        if before is not None and now is not None and model_identity(before) != model_identity(now):
+            if warn:
+                logger.warning("The earlier results are of another %s, or of another dtype; they become %s.", role, OLD)
+            return None
+    kept: Mapping[str, Any] = earlier["tasks"]
+    return kept

@@ -1,0 +1,276 @@
+"""A whole conversion: open, plan, swap, heal, measure, save."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..convert.planning.plan import Plan, make_plan
+from ..convert.planning.probe import probe
+from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
+from ..convert.reading.config_file import CONFIG_FILE
+from ..convert.writing.card import make_card
+from ..convert.writing.receipt import make_receipt
+from ..convert.writing.save import save_converted, write_companions
+from ..convert.writing.self_contained import check_self_contained, write_self_contained
+from ..convert.writing.stream import stream_convert
+from ..distill.healing import (
+    Run,
+    check_data,
+    final_model,
+    heal,
+    load_converted,
+    measure,
+    measure_path_use,
+    seeded,
+    stage_label,
+)
+from ..distill.metrics import MetricsFile
+from ..distill.plots import plot_layers, plot_losses
+from ..distill.progress import Progress, Silent
+from ..distill.team import find_team
+from ..distill.trainee import Trainee
+from ..errors import TrainingError
+from ..files.output_folder import atomic_folder, check_output
+from ..recipes import Recipe
+from .work_folder import WorkFolder, fingerprint
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+METRICS_FILE = "metrics.jsonl"
+LOSS_PICTURE = "losses.png"
+LAYER_PICTURE = "layer_errors.png"
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion did.
+
+    Attributes:
+        output: The folder written.
+        plan: What was converted how.
+        metrics: One row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
+            `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
+            `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
+        start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
+            stage has text to measure it on.
+        seconds: Wall time.
+        self_contained: Whether the output brings all its code along.
+    """
+
+    output: Path
+    plan: Plan
+    metrics: tuple[Mapping[str, Any], ...]
+    start_distance: Mapping[str, float]
+    seconds: float
+    self_contained: bool = False
+
+
+def run_conversion(
+    source: str | Path,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_lossy: bool = False,
+    trust_remote_code: bool = False,
+    self_contained: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> ConversionResult:
+    """Convert a model by a recipe, heal it, and save it.
+
+    A recipe without stages never builds the model: the weights are copied as files. Otherwise what is needed to go on
+    after an interruption is kept in a folder beside `output` until that is complete.
+
+    Args:
+        source: A folder, a `.gguf` file or a Hub id.
+        recipe: The recipe.
+        output: The folder to write; it appears when all is done.
+        resume: Go on with an interrupted conversion; the result is bit for bit that of an uninterrupted one.
+        overwrite: Replace an earlier result, and give up an unfinished one.
+        allow_lossy: Accept that a method leaves out soft caps, sinks or biases of the model.
+        trust_remote_code: Let the checkpoint's own Python code define the model.
+        self_contained: Write a modeling file that loads the result without attnconv.
+        device: Where to compute, as torch names it; None means the accelerator if there is one.
+        progress: Whom to tell; None means nobody.
+
+    Raises:
+        AttnConvError: One of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.
+    """
+    began = time.monotonic()
+    output = Path(output).expanduser()
+    progress = progress or Silent()
+    progress.phase("Reading the model's headers")
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    model_class = model_class_of(checkpoint.config, trust_remote_code=trust_remote_code)
+    if self_contained:
+        check_self_contained(checkpoint.architecture)
+    plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
+    progress.end()
+    run = Run(
+        checkpoint=checkpoint,
+        plan=plan,
+        recipe=recipe,
+        tokenizer=load_tokenizer(checkpoint) if recipe.stages or recipe.evaluate else None,
+        team=find_team(device),
+        work=WorkFolder(output),
+        progress=progress,
+    )
+    overwrite = _begin(run, output, resume=resume, overwrite=overwrite)
+    try:
+        trainee = _healed(run)
+    except Exception:
+        # Nothing is lost by starting over, perhaps with another recipe.
+        if recipe.stages and run.team.leads:
+            run.work.remove_if_empty()
+        raise
+    if run.team.leads:
+        progress.phase("Saving")
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            _write(run, trainee, folder, output, self_contained)
+        run.work.remove()
+        progress.end()
+    run.team.wait()
+    seconds = time.monotonic() - began
+    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
+
+
+def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
+    """What was measured, one row per moment; see `ConversionResult.metrics`."""
+    rows = []
+    for label in ("teacher", "swap", *(stage_label(run.recipe, index) for index in range(len(run.recipe.stages)))):
+        perplexity = run.measured.get(f"perplexity/{label}", {})
+        figures = {key: perplexity[key] for key in ("perplexity", "bits_per_character") if key in perplexity}
+        figures |= run.measured.get(f"training/{label}", {})
+        if figures:
+            rows.append({"stage": label, **figures})
+    return tuple(rows)
+
+
+def start_distance(run: Run) -> dict[str, float]:
+    """Mean and largest relative squared error of the layers right after the swap; empty if it was not measured."""
+    layers = run.measured.get("distance/swap")
+    if not layers:
+        return {}
+    return {
+        "mean_relative_squared_error": sum(layers.values()) / len(layers),
+        "largest_relative_squared_error": max(layers.values()),
+    }
+
+
+def _begin(run: Run, output: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check output, data and work folder before anything slow; returns whether an earlier result is replaced."""
+    stored = run.work.measured() if resume and run.work.exists() else {}
+    overwrite = overwrite or stored.get("overwrite", False)
+    check_output(output, overwrite=overwrite)
+    if not run.recipe.stages:
+        return overwrite
+    if run.work.exists() and not (resume or overwrite):
+        raise TrainingError(
+            f"{run.work.path} holds an unfinished run: go on with --resume, or start over with --overwrite."
+        )
+    check_data(run)
+    run.team.wait()
+    if stored:
+        run.work.check(_identity(run), run.recipe.model_dump(mode="json"))
+        run.measured.update(stored)
+    elif run.team.leads:
+        if resume:
+            logger.warning("There is no unfinished run for %s, so the conversion starts at the beginning.", output)
+        run.work.begin(_identity(run), run.recipe.model_dump(mode="json"))
+    run.team.wait()
+    run.record("overwrite", overwrite)
+    return overwrite
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must not change between a run and its continuation."""
+    weights = {shard.name: shard.nbytes for shard in run.checkpoint.shards}
+    model = json.dumps([dict(run.checkpoint.config_dict), weights], sort_keys=True, default=str)
+    return {
+        "recipe": fingerprint(run.recipe.to_yaml()),
+        "model": fingerprint(model),
+        "plan": fingerprint(json.dumps(run.plan.to_config(), sort_keys=True)),
+        "number of processes": run.team.size,
+    }
+
+
+def _healed(run: Run) -> Trainee | None:
+    """The model after all stages, in the dtype it is saved in; None if it need not be built."""
+    dtype = _output_dtype(run)
+    if run.recipe.stages:
+        return final_model(run, heal(run), dtype)
+    if run.recipe.evaluate is None and _can_stream(run.checkpoint, dtype):
+        return None
+    trainee = load_converted(run, dtype, first_time=True)
+    measure(run, trainee.model, "swap")
+    measure_path_use(run, trainee.model, "swap")
+    return trainee
+
+
+def _output_dtype(run: Run) -> torch.dtype:
+    name = run.recipe.output.dtype
+    return run.checkpoint.dtype if name is None else getattr(torch, name)
+
+
+def _can_stream(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    return checkpoint.gguf_file is None and checkpoint.dtype == dtype
+
+
+def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_contained: bool) -> None:
+    """Fill the folder: weights and configuration, then all that tells how they came about."""
+    digests = None
+    if trainee is None:
+        with seeded(run.seed):
+            digests = stream_convert(run.checkpoint, run.plan, folder)
+    else:
+        if run.recipe.output.merge_lora:
+            model = trainee.merge_adapters()
+        else:
+            model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
+        save_converted(model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_size)
+    if self_contained:
+        write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    receipt = make_receipt(
+        run.checkpoint,
+        run.plan,
+        inputs=digests,
+        start_distance=start_distance(run),
+        metrics=metric_rows(run),
+        linear_path_use=run.measured.get("linear_path_use"),
+    )
+    recipe_yaml = run.recipe.to_yaml()
+    card = make_card(
+        output.name,
+        checkpoint=run.checkpoint,
+        plan=run.plan,
+        receipt=receipt,
+        recipe_name=run.recipe.name,
+        recipe_yaml=recipe_yaml,
+        papers=[run.recipe.paper] if run.recipe.paper else [],
+        self_contained=self_contained,
+    )
+    write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
+    _write_figures(run, folder)
+
+
+def _write_figures(run: Run, folder: Path) -> None:
+    records = list(MetricsFile(run.work.metrics).records())
+    if records:
+        copied = MetricsFile(folder / METRICS_FILE)
+        for record in records:
+            copied.append(record)
+        plot_losses(records, folder / LOSS_PICTURE)
+    moments = [key.removeprefix("distance/") for key in run.measured if key.startswith("distance/")]
+    if moments:
+        plot_layers(
+            {f"after {moment}": run.measured[f"distance/{moment}"] for moment in moments}, folder / LAYER_PICTURE
+        )

@@ -1,0 +1,226 @@
+"""The work folder of a run: what an interrupted conversion needs to go on as if nothing had happened.
+
+It stands beside the output, as `.<name>.attnconv-work`, until the output is complete:
+
+    run.json                  what is converted how, and what was measured so far
+    metrics.jsonl             see `metrics`
+    checkpoint-<stage>-<step>/
+        trained.safetensors   the cores and adapters, fp32
+        optimizer.safetensors AdamW's two moments of what the stage trains
+        state.json            stage, step, place in the data, tokens, seconds
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..distill.packing import Position
+from ..errors import OutputError, TrainingError
+from ..files.foreign_errors import first_line
+from ..files.output_folder import is_full
+
+FORMAT = 1
+CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class StageState:
+    """Where a stage stands.
+
+    Attributes:
+        stage: Index of the stage in the recipe.
+        step: Optimizer steps done in it.
+        tokens: Training tokens seen in it, by all processes.
+        seconds: Time spent on its steps.
+        position: Place in the data behind the last sequence used.
+    """
+
+    stage: int
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    position: Position = field(default_factory=Position)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint as it was read back.
+
+    Attributes:
+        state: Where the stage stood.
+        trained: Cores and adapters by name.
+        optimizer: AdamW's moments, as `<parameter>/<moment>`.
+    """
+
+    state: StageState
+    trained: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+
+class WorkFolder:
+    """The folder beside an output in which a run keeps what it would need to go on.
+
+    Args:
+        output: The folder that the run will write in the end.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.parent / f".{output.name}.attnconv-work"
+
+    @property
+    def metrics(self) -> Path:
+        """Where the run's metrics are collected."""
+        return self.path / "metrics.jsonl"
+
+    def exists(self) -> bool:
+        """Whether a run was begun and not finished."""
+        return (self.path / "run.json").is_file()
+
+    def begin(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
+        """Start afresh for a run of this identity and recipe; what an earlier run left is removed."""
+        self.remove()
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"The work folder {self.path} cannot be made: {error.strerror}.") from error
+        self._write_run({"format": FORMAT, "identity": dict(identity), "recipe": recipe, "measured": {}})
+
+    def check(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
+        """Refuse to go on with something else than what was begun.
+
+        Args:
+            identity: What must be as it was.
+            recipe: The recipe that `identity` stands for, to tell where it differs.
+
+        Raises:
+            TrainingError: The folder is damaged, or was begun with another recipe, model or number of processes.
+        """
+        run = self._read_run()
+        if run.get("format") != FORMAT:
+            raise TrainingError(f"{self.path} is of another version of attnconv: start over with --overwrite.")
+        for key, value in identity.items():
+            before = run["identity"].get(key)
+            if before != value:
+                change = f" ({before}, and now {value})" if isinstance(value, int) else ""
+                if key == "recipe" and (keys := list(_differences(run.get("recipe"), recipe))):
+                    change = f" (it differs in {', '.join(keys)})"
+                raise TrainingError(
+                    f"The unfinished run in {self.path} has another {key}{change}: resume it unchanged, "
+                    "or start over with --overwrite."
+                )
+
+    def measured(self) -> dict[str, Any]:
+        """What `record` wrote so far."""
+        measured: dict[str, Any] = self._read_run()["measured"]
+        return measured
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep a result, JSON data, under a name."""
+        run = self._read_run()
+        run["measured"][key] = value
+        self._write_run(run)
+
+    def save(
+        self, state: StageState, trained: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write a checkpoint, whole or not at all, then remove the one before it."""
+        target = self.path / f"checkpoint-{state.stage}-{state.step}"
+        building = self.path / f"{target.name}.partial"
+        try:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            save_file(dict(trained), building / "trained.safetensors")
+            save_file(dict(optimizer), building / "optimizer.safetensors")
+            (building / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+            for file in building.iterdir():
+                _flush(file)
+            shutil.rmtree(target, ignore_errors=True)
+            building.rename(target)
+        except (OSError, SafetensorError) as error:
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise OutputError(f"The checkpoint {target} cannot be written: {reason}.") from error
+        for _, older in self._checkpoints():
+            if older != target:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def latest(self) -> Snapshot | None:
+        """The last checkpoint; None if there is none yet.
+
+        Raises:
+            TrainingError: It cannot be read.
+        """
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return None
+        folder = max(checkpoints)[1]
+        try:
+            raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = StageState(**{**raw, "position": Position(**raw["position"])})
+            trained, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("trained", "optimizer"))
+            return Snapshot(state, trained, optimizer)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise TrainingError(
+                f"The checkpoint {folder} is damaged: start over with --overwrite ({first_line(error)})."
+            ) from error
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder unless a checkpoint is in it."""
+        if self.path.is_dir() and not self._checkpoints():
+            self.remove()
+
+    def _checkpoints(self) -> list[tuple[tuple[int, int], Path]]:
+        found = ((CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
+        return [((int(match[1]), int(match[2])), path) for match, path in found if match]
+
+    def _read_run(self) -> dict[str, Any]:
+        try:
+            run: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.path}/run.json cannot be read; start over with --overwrite.") from error
+        return run
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        building = self.path / "run.json.partial"
+        try:
+            building.write_text(json.dumps(run, indent=1), encoding="utf-8")
+            _flush(building)
+            building.replace(self.path / "run.json")
+        except OSError as error:
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise OutputError(f"The work folder {self.path} cannot be written: {reason}.") from error
+
+
+def fingerprint(text: str) -> str:
+    """A short name for a text that no other text has."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """The keys, such as `stages.0.steps`, in which two trees of JSON data differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{place}.{index}")
+    elif before != now and place:
+        yield place
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
