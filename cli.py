@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .commands.doctor import doctor_app
 from .commands.measure import measure_app
 from .commands.options import Device, Model, Overrides, TrustRemoteCode
 from .commands.recipes import recipes_app
@@ -24,6 +25,7 @@ app = typer.Typer(
     epilog=examples("attnconv demo", "attnconv convert org/model --recipe lolcats --output my-model"),
 )
 app.add_typer(measure_app)
+app.add_typer(doctor_app)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]

@@ -1,5 +1,6 @@
 """Where supported versions of transformers differ, the version is named here and nowhere else."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,3 +23,8 @@ def plain_cache_layers() -> tuple[type, ...]:
     """Cache layers that hold keys and values and nothing else."""
     names = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "DummyLayer")
     return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's or module's `forward` calls its cache: `cache` since transformers 5.24, before it another name."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -34,13 +34,9 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0
         sequences: how many are packed in the one row, 0 when none are.
     """
     first = tensors[0]
-    if not has_triton():
-        return "triton is not installed"
     if any(t.device != first.device for t in tensors):
         return "the tensors are on different devices"
-    if first.device.type != "cuda" and not is_interpreted():
-        return f"the tensors are on {first.device.type!r}, not on a CUDA device"
-    problem = gpu_problem(first.device) if first.device.type == "cuda" else None
+    problem = device_problem(first.device)
     if problem is not None:
         return problem
     rows, heads, tokens = sequences or first.shape[0], first.shape[1], first.shape[2]
@@ -57,6 +53,15 @@ def problem_with(*tensors: Tensor, dims: tuple[int, ...] = (), features: int = 0
     if features > MAX_FEATURES:
         return f"φ gives {features} features, and the kernels take at most {MAX_FEATURES}"
     return None
+
+
+def device_problem(device: torch.device) -> str | None:
+    """Why no kernel can run on a device, or None."""
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cuda":
+        return gpu_problem(device)
+    return None if is_interpreted() else f"{device.type!r} is not a CUDA device"
 
 
 def gpu_problem(device: torch.device) -> str | None:

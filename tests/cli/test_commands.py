@@ -16,6 +16,7 @@ COMMANDS = [
     ["eval"],
     ["push"],
     ["demo"],
+    ["doctor"],
     ["recipes", "list"],
     ["recipes", "show"],
     ["recipes", "copy"],

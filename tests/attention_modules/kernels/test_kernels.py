@@ -26,7 +26,7 @@ def tensors(dtype: torch.dtype = torch.float32, features: int = 16) -> tuple[tor
 
 
 def test_triton_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cpu', not on a CUDA device"):
+    with pytest.raises(ValueError, match="'cpu' is not a CUDA device"):
         chunk_linear(*tensors(), implementation="triton")
 
 
@@ -91,7 +91,7 @@ def test_packed_sequences_are_counted_before_a_launch(monkeypatch: pytest.Monkey
 def test_the_delta_rule_is_refused_where_it_cannot_run() -> None:
     query = torch.rand(1, 2, 8, 16)
     gates = torch.zeros(1, 2, 8)
-    with pytest.raises(ValueError, match="'cpu', not on a CUDA device"):
+    with pytest.raises(ValueError, match="'cpu' is not a CUDA device"):
         delta_rule(query, query, query, gates, gates)
 
 
