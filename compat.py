@@ -28,3 +28,9 @@ def plain_cache_layers() -> tuple[type, ...]:
 def cache_argument(forward: Callable[..., Any]) -> str:
     """What a model's or module's `forward` calls its cache: `cache` since transformers 5.24, before it another name."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, None if it has none; transformers >= 5.24 calls it `cache`."""
+    found = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if found is None else found

@@ -18,10 +18,12 @@ def prefill(model, context: int):
     import torch
     from transformers import DynamicCache
 
+    from attnconv.compat import cache_argument
+
     torch.manual_seed(0)
     cache = DynamicCache(config=model.config)
     for chunk in torch.randint(100, model.config.vocab_size, (1, context)).split(CHUNK, dim=1):
-        logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(chunk, **{cache_argument(model.forward): cache}, use_cache=True, logits_to_keep=1).logits
     return cache, logits[:, -1:].argmax(-1)
 
 
@@ -29,7 +31,10 @@ def measure(model, steps: int) -> dict[str, object]:
     """Bytes after the prefill, and milliseconds a token; the contexts take turns token by token."""
     import torch
 
+    from attnconv.compat import cache_argument
     from attnconv.evaluate.bench.cache_size import held_bytes
+
+    name = cache_argument(model.forward)
 
     with torch.inference_mode():
         runs = [prefill(model, context) for context in CONTEXTS]
@@ -39,7 +44,7 @@ def measure(model, steps: int) -> dict[str, object]:
         for _ in range(steps):
             for index, (cache, _) in enumerate(runs):
                 began = time.perf_counter()
-                logits = model(tokens[index], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = model(tokens[index], **{name: cache}, use_cache=True, logits_to_keep=1).logits
                 seconds[index].append(time.perf_counter() - began)
                 tokens[index] = logits[:, -1:].argmax(-1)
     # The first steps fill what the allocator and the threads need.

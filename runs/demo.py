@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat import cache_argument
 from ..convert.surgery.cache_layer import AttnConvCacheLayer
 from ..distill.progress import Progress
 from ..evaluate.bench.cache_size import held_bytes
@@ -119,6 +120,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     """Continue a prompt greedily, token by token through the model's cache."""
     inputs = tokenizer(prompt, return_tensors="pt")
     cache = DynamicCache(config=model.config)
-    ids = model.eval().generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    given = {**inputs, cache_argument(model.forward): cache}
+    ids = model.eval().generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     recurrent = [layer for layer in cache.layers if isinstance(layer, AttnConvCacheLayer)]
     return Continuation(str(tokenizer.decode(ids[0], skip_special_tokens=True)), held_bytes(cache), len(recurrent))

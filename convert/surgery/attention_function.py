@@ -15,23 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...attention_modules.base import AttentionModule
 from ...attention_modules.weights import Statistic, response_weights
 from ...errors import PlanError
-from .cache_layer import AttnConvCacheLayer
+from .calls import CallContext, foreign_call
 
 ATTENTION = "attnconv"
 CONTEXT = "attnconv_context"
-
-
-@dataclass
-class CallContext:
-    """What a converted module notes before its own forward runs.
-
-    Attributes:
-        hidden_states: the module's input `[batch, T, hidden]`.
-        layer: its cache layer, None without a cache.
-    """
-
-    hidden_states: Tensor | None = None
-    layer: AttnConvCacheLayer | None = None
 
 
 @dataclass
@@ -164,7 +151,7 @@ def attnconv_attention(
     if not is_converted(module):
         raise PlanError(f"{type(module).__name__} was not converted, so attn_implementation='attnconv' cannot serve it")
     core = core_of(module)
-    context = kwargs.pop(CONTEXT, None) or module.__dict__.get("_attnconv_context") or CallContext()
+    context = _context_of(module, kwargs)
     _refuse_unsupported(kwargs)
     _refuse_split_sequences()
     length, layer = query.shape[2], context.layer
@@ -176,8 +163,10 @@ def attnconv_attention(
             f"{module.__dict__.get('_attnconv_name')} received {key.shape[2]} keys for {length} queries: "
             "cross-attention and foreign caches cannot run through a converted layer"
         )
+    context.attended = True
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     seen = 0 if layer is None else layer.get_seq_length()
+    _refuse_lost_tokens(context, kwargs.get("position_ids"), length, seen)
     padding_mask = new_token_mask(attention_mask, query.shape[0], length, seen, kwargs.get("position_ids"))
     tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
@@ -202,8 +191,8 @@ def attnconv_attention(
         return tap(call).transpose(1, 2).contiguous(), None
     state = None
     if layer is not None:
-        layer.device = query.device
-        state = layer.state_of(core)
+        layer.device = query.device  # type: ignore[assignment]
+        state = layer.take_over(core)
     out = core(
         query,
         key,
@@ -214,6 +203,40 @@ def attnconv_attention(
         hidden_states=context.hidden_states,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> CallContext:
+    """What the module noted; nothing where the function is called by itself."""
+    noted = module.__dict__.get("_attnconv_context")
+    given = kwargs.pop(CONTEXT, None)
+    if given is not None:
+        given.came_as_argument = True
+        return cast(CallContext, given)
+    if noted is None and torch.compiler.is_compiling():
+        raise PlanError(
+            f"{module.__dict__.get('_attnconv_name')} does not hand its arguments on to the attention function; "
+            "run the model once before it is compiled, so that attnconv sees it"
+        )
+    return noted or CallContext(name=str(module.__dict__.get("_attnconv_name")))
+
+
+def _refuse_lost_tokens(context: CallContext, position_ids: Any, length: int, seen: int) -> None:
+    """Refuse a token whose position says that others came before it, of which the state knows nothing.
+
+    A prompt may begin anywhere, but a single token is the next of a text that is being generated. With a state, the
+    positions cannot run ahead of the tokens seen; reading them costs a wait for the device, so it is done on the CPU.
+    """
+    if torch.compiler.is_compiling() or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return
+    is_next = length == 1 and seen == 0
+    is_cheap = context.layer is not None and position_ids.device.type == "cpu"
+    if not (is_next or is_cheap) or position_ids.device.type == "meta":
+        return
+    first = int(position_ids[:, 0].min())
+    if first > seen:
+        raise foreign_call(
+            context.name, f"is at position {first} of a text, but {seen} tokens before it are in its state"
+        )
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from functools import wraps
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
@@ -39,6 +40,8 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
         self.inner = None
         self.state: AttentionState | None = None
         self._record_past = False
+        # Tokens that `update` gave away and no attention has taken over yet.
+        self.handed_out = 0
         LinearAttentionCacheLayerMixin.__init__(self)
         CacheLayerMixin.__init__(self)
         if isinstance(inner, tuple):
@@ -87,13 +90,24 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
                 self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
         return self.state
 
+    def take_over(self, core: AttentionModule) -> AttentionState:
+        """The state, for a core that appends all tokens that `update` gave away."""
+        self.handed_out = 0
+        return self.state_of(core)
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare: the state starts with the first token."""
         if self.inner is not None:
             self.inner.lazy_initialization(*args, **kwargs)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new tokens on; the attention function stores their final form."""
+        """Hand the new tokens on; the attention function stores their final form.
+
+        Raises:
+            PlanError: those of an earlier call never reached it.
+        """
+        self._refuse_lost_tokens()
+        self.handed_out = key_states.shape[2]
         if self.keys is None:
             # Some models look at the shape of what is cached. A slice would keep the whole prompt's memory.
             self.keys, self.values = (
@@ -118,7 +132,15 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks span all tokens seen, although only a few are held."""
+        self._refuse_lost_tokens()
         return self.get_seq_length() + query_length, 0
+
+    def _refuse_lost_tokens(self) -> None:
+        if self.handed_out:
+            raise PlanError(
+                f"{self.handed_out} tokens of this cache were never taken over by the converted attention "
+                f"(transformers {transformers.__version__}): start with an empty cache, and run `attnconv doctor`"
+            )
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -142,6 +164,7 @@ class AttnConvCacheLayer(CacheLayerMixin, LinearAttentionCacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.state = None
+        self.handed_out = 0
         self.is_initialized = False
         if self.inner is None:
             self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
@@ -193,6 +216,15 @@ class StaticAttnConvCacheLayer(AttnConvCacheLayer):
 
     # A cache counts as compileable only if all its layers do, and masks of the unconverted static layers depend on it.
     is_compileable = True
+
+    def __init__(self, inner: Any = None, **settings: Any) -> None:
+        self.max_cache_len: int = settings.get("max_cache_len") or getattr(inner, "max_cache_len", None) or 0
+        super().__init__(inner, **settings)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As wide as for static layers: a mask made for this layer may serve unconverted ones too."""
+        length, offset = super().get_mask_sizes(query_length)
+        return max(length, self.max_cache_len), offset
 
     @staticmethod
     def _inner_classes() -> dict[str, Any]:

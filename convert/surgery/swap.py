@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...attention_modules.base import AttentionModule
 from ...attention_modules.registry import create
 from ...errors import PlanError
 from ..planning.plan import Plan, PlanEntry
-from .attention_function import ATTENTION, CONTEXT, CallContext, attnconv_attention, core_of, is_converted
-from .cache_layer import layer_of
+from .attention_function import ATTENTION, CONTEXT, attnconv_attention, core_of, is_converted
+from .calls import note_call, running
 from .code_copies import Section
 
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 CORE = "attnconv"
 
 
@@ -25,19 +24,35 @@ class ConvertedMixin:
 
     _attnconv_attention = staticmethod(attnconv_attention)
     _attnconv_original: type[Any]
-    _attnconv_signature: inspect.Signature
-    _attnconv_forwards_kwargs: bool
+    # Place (`self` not counted) and name of the argument that the layer's input is.
+    _attnconv_input: tuple[int, str]
+    # Whether `forward` hands its kwargs on to the attention function; None until the first call has shown it.
+    _attnconv_forwards_kwargs: bool | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward; its attention call finds what was noted here."""
-        context = _context(self, args, kwargs)
-        if self._attnconv_forwards_kwargs:
-            return super().forward(*args, **{CONTEXT: context}, **kwargs)  # type: ignore[misc]
+        """The original forward; its attention call finds what was noted here.
+
+        Raises:
+            PlanError: the attention did not run in the core, or tokens were lost between it and the cache.
+        """
+        context = note_call(self, args, kwargs)
+        if torch.compiler.is_compiling() and self._attnconv_forwards_kwargs is not False:
+            # A graph is better without changes of the module; a context that gets lost is an error all the same.
+            out = super().forward(*args, **{CONTEXT: context}, **kwargs)  # type: ignore[misc]
+            context.check_end()
+            return out
         self.__dict__["_attnconv_context"] = context
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            with running(context):
+                if self._attnconv_forwards_kwargs is not False:
+                    kwargs = {**kwargs, CONTEXT: context}
+                out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.__dict__.pop("_attnconv_context", None)
+        context.check_end()
+        if self._attnconv_forwards_kwargs is None:
+            type(self)._attnconv_forwards_kwargs = context.came_as_argument
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Dynamic classes cannot be imported by name, so copies are rebuilt from the original class."""
@@ -45,40 +60,14 @@ class ConvertedMixin:
         return _rebuild, (self._attnconv_original,), state
 
 
-def _context(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallContext:
-    bound = module._attnconv_signature.bind_partial(module, *args, **kwargs).arguments
-    arguments = {**bound, **bound.get("kwargs", {}), **kwargs}
-    past = next((arguments[name] for name in _CACHE_ARGUMENTS if isinstance(arguments.get(name), Cache)), None)
-    hidden_states = arguments.get("hidden_states", args[0] if args else None)
-    context = CallContext(hidden_states if isinstance(hidden_states, torch.Tensor) else None)
-    core = module.attnconv
-    if past is not None and core.geometry.causal:
-        layer_idx = arguments.get("layer_idx")
-        layer_idx = layer_idx if isinstance(layer_idx, int) else module.layer_idx
-        context.layer = layer_of(past, layer_idx)
-    return context
+def _input_argument(original: Any) -> tuple[int, str]:
+    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+    name = "hidden_states" if "hidden_states" in names else names[0]
+    return names.index(name), name
 
 
-def _forwards_kwargs(module_class: type[Any]) -> bool:
-    """Whether `forward(..., **kwargs)` hands its kwargs on to the attention function.
-
-    Read from the source, since it must be known before the first call; where it is not, the context travels on the
-    module instead.
-    """
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module_class.forward).parameters.values()):
-        return False
-    try:
-        source = inspect.getsource(module_class.forward)
-    except (OSError, TypeError):
-        return False
-    _, found, call = source.partition("attention_interface(")
-    depth, arguments = 1, ""
-    for character in call:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            break
-        arguments += character
-    return bool(found) and "**kwargs" in arguments
+def _takes_kwargs(original: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(original.forward).parameters.values())
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -90,8 +79,8 @@ def converted_class(original: Any) -> Any:
         return _CLASSES[original]
     attributes = {
         "_attnconv_original": original,
-        "_attnconv_signature": inspect.signature(original.forward),
-        "_attnconv_forwards_kwargs": _forwards_kwargs(original),
+        "_attnconv_input": _input_argument(original),
+        "_attnconv_forwards_kwargs": None if _takes_kwargs(original) else False,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }

@@ -17,6 +17,7 @@ from ...errors import PlanError
 from ..planning.plan import Plan
 from ..surgery.attention_function import ATTENTION, attnconv_attention
 from ..surgery.cache_layer import register_cache_layers
+from ..surgery.calls import watch_updates
 from ..surgery.code_copies import Section, is_ours, register_copy
 from ..surgery.swap import apply_plan
 
@@ -27,7 +28,7 @@ def register_hooks() -> None:
     """Register with transformers; doing it twice changes nothing, and copies of this code leave each other's models be.
 
     - the attention and mask function named `attnconv`,
-    - cache layers,
+    - cache layers, and a look at every filling of a cache while a converted module runs,
     - `PreTrainedModel.post_init`: a model whose config carries our section is converted while it is built,
     - `PreTrainedModel._initialize_weights`: parameters of cores that a checkpoint lacks get their own start,
     - `PreTrainedModel.save_pretrained`: a converted model is saved so that it never loads as softmax by accident.
@@ -37,6 +38,7 @@ def register_hooks() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_of_its_copy)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
     register_cache_layers()
+    watch_updates()
     _wrap_post_init()
     _wrap_initialize_weights()
     _wrap_save_pretrained()

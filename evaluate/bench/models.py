@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...compat import cache_argument, cache_of
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from ..engine.models import positions_of, require_causal, subject_dtype
 
@@ -70,14 +71,15 @@ class ModelRunner:
         # Logits of a whole prompt can be larger than all the rest.
         takes = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if takes else {}
+        self._cache_argument = cache_argument(model.forward)
 
     def forward(self, ids: torch.Tensor, cache: Any = None) -> Any:
         """The model's answer to new tokens `[batch, T]`, which go into the cache; None makes a new one."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self.options)
+        return self.model(input_ids=ids, use_cache=True, **{self._cache_argument: cache}, **self.options)
 
     def cache_of(self, output: Any) -> Any:
         """The cache in a model's answer."""
-        return getattr(output, "past_key_values", None)
+        return cache_of(output)
 
 
 def ordinary_tokens(checkpoints: Sequence[Checkpoint]) -> torch.Tensor:

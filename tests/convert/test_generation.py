@@ -14,17 +14,20 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     WhisperConfig,
 )
 
+from attnconv.compat import cache_argument, cache_of
 from attnconv.convert import apply_plan, converted_modules, make_plan, probe
 from attnconv.convert.surgery.cache_layer import AttnConvCacheLayer
 from attnconv.recipes import AttentionRule
 
 WINDOW = 3
+CACHE = cache_argument(LlamaForCausalLM.forward)
 PROMPT = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.ones_like(PROMPT).index_fill_(1, torch.tensor([]).long(), 0)
 PADDED[0, :4] = 0
@@ -132,7 +135,7 @@ def test_logits_are_close(decoder: PreTrainedModel) -> None:
 def test_the_returned_cache_is_ours_and_does_not_grow(decoder: PreTrainedModel) -> None:
     sizes = []
     for length in (8, 40):
-        cache = generate(decoder, max_new_tokens=length, return_dict_in_generate=True).past_key_values
+        cache = cache_of(generate(decoder, max_new_tokens=length, return_dict_in_generate=True))
         ours = [layer for layer in cache.layers if isinstance(layer, AttnConvCacheLayer)]
         assert len(ours) == len(converted_modules(decoder))
         assert all(layer.get_seq_length() == PROMPT.shape[1] + length - 1 for layer in ours)
@@ -141,7 +144,7 @@ def test_the_returned_cache_is_ours_and_does_not_grow(decoder: PreTrainedModel) 
 
 
 def test_the_cache_does_not_hold_on_to_the_prompt(decoder: PreTrainedModel) -> None:
-    cache = generate(decoder, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    cache = cache_of(generate(decoder, max_new_tokens=1, return_dict_in_generate=True))
     for layer in cache.layers:
         if isinstance(layer, AttnConvCacheLayer):
             # Tensors without elements that are views of a large one would keep all of its memory.
@@ -172,20 +175,20 @@ def test_offloaded_cache(decoder: PreTrainedModel, implementation: str, monkeypa
 
 def test_user_made_cache(decoder: PreTrainedModel) -> None:
     cache = DynamicCache()
-    assert torch.equal(generate(decoder, past_key_values=cache), without_cache(decoder))
+    assert torch.equal(generate(decoder, **{CACHE: cache}), without_cache(decoder))
     assert sum(isinstance(layer, AttnConvCacheLayer) for layer in cache.layers) == len(converted_modules(decoder))
 
 
 def test_cache_made_for_the_config(decoder: PreTrainedModel) -> None:
     cache = DynamicCache(config=decoder.config)
     assert sum(isinstance(layer, AttnConvCacheLayer) for layer in cache.layers) == len(converted_modules(decoder))
-    assert torch.equal(generate(decoder, past_key_values=cache), without_cache(decoder))
+    assert torch.equal(generate(decoder, **{CACHE: cache}), without_cache(decoder))
 
 
 def test_a_cache_can_be_used_again_after_reset(decoder: PreTrainedModel) -> None:
     cache = DynamicCache(config=decoder.config)
     for _ in range(2):
-        assert torch.equal(generate(decoder, past_key_values=cache), without_cache(decoder))
+        assert torch.equal(generate(decoder, **{CACHE: cache}), without_cache(decoder))
         cache = DynamicCache(config=decoder.config) if any(cache.is_sliding) else cache
         cache.reset()
 
@@ -200,10 +203,10 @@ def test_several_turns(decoder: PreTrainedModel, padded: bool) -> None:
             tokens = torch.cat([tokens, question], 1)
         mask = torch.cat([mask, torch.ones(2, tokens.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
         answer = generate(
-            decoder, tokens, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, max_new_tokens=4
+            decoder, tokens, attention_mask=mask, **{CACHE: cache}, return_dict_in_generate=True, max_new_tokens=4
         )
         assert torch.equal(answer.sequences, without_cache(decoder, tokens, attention_mask=mask, max_new_tokens=4))
-        tokens, cache = answer.sequences, answer.past_key_values
+        tokens, cache = answer.sequences, cache_of(answer)
 
 
 @pytest.mark.parametrize("kind", ["plain", "converted", "itself"])
@@ -241,7 +244,7 @@ def test_token_by_token_forward_is_one_forward(llama: PreTrainedModel) -> None:
         expected = llama(input_ids=PROMPT, use_cache=False).logits
         cache, parts = DynamicCache(config=llama.config), []
         for start, stop in ((0, 1), (1, 5), (5, 6), (6, 9)):
-            parts.append(llama(input_ids=PROMPT[:, start:stop], past_key_values=cache, use_cache=True).logits)
+            parts.append(llama(input_ids=PROMPT[:, start:stop], **{CACHE: cache}, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -249,10 +252,10 @@ def test_rows_of_a_cache_can_be_selected_and_repeated(llama: PreTrainedModel) ->
     cache = DynamicCache(config=llama.config)
     order, following = torch.tensor([1, 0, 1]), torch.tensor([[5, 6], [7, 8], [9, 10]])
     with torch.no_grad():
-        llama(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+        llama(input_ids=PROMPT, **{CACHE: cache}, use_cache=True)
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(2 * order)
-        found = llama(input_ids=following, past_key_values=cache, use_cache=True).logits
+        found = llama(input_ids=following, **{CACHE: cache}, use_cache=True).logits
         expected = llama(input_ids=torch.cat([PROMPT[order], following], 1), use_cache=False).logits[:, -2:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -286,6 +289,6 @@ def test_encoder_decoders(kind: str, way: str) -> None:
 def test_only_self_attention_of_a_decoder_is_replaced(kind: str) -> None:
     model, inputs = encoder_decoder(kind)
     result = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    cache = result.past_key_values
+    cache = cache_of(result)
     assert all(isinstance(layer, AttnConvCacheLayer) for layer in cache.self_attention_cache.layers)
     assert not any(isinstance(layer, AttnConvCacheLayer) for layer in cache.cross_attention_cache.layers)

@@ -19,7 +19,7 @@ from attnconv.files.json_files import read_json
 REPO = "tester/tiny"
 PUSH = """
 import sys
-from attnconv.convert.hub import push_folder
+from attnconv.convert.writing.hub import push_folder
 push_folder(sys.argv[1], sys.argv[2])
 """
 LOAD = """

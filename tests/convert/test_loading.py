@@ -329,7 +329,7 @@ def test_self_contained_file_serves_a_family_whose_weights_are_stored_otherwise(
 
 def test_one_copy_of_the_package_serves_this_process(repository: Path) -> None:
     """Two would each bring hooks and cache layers of their own."""
-    source = repository / "convert" / "cache.py"
+    source = repository / "convert" / "surgery" / "cache_layer.py"
     files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     assert [name for name, file in files.items() if file and Path(file).resolve() == source] == [CACHE]
 

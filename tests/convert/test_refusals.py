@@ -27,6 +27,7 @@ from transformers import (
     GenerationConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,10 +36,12 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attnconv.compat import cache_argument
 from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
 from attnconv.errors import AttnConvError, PlanError
 from attnconv.recipes import AttentionRule
 
+CACHE = cache_argument(LlamaForCausalLM.forward)
 IDS = torch.arange(3, 21).view(2, 9)
 attend = ALL_ATTENTION_FUNCTIONS["attnconv"]
 COMMON: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -174,9 +177,9 @@ def test_parallelism_of_torch(converted: PreTrainedModel, monkeypatch: pytest.Mo
 
 def test_a_cache_that_another_model_filled(converted: PreTrainedModel) -> None:
     cache = DynamicCache()
-    llama()(input_ids=IDS, past_key_values=cache, use_cache=True)
+    llama()(input_ids=IDS, **{CACHE: cache}, use_cache=True)
     with pytest.raises(PlanError, match="filled by an unconverted model"):
-        converted(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+        converted(input_ids=IDS[:, :1], **{CACHE: cache}, use_cache=True)
 
 
 def test_a_quantized_cache(converted: PreTrainedModel) -> None:

@@ -212,13 +212,13 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from attnconv.convert import convert_model
 from attnconv.distill.data import TokenStream
-from attnconv.distill.embedded import embedded_model_path
+from attnconv.runs.packaged_model import embedded_model_path
 from attnconv.distill.progress import Silent
 from attnconv.distill.team import find_team
 from attnconv.distill.trainee import Trainee
 from attnconv.distill.training import StageJob, run_stage
 from attnconv.distill.transfer import AttentionTransfer
-from attnconv.distill.work import StageState, WorkFolder
+from attnconv.runs.work_folder import StageState, WorkFolder
 from attnconv.recipes import AttentionTransferStage, DataSection
 from transformers import AutoTokenizer
 

@@ -9,6 +9,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from attnconv.compat import cache_argument, cache_of
 from attnconv.convert import convert_model
 from attnconv.convert.reading.checkpoint import open_checkpoint
 from attnconv.evaluate.bench import crossover_sentences, crossovers, quartiles
@@ -114,7 +115,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 
 def cache_after(model, tokens):
     with torch.inference_mode():
-        return model.eval()(input_ids=torch.randint(5, 90, (2, tokens)), use_cache=True).past_key_values
+        return cache_of(model.eval()(input_ids=torch.randint(5, 90, (2, tokens)), use_cache=True))
 
 
 class TestCacheSize:
@@ -175,7 +176,9 @@ class TestPrompts:
     def test_models_without_the_option_for_few_logits(self) -> None:
         class Plain(LlamaForCausalLM):
             def forward(self, input_ids, past_key_values=None, use_cache=None):
-                return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+                return super().forward(
+                    input_ids, **{cache_argument(super().forward): past_key_values}, use_cache=use_cache
+                )
 
         config = LlamaConfig(vocab_size=97, **SIZES, num_hidden_layers=1)
         ids = torch.arange(12)[None]

@@ -13,6 +13,7 @@ from sweep_models import PADDING, auto_classes, build, outputs, working_inputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attnconv.compat import cache_of
 from attnconv.convert import apply_plan, converted_modules, make_plan, probe
 from attnconv.errors import AttnConvError
 from attnconv.recipes import AttentionRule
@@ -170,7 +171,7 @@ def _cache_matters(model: PreTrainedModel, inputs: Outputs) -> float:
     with _watching_states(model) as lengths:
         cached = model.generate(**given, use_cache=True, **options)
     idle = [name for name, seen in lengths.items() if 1 not in seen]
-    keeps_cache = cached.past_key_values is not None and len(cached.past_key_values) > 0
+    keeps_cache = cache_of(cached) is not None and len(cache_of(cached)) > 0
     if idle and (keeps_cache or len(idle) < len(lengths)):
         raise CheckError(f"{idle[0]} and {len(idle) - 1} more converted layers did not decode from their state")
     return max(difference(a, b) for a, b in zip(plain.logits, cached.logits, strict=True))
