@@ -15,12 +15,14 @@ from .registry import MethodInfo, available, create, get_method, register
 from .softmax import SoftmaxAttention
 from .sparse.sliding_window import SlidingWindowAttention
 from .state import AttentionState
+from .tokens import Call, Tokens
 
 __all__ = [
     "AgentAttention",
     "AttentionModule",
     "AttentionOptions",
     "AttentionState",
+    "Call",
     "GatedDeltaAttention",
     "GatedLinearAttention",
     "Geometry",
@@ -32,6 +34,7 @@ __all__ = [
     "MethodInfo",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "Tokens",
     "available",
     "create",
     "get_method",

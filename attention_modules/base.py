@@ -8,7 +8,8 @@ from torch import Tensor
 from .calls import check_shapes, exact_tokens, layer_input
 from .contract import AttentionContract, Memory
 from .padding import restore_tokens, right_align_order, take_tokens
-from .state import AttentionState, Mixed, Tail
+from .state import AttentionState, Mixed
+from .tokens import Call, Tokens
 from .weights import response_weights
 
 
@@ -81,10 +82,12 @@ class AttentionModule(AttentionContract):
         # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
         with torch.autocast(query.device.type, enabled=False):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
-            out = None if state is None else self._decode(query, key, value, padding_mask, scaling, state, dtype)
+            call = Call(query, Tokens(key, value, padding_mask), scaling, hidden)
+            out = None if state is None else self._decode(call, state, dtype)
             if out is None:
-                tail = exact_tokens(key, value, padding_mask, state, self.signals(key.to(dtype), hidden))
-                mixed = self._mixture(query, tail, scaling, {} if state is None else state.memory, dtype)
+                new = Tokens(key, value, padding_mask, signals=self.signals(key.to(dtype), hidden))
+                call = Call(query, exact_tokens(new, state), scaling, hidden)
+                mixed = self._mixture(call, {} if state is None else state.memory, dtype)
                 if state is not None:
                     self._forget(state, dtype, mixed)
                 out = mixed.out
@@ -96,39 +99,30 @@ class AttentionModule(AttentionContract):
             out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
 
-    def _decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        state: AttentionState,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
+    def _decode(self, call: Call, state: AttentionState, dtype: torch.dtype) -> Tensor | None:
         """One token in place, where method and call allow it."""
-        is_plain = query.shape[2] == 1 and not (torch.is_grad_enabled() or state.record_past or self.left_out)
+        is_plain = call.length == 1 and not (torch.is_grad_enabled() or state.record_past or self.left_out)
         if not is_plain or self.implementation == "naive":
             return None
         # What was recorded before.
         self._forget(state, dtype)
         out = None
         if self.implementation != "torch":
-            out = self.decode_triton(query, key, value, valid, scaling, state)
+            out = self.decode_triton(call, state)
         if out is None and self.implementation != "triton":
-            out = self.decode_torch(query.to(dtype), key, value, valid, scaling, state)
+            exact = Call(call.query.to(dtype), call.tokens, call.scaling, call.hidden_states)
+            out = self.decode_torch(exact, state)
         return out
 
-    def _mixture(self, query: Tensor, tail: Tail, scaling: float, memory: Memory, dtype: torch.dtype) -> Mixed:
+    def _mixture(self, call: Call, memory: Memory, dtype: torch.dtype) -> Mixed:
         """The fastest form that the implementation allows."""
-        keys, values, valid, signals = tail
         mixed: Tensor | Mixed | None = None
         if self.implementation in ("auto", "triton"):
-            mixed = self.attend_triton(query, keys, values, valid, scaling, memory, **signals)
+            mixed = self.attend_triton(call, memory)
         if mixed is None:
-            attend: Callable[..., Tensor | Mixed]
+            attend: Callable[[Call, Memory], Tensor | Mixed]
             attend = self.attend_naive if self.implementation == "naive" else self.attend_torch
-            mixed = attend(query.to(dtype), keys.to(dtype), values.to(dtype), valid, scaling, memory, **signals)
+            mixed = attend(call.to(dtype), memory)
         return mixed if isinstance(mixed, Mixed) else Mixed(mixed, memory, 0)
 
     def _layer_input(
@@ -185,16 +179,12 @@ class AttentionModule(AttentionContract):
         evicted = None if self.tail_tokens is None else state.evict(self.tail_tokens)
         if evicted is None:
             return
-        keys, values, valid, signals = evicted
         start = 0
         # The oldest keys of the call are also those that leave, but fewer leave while they are recorded.
-        if mixed is not None and mixed.folded <= keys.shape[2]:
+        if mixed is not None and mixed.folded <= evicted.length:
             state.memory, start = mixed.memory, mixed.folded
-        if start < keys.shape[2]:
-            absorb: Callable[..., Memory] = self.absorb
-            rest = {name: t[:, :, start:] for name, t in signals.items()}
-            keys, values = keys[:, :, start:].to(dtype), values[:, :, start:].to(dtype)
-            state.memory = absorb(state.memory, keys, values, None if valid is None else valid[:, start:], **rest)
+        if start < evicted.length:
+            state.memory = self.absorb(evicted.part(start).to(dtype), state.memory)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .padding import right_align_order, take_tokens
-from .state import AttentionState, Tail
+from .padding import right_align_order
+from .state import AttentionState
+from .tokens import Tokens
 
 
 def check_shapes(
@@ -78,18 +79,8 @@ def layer_input(
     return hidden_states if valid is None else hidden_states.masked_fill(~valid[..., None], 0.0)
 
 
-def exact_tokens(
-    key: Tensor,
-    value: Tensor,
-    padding_mask: Tensor | None,
-    state: AttentionState | None,
-    signals: dict[str, Tensor],
-) -> Tail:
+def exact_tokens(tokens: Tokens, state: AttentionState | None) -> Tokens:
     """The tokens that are there exactly, old and new, with padding before the real ones."""
     if state is not None:
-        return state.append(key, value, padding_mask, signals)
-    if padding_mask is None:
-        return key, value, None, signals
-    order = right_align_order(padding_mask)
-    aligned = {name: take_tokens(t, order) for name, t in signals.items()}
-    return take_tokens(key, order), take_tokens(value, order), padding_mask.gather(1, order), aligned
+        return state.append(tokens)
+    return tokens if tokens.valid is None else tokens.reordered(right_align_order(tokens.valid))

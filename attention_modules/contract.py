@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .geometry import Geometry
 from .state import AttentionState, Mixed
+from .tokens import Call, Tokens
 from .weights import Statistic
 
 Memory = dict[str, Tensor]
@@ -103,8 +104,7 @@ class AttentionContract(nn.Module, ABC):
     def signals(self, key: Tensor, hidden_states: Tensor | None) -> Memory:
         """What the method derives from each new token besides its key and value, such as the logarithm of its gate.
 
-        It stays with keys and values wherever they go: `attend_naive`, `attend_torch` and `absorb` of a method with
-        signals take them by name as further arguments.
+        It stays with keys and values wherever they go, as `signals` of the tokens.
 
         Args:
             key: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
@@ -124,57 +124,36 @@ class AttentionContract(nn.Module, ABC):
         """
         return out
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
         """Fold tokens that left the tail into the accumulators.
 
         Args:
+            tokens: with keys and values in fp32 or fp64.
             memory: accumulators so far, empty at the start.
-            keys: `[batch, num_kv_heads, seq, head_dim]`, fp32 or fp64.
-            values: `[batch, num_kv_heads, seq, value_dim]`.
-            valid: `[batch, seq]` bool or None when all are real.
         """
         return memory
 
     @abstractmethod
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
         """The oracle, with every attention weight written out.
 
-        Queries stand at the right end of the keys: query `t` sits at key position `S - T + t`.
-
         Args:
-            query: `[batch, num_heads, T, head_dim]`, fp32 or fp64.
-            keys: `[batch, num_kv_heads, S, head_dim]`.
-            values: `[batch, num_kv_heads, S, value_dim]`.
-            valid: `[batch, S]` bool, padding before real tokens in every row, or None.
-            scaling: factor on query-key products.
-            memory: accumulators of all tokens before `keys`.
+            call: queries, and the tokens that are exactly there, all in fp32 or fp64.
+            memory: accumulators of all tokens before those.
 
         Returns:
             `[batch, num_heads, T, value_dim]`.
         """
 
     @abstractmethod
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor | Mixed:
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor | Mixed:
         """The same function as `attend_naive`, sub-quadratic in time and memory where the method is.
 
         Returns:
             the output alone, or beside it what `absorb` would make of the oldest keys, gradients included.
         """
 
-    def attend_triton(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Tensor | Mixed | None:
+    def attend_triton(self, call: Call, memory: Memory) -> Tensor | Mixed | None:
         """The same in Triton kernels, on tensors in the dtype they came in; None where the torch path is to serve.
 
         Raises:
@@ -182,19 +161,14 @@ class AttentionContract(nn.Module, ABC):
         """
         return None
 
-    def decode_torch(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor | None:
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor | None:
         """One new token of every row, with a state that changes in place; None where a call like others is to serve.
 
         Called where no gradients are wanted and nothing will be taken back.
 
         Args:
-            query: `[batch, num_heads, 1, head_dim]`, fp32 or fp64.
-            key: `[batch, num_kv_heads, 1, head_dim]`, in the dtype it came in.
-            value: `[batch, num_kv_heads, 1, value_dim]`, likewise.
-            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
-            scaling: factor on query-key products.
+            call: the query in fp32 or fp64, and the new token alone, in the dtype it came in and without signals; where
+                it is not valid, anything may come out.
             state: memory of earlier calls, with no more than `tail_tokens` tokens in its tail.
 
         Returns:
@@ -202,10 +176,8 @@ class AttentionContract(nn.Module, ABC):
         """
         return None
 
-    def decode_triton(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor | None:
-        """The same as one kernel, on tensors in the dtype they came in; None where the torch path is to serve."""
+    def decode_triton(self, call: Call, state: AttentionState) -> Tensor | None:
+        """The same as one kernel, on a query too in the dtype it came in; None where the torch path is to serve."""
         return None
 
     def statistics(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .padding import take_tokens
+from .tokens import Tokens
 
 
 @dataclass
@@ -26,15 +27,14 @@ class Ring:
     held: int
 
     @classmethod
-    def from_tail(cls, keys: Tensor, values: Tensor, valid: Tensor | None, slots: int) -> "Ring":
+    def from_tail(cls, tokens: Tokens, slots: int) -> "Ring":
         """A ring that begins with some tokens.
 
         Args:
-            keys: `[batch, num_kv_heads, tail, head_dim]`, with `tail` below `slots`, or 0.
-            values: `[batch, num_kv_heads, tail, value_dim]`.
-            valid: `[batch, tail]` bool, padding before real tokens, or None.
+            tokens: fewer than `slots`, or none.
             slots: how many there are.
         """
+        keys, values, valid = tokens.keys, tokens.values, tokens.valid
         batch, _, tail, _ = keys.shape
         count = torch.full((batch,), tail, device=keys.device) if valid is None else valid.sum(-1)
         at = torch.arange(tail, device=keys.device) - (tail - count)[:, None]
@@ -59,24 +59,19 @@ class Ring:
         """`[batch, slots]` bool: which slots hold a token."""
         return torch.arange(self.keys.shape[2], device=self.count.device) < self.count[:, None]
 
-    def fits(self, key: Tensor, value: Tensor) -> bool:
+    def fits(self, tokens: Tokens) -> bool:
         """Whether new tokens can be written, as precise as they are."""
-        pairs = ((self.keys, key), (self.values, value))
+        pairs = ((self.keys, tokens.keys), (self.values, tokens.values))
         # A compiler cannot ask, and marks no tensors.
         is_unmarked = torch.compiler.is_compiling() or not self.count.is_inference()
         is_writable = is_unmarked or torch.is_inference_mode_enabled()
         return is_writable and all(torch.promote_types(ours.dtype, new.dtype) == ours.dtype for ours, new in pairs)
 
-    def put(self, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-        """Write a new token of every row.
-
-        Args:
-            key: `[batch, num_kv_heads, 1, head_dim]`.
-            value: `[batch, num_kv_heads, 1, value_dim]`.
-            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
-        """
+    def put(self, tokens: Tokens) -> None:
+        """Write a new token of every row; where it is not valid, nothing."""
+        valid = tokens.valid
         at = (self.count % self.keys.shape[2])[:, None, None, None]
-        for ours, new in ((self.keys, key), (self.values, value)):
+        for ours, new in ((self.keys, tokens.keys), (self.values, tokens.values)):
             index = at.expand(new.shape)
             if valid is not None:
                 new = torch.where(valid[..., None, None], new, ours.gather(2, index))
@@ -84,20 +79,25 @@ class Ring:
         self.advance(valid)
 
     def advance(self, valid: Tensor | None) -> None:
-        """Count a new token of every row; `valid` as for `put`."""
+        """Count a new token of every row.
+
+        Args:
+            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
+        """
         self.count += 1 if valid is None else valid[:, 0]
         self.held += 1
 
-    def leaving(self, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values `[batch, num_kv_heads, 1, ...]` whose place the next token takes, and `[batch, 1]` bool.
+    def leaving(self, valid: Tensor | None) -> Tokens:
+        """The token of every row whose place the next one takes; valid in rows that have such a one since now only.
 
-        The last says which rows have such a token since the latest `put` only; `valid` as for that.
+        Args:
+            valid: as for the latest token.
         """
         slots = self.keys.shape[2]
         at = (self.count % slots)[:, None]
         leaves = (self.count >= slots)[:, None]
         leaves = leaves if valid is None else leaves & valid
-        return take_tokens(self.keys, at), take_tokens(self.values, at), leaves
+        return Tokens(take_tokens(self.keys, at), take_tokens(self.values, at), leaves)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Ring":
         """The ring with `function` applied to every tensor."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .padding import take_tokens
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -48,31 +49,24 @@ def filled_sinks(memory: Mapping[str, Tensor]) -> Tensor:
     return torch.arange(memory["sink_keys"].shape[2], device=filled.device) < filled
 
 
-def real_tokens(keys: Tensor, valid: Tensor | None) -> Tensor:
-    """`[batch, S]` bool, from keys `[batch, num_kv_heads, S, head_dim]` and `valid`, which may be None."""
-    return torch.ones_like(keys[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
-
-
-def sink_tokens(num_sinks: int, memory: Mapping[str, Tensor], keys: Tensor, valid: Tensor | None) -> Tensor:
+def sink_tokens(num_sinks: int, memory: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
     """`[batch, S]` bool: which tokens are among the first `num_sinks` real ones, those of a memory counted.
 
     Args:
         num_sinks: how many there may be.
         memory: sinks of all tokens before, may be empty.
-        keys: `[batch, num_kv_heads, S, head_dim]`.
-        valid: `[batch, S]` bool, True = real token; None means all.
+        tokens: those asked about.
     """
-    real = real_tokens(keys, valid)
+    real = tokens.real
     rank = real.cumsum(-1)
     if "sink_filled" in memory:
         rank = rank + memory["sink_filled"][:, None]
     return real & (rank <= num_sinks)
 
 
-def first_tokens(
-    num_sinks: int, memory: Mapping[str, Tensor], keys: Tensor, values: Tensor, valid: Tensor | None
-) -> Sinks:
+def first_tokens(num_sinks: int, memory: Mapping[str, Tensor], tokens: Tokens) -> Sinks:
     """The first `num_sinks` real tokens of a memory and of new tokens; arguments as for `sink_tokens`."""
+    keys, values = tokens.keys, tokens.values
     batch, heads, num_keys, _ = keys.shape
     if not memory:
         shape = batch, heads, num_sinks
@@ -81,7 +75,7 @@ def first_tokens(
             "sink_values": values.new_zeros(*shape, values.shape[-1]),
             "sink_filled": keys.new_zeros(batch),
         }
-    real = torch.cat([filled_sinks(memory), real_tokens(keys, valid)], 1)
+    real = torch.cat([filled_sinks(memory), tokens.real], 1)
     keys, values = torch.cat([memory["sink_keys"], keys], 2), torch.cat([memory["sink_values"], values], 2)
     # Those of the memory are older than every key: outside of all windows to come.
     index = torch.arange(-num_sinks, num_keys, device=keys.device)

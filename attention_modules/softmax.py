@@ -7,6 +7,7 @@ from torch import Tensor
 from .base import AttentionModule
 from .contract import AttentionOptions, Memory
 from .registry import register
+from .tokens import Call
 from .window import LOG2E, softmax_terms, window_mask
 
 
@@ -23,35 +24,31 @@ class SoftmaxAttention(AttentionModule):
 
     is_recurrent = False
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """All weights written out."""
-        keys, values = (t.repeat_interleave(self.geometry.num_groups, 1) for t in (keys, values))
-        visible = self._visible(query, keys, valid)
-        numerator, denominator, _ = softmax_terms(query @ keys.transpose(-1, -2) * (scaling * LOG2E), visible, values)
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        tokens = call.tokens
+        keys, values = (t.repeat_interleave(self.geometry.num_groups, 1) for t in (tokens.keys, tokens.values))
+        logits = call.query @ keys.transpose(-1, -2) * (call.scaling * LOG2E)
+        numerator, denominator, _ = softmax_terms(logits, self._visible(call), values)
         empty = denominator == 0
         return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """PyTorch's scaled_dot_product_attention."""
-        if valid is None and (not self.geometry.causal or query.shape[2] == keys.shape[2]):
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor:
+        query, tokens = call.query, call.tokens
+        if tokens.valid is None and (not self.geometry.causal or call.past == 0):
             mask, is_causal = None, self.geometry.causal
         else:
-            mask, is_causal = self._visible(query, keys, valid), False
+            mask, is_causal = self._visible(call), False
+        grouped = self.geometry.num_groups > 1
         return F.scaled_dot_product_attention(
-            query, keys, values, mask, is_causal=is_causal, scale=scaling, enable_gqa=self.geometry.num_groups > 1
+            query, tokens.keys, tokens.values, mask, is_causal=is_causal, scale=call.scaling, enable_gqa=grouped
         )
 
-    def _visible(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
-        num_keys = keys.shape[2]
-        inside = window_mask(query.shape[2], num_keys, num_keys, causal=self.geometry.causal, device=query.device)
+    def _visible(self, call: Call) -> Tensor:
+        query, num_keys, valid = call.query, call.tokens.length, call.tokens.valid
+        inside = window_mask(call.length, num_keys, num_keys, causal=self.geometry.causal, device=query.device)
         if valid is None:
             return inside
         # Rows of padding look at themselves, so that no kernel divides zero by zero.
         return (
-            inside & valid[:, None, None, :]
-            | torch.eye(num_keys, dtype=torch.bool, device=query.device)[num_keys - query.shape[2] :]
+            inside & valid[:, None, None, :] | torch.eye(num_keys, dtype=torch.bool, device=query.device)[call.past :]
         )

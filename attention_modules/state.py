@@ -1,6 +1,6 @@
 """What a method remembers between calls: a short tail of exact tokens and fixed-size accumulators in fp32."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .padding import right_align_order, take_tokens
 from .ring import Ring
+from .tokens import Tokens
 
-# Keys, values, validity (None: all real) and signals of some tokens.
-Tail = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]
+# What the state knows of a token besides the method's signals.
+OWN = ("keys", "values", "valid", "positions", "arrival")
 
 
 class Mixed(NamedTuple):
@@ -66,53 +67,53 @@ class AttentionState:
         ring = () if self._ring is None else self._ring.tensors
         return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *ring, *self.memory.values()))
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None, signals: Mapping[str, Tensor]) -> Tail:
+    def append(self, tokens: Tokens) -> Tokens:
         """Add new tokens behind the tail and return the whole tail.
 
         Args:
-            key: `[batch, num_kv_heads, new, head_dim]`.
-            value: `[batch, num_kv_heads, new, value_dim]`.
-            valid: `[batch, new]` bool, True = real token, or None when all are.
-            signals: what else the method knows of each token, `[batch, heads, new, dim]` each.
+            tokens: the new ones, in any order of padding and real tokens.
 
         Returns:
-            keys, values `[batch, num_kv_heads, tail + new, ...]`, valid `[batch, tail + new]` or None, and the signals.
+            all tokens held, padding before real ones.
+
+        Raises:
+            ValueError: they are of another number of sequences than the state.
         """
-        batch, _, new, _ = key.shape
         self._straighten()
+        batch, new = tokens.keys.shape[0], tokens.length
         self._check_batch(batch)
-        positions = torch.arange(self.seen, self.seen + new, device=key.device).expand(batch, -1)
-        ours = torch.ones(batch, new, dtype=torch.bool, device=key.device) if valid is None else valid
-        fresh = {"keys": key, "values": value, "valid": ours, "positions": positions, **signals}
+        arrival = torch.arange(self.seen, self.seen + new, device=tokens.keys.device).expand(batch, -1)
+        fresh = {"keys": tokens.keys, "values": tokens.values, "valid": tokens.real, "arrival": arrival}
+        fresh |= tokens.signals if tokens.positions is None else {**tokens.signals, "positions": tokens.positions}
         if self._tail:
             fresh = {name: torch.cat([self._tail[name], part], _axis(part)) for name, part in fresh.items()}
-        self._padded = self._padded or valid is not None
+        self._padded = self._padded or tokens.valid is not None
         self._tail = _aligned(fresh) if self._padded else fresh
         self.seen += new
         self._recorded = self._recorded + new if self.record_past else 0
         self._recoverable += new
         return self._parts(self._tail)
 
-    def ring(self, slots: int, key: Tensor, value: Tensor, valid: Tensor | None) -> Ring:
+    def ring(self, slots: int, tokens: Tokens) -> Ring:
         """Go over to what one new token of every row changes in place: a ring, and accumulators of the state's own.
 
         The token counts as seen; putting it into the ring is left to the caller. It cannot be taken back.
 
         Args:
             slots: tokens that the ring has room for, more than the tail holds; 0 if the method keeps no exact tokens.
-            key: `[batch, num_kv_heads, 1, head_dim]`.
-            value: `[batch, num_kv_heads, 1, value_dim]`.
-            valid: `[batch, 1]` bool, rows whose token is real, or None when all are.
+            tokens: the new one of every row.
         """
-        self._check_batch(key.shape[0])
-        if self._ring is None or not self._ring.fits(key, value):
+        self._check_batch(tokens.keys.shape[0])
+        if self._ring is None or not self._ring.fits(tokens):
             self._straighten()
-            empty = {"keys": key[:, :, :0], "values": value[:, :, :0], "valid": key[:, 0, :0, 0].bool()}
-            keys, values, real, _ = self._parts(self._tail or empty)
-            keys, values = (t.to(torch.promote_types(t.dtype, new.dtype)) for t, new in ((keys, key), (values, value)))
-            self._ring, self._tail = Ring.from_tail(keys, values, real, slots), {}
+            old = self._parts(self._tail) if self._tail else tokens.part(0, 0)
+            keys, values = (
+                t.to(torch.promote_types(t.dtype, new.dtype))
+                for t, new in ((old.keys, tokens.keys), (old.values, tokens.values))
+            )
+            self._ring, self._tail = Ring.from_tail(Tokens(keys, values, old.valid), slots), {}
             self.memory = {name: t.clone(memory_format=torch.contiguous_format) for name, t in self.memory.items()}
-        self._padded = self._padded or valid is not None
+        self._padded = self._padded or tokens.valid is not None
         self.seen += 1
         self._recorded = self._recoverable = 0
         return self._ring
@@ -123,8 +124,8 @@ class AttentionState:
             return
         keys, values, valid = self._ring.to_tail()
         # Older than all that can be taken back.
-        positions = torch.full_like(valid, -1, dtype=torch.int64)
-        self._tail = {"keys": keys, "values": values, "valid": valid, "positions": positions}
+        arrival = torch.full_like(valid, -1, dtype=torch.int64)
+        self._tail = {"keys": keys, "values": values, "valid": valid, "arrival": arrival}
         self._ring = None
 
     def _check_batch(self, batch: int) -> None:
@@ -132,17 +133,18 @@ class AttentionState:
         if held is not None and held.shape[0] != batch:
             raise ValueError(f"the state holds {held.shape[0]} sequences, but {batch} came in")
 
-    def _parts(self, tail: dict[str, Tensor]) -> Tail:
-        signals = {name: t for name, t in tail.items() if name not in ("keys", "values", "valid", "positions")}
-        return tail["keys"], tail["values"], tail["valid"] if self._padded else None, signals
+    def _parts(self, tail: dict[str, Tensor]) -> Tokens:
+        signals = {name: t for name, t in tail.items() if name not in OWN}
+        valid = tail["valid"] if self._padded else None
+        return Tokens(tail["keys"], tail["values"], valid, tail.get("positions"), signals)
 
-    def evict(self, keep: int) -> Tail | None:
+    def evict(self, keep: int) -> Tokens | None:
         """Take everything but the last `keep` tokens out of the tail.
 
         With `record_past` the tokens since the last `crop` stay too.
 
         Returns:
-            keys, values, valid and signals of the tokens that left, oldest first, or None if nothing left.
+            the tokens that left, oldest first, or None if nothing left.
         """
         needed, keep = keep, keep + (self._recorded if self.record_past else 0)
         leaving = self.tail_length - keep
@@ -174,7 +176,7 @@ class AttentionState:
         self.seen -= num_tokens
         self._recoverable -= num_tokens
         if self._padded:
-            self._tail["valid"] = self._tail["valid"] & (self._tail["positions"] < self.seen)
+            self._tail["valid"] = self._tail["valid"] & (self._tail["arrival"] < self.seen)
             self._tail = _aligned(self._tail)
             # Rows that took back padding still have old tokens in front; what is free in every row leaves with `evict`.
             kept = min(self.tail_length, self.seen)
@@ -205,7 +207,7 @@ class AttentionState:
 
 
 def _axis(tensor: Tensor) -> int:
-    """Where the tokens are counted: validity and positions have neither heads nor channels."""
+    """Where the tokens are counted: validity and places have neither heads nor channels."""
     return 2 if tensor.ndim == 4 else 1
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sinks import Sinks
+from .tokens import Call
 
 # exp2 of masked logits is twenty times as fast on a CPU as exp of them, so logits are kept in units of log 2.
 LOG2E = math.log2(math.e)
@@ -73,12 +74,8 @@ def absolute_factors(gamma: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def windowed_softmax(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor | None,
+    call: Call,
     *,
-    scaling: float,
     window: int,
     causal: bool,
     sinks: Sinks | None = None,
@@ -86,15 +83,12 @@ def windowed_softmax(
     """Softmax terms over the window of every query, and over sinks outside of it.
 
     Args:
-        query: `[batch, num_heads, T, head_dim]`; query `t` sits at key position `S - T + t`.
-        keys: `[batch, num_kv_heads, S, head_dim]`.
-        values: `[batch, num_kv_heads, S, value_dim]`.
-        valid: `[batch, S]` bool, padding first, or None.
-        scaling: factor on query-key products.
+        call: queries, keys and values.
         window: tokens seen back from the query, itself included; when not causal, as many ahead.
         causal: whether keys after the query are hidden.
         sinks: tokens seen wherever the window stands.
     """
+    query, keys, values, valid = call.query, call.tokens.keys, call.tokens.values, call.tokens.valid
     num_heads, length = query.shape[1:3]
     num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
     groups = num_heads // num_kv_heads
@@ -119,7 +113,7 @@ def windowed_softmax(
     )
     visible = (exists[:, :, None, :] & band)[:, None, :, None]
 
-    rows = to_blocks(query * (scaling * LOG2E), num_kv_heads, num_blocks, block)
+    rows = to_blocks(query * (call.scaling * LOG2E), num_kv_heads, num_blocks, block)
     logits = rows.flatten(3, 4) @ key_blocks
     weighted = value_blocks
     if sinks is not None:

@@ -1,10 +1,8 @@
 """Attention transfer: each converted layer learns to give the output of the softmax attention it replaces."""
 
-from collections.abc import Callable
-
 import torch
 
-from ..attention_modules import create
+from ..attention_modules import Call, Tokens, create
 from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..errors import TrainingError
 from ..recipes import AttentionTransferStage
@@ -112,10 +110,9 @@ def attention_weight_loss(call: AttentionCall) -> torch.Tensor:
         hidden_states = None
         if call.core.reads_hidden_states and call.hidden_states is not None:
             hidden_states = call.hidden_states[row : row + 1, keep].detach().float()
-        signals = call.core.signals(key, hidden_states)
-        attend: Callable[..., torch.Tensor] = call.core.attend_naive
-        student = attend(query, key, units, None, call.scaling, {}, **signals)
-        teacher = softmax.attend_naive(query, key, units, None, call.scaling, {})
+        tokens = Tokens(key, units, signals=call.core.signals(key, hidden_states))
+        given = Call(query, tokens, call.scaling, hidden_states)
+        student, teacher = (core.attend_naive(given, {}) for core in (call.core, softmax))
         losses.append(weight_cross_entropy(student, teacher, None) * length)
         lengths.append(length)
     return torch.stack(losses).sum() / max(1, sum(lengths))

@@ -14,6 +14,7 @@ from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
 from ..paths import leaving_out
 from ..registry import register
+from ..tokens import Call
 from ..window import LOG2E, softmax_terms
 from .base import divide
 
@@ -98,19 +99,18 @@ class AgentAttention(AttentionModule):
         if self.kernel is not None:
             self.kernel.zero_()
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
         """All weights written out, and the convolution as a sum of shifted values."""
-        values = self._repeat(values)
+        tokens = call.tokens
+        values = self._repeat(tokens.values)
         out = torch.zeros_like(values)
         if "agents" not in self.left_out:
-            units = torch.eye(keys.shape[2], dtype=keys.dtype, device=keys.device).expand(*query.shape[:2], -1, -1)
-            first, second = self._softmaxes(query, self._repeat(keys), units, valid, scaling)
+            units = torch.eye(tokens.length, dtype=values.dtype, device=values.device)
+            first, second = self._softmaxes(call, units.expand(*call.query.shape[:2], -1, -1))
             out = second @ first @ values
         kernel = self._kernel(values)
         if kernel is not None:
-            grid = self._grid(values, valid)
+            grid = self._grid(values, tokens.valid)
             reach, taps = self.options.kernel_size // 2, range(self.options.kernel_size)
             padded = F.pad(grid, (0, 0, *(reach,) * (2 * self.axes)))
             convolved = torch.zeros_like(grid)
@@ -123,18 +123,16 @@ class AgentAttention(AttentionModule):
             out = out + self._from_grid(convolved, values.shape[2])
         return out
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         """Agents first, so that no weights of all pairs of tokens exist."""
-        values = self._repeat(values)
+        values = self._repeat(call.tokens.values)
         out = torch.zeros_like(values)
         if "agents" not in self.left_out:
-            seen, weights = self._softmaxes(query, self._repeat(keys), values, valid, scaling)
+            seen, weights = self._softmaxes(call, values)
             out = weights @ seen
         kernel = self._kernel(values)
         if kernel is not None:
-            grid = self._grid(values, valid).movedim(-1, 2).flatten(1, 2)
+            grid = self._grid(values, call.tokens.valid).movedim(-1, 2).flatten(1, 2)
             convolve = F.conv2d if self.axes == 2 else F.conv1d
             taps = kernel.flatten(0, 1).unsqueeze(1)
             convolved = convolve(grid, taps, padding=self.options.kernel_size // 2, groups=len(taps))
@@ -156,17 +154,18 @@ class AgentAttention(AttentionModule):
     def _repeat(self, tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(self.geometry.num_groups, 1)
 
-    def _softmaxes(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float
-    ) -> tuple[Tensor, Tensor]:
+    def _softmaxes(self, call: Call, values: Tensor) -> tuple[Tensor, Tensor]:
         """What each agent sees `[batch, heads, num_agents, dim]`, and each query's weights on the agents."""
+        query, keys, valid = call.query, self._repeat(call.tokens.keys), call.tokens.valid
         members = self._parts(query, valid)
         counts = members.sum(-1, keepdim=True)
         agents = (members / counts.clamp_min(1))[:, None].to(query.dtype) @ query
         visible = torch.ones_like(members[:, None, :1], dtype=torch.bool) if valid is None else valid[:, None, None]
-        numerator, denominator, *_ = softmax_terms(agents @ keys.transpose(-1, -2) * (scaling * LOG2E), visible, values)
+        numerator, denominator, *_ = softmax_terms(
+            agents @ keys.transpose(-1, -2) * (call.scaling * LOG2E), visible, values
+        )
         exists = (counts > 0).transpose(-1, -2)[:, None]
-        logits = (query @ agents.transpose(-1, -2) * scaling).masked_fill(~exists, torch.finfo(query.dtype).min)
+        logits = (query @ agents.transpose(-1, -2) * call.scaling).masked_fill(~exists, torch.finfo(query.dtype).min)
         return divide(numerator, denominator), logits.softmax(-1).masked_fill(~exists, 0.0)
 
     def _parts(self, query: Tensor, valid: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
 from ..kernels.selection import needs_package, problem_with, use_chunks
 from ..state import AttentionState
+from ..tokens import Call, Tokens
 from .chunked import add_memory, linear_sums
 from .feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName, Initialization
 
@@ -67,25 +68,25 @@ class LinearAttentionModule(AttentionModule):
             "normalizer": (self.key_heads, features),
         }
 
-    def key_features(self, keys: Tensor, valid: Tensor | None) -> Tensor:
+    def key_features(self, tokens: Tokens) -> Tensor:
         """φ(k) `[batch, key_heads, S, feature_dim]`, zero where padding stands."""
+        keys, valid = tokens.keys, tokens.valid
         repeats = self.key_heads // self.geometry.num_kv_heads
         features: Tensor = self.key_map(keys.repeat_interleave(repeats, 1) if repeats > 1 else keys)
         return features if valid is None else features.masked_fill(~valid[:, None, :, None], 0.0)
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
         """Add tokens to the running sums, a stretch at a time."""
-        for start in range(0, keys.shape[2], STRETCH):
-            now = slice(start, start + STRETCH)
-            features = self.key_features(keys[:, :, now], None if valid is None else valid[:, now])
-            memory = add_memory(memory, linear_sums(features, values[:, :, now]))
+        for start in range(0, tokens.length, STRETCH):
+            now = tokens.part(start, start + STRETCH)
+            memory = add_memory(memory, linear_sums(self.key_features(now), now.values))
         return memory
 
-    def absorb_in_place(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+    def absorb_in_place(self, tokens: Tokens, memory: Memory) -> None:
         """Add one token of every row to running sums that belong to nobody else; arguments as for `absorb`."""
         sums, normalizer = memory["key_values"], memory["normalizer"]
-        features = self.key_features(keys, valid)
-        rows = values.flatten(0, 1)
+        features = self.key_features(tokens)
+        rows = tokens.values.flatten(0, 1)
         sums.view(len(rows), -1, rows.shape[-1]).baddbmm_(features.reshape(len(rows), -1, 1), rows)
         normalizer.add_(features.squeeze(2))
 
@@ -97,24 +98,25 @@ class LinearAttentionModule(AttentionModule):
         return state.memory
 
     @needs_package
-    def runs_in_triton(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    def runs_in_triton(self, call: Call) -> bool:
         """Whether the Triton kernels serve a call.
 
         Raises:
             ValueError: they were asked for and cannot.
         """
         dims = self.geometry.head_dim, self.geometry.value_dim
-        problem = problem_with(query, keys, values, dims=dims, features=self.key_map.output_dim)
-        return use_chunks(self.implementation, self.without_kernels() or problem, query)
+        tensors = call.query, call.tokens.keys, call.tokens.values
+        problem = problem_with(*tensors, dims=dims, features=self.key_map.output_dim)
+        return use_chunks(self.implementation, self.without_kernels() or problem, call.query)
 
     def without_kernels(self) -> str | None:
         """Why no kernel serves this layer whatever the call, or None."""
         return None if self.geometry.causal else "the layer looks both ways"
 
-    def naive_products(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def naive_products(self, call: Call) -> tuple[Tensor, Tensor]:
         """φ(q) `[batch, num_heads, T, feature_dim]` and all products φ(q)·φ(k) `[batch, num_heads, T, S]`."""
-        features: Tensor = self.query_map(query)
-        key_features = self.key_features(keys, valid)
+        features: Tensor = self.query_map(call.query)
+        key_features = self.key_features(call.tokens)
         key_features = key_features.repeat_interleave(self.geometry.num_heads // self.key_heads, 1)
         return features, features @ key_features.transpose(-1, -2)
 

@@ -12,8 +12,8 @@ from ..contract import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register
-from ..sinks import real_tokens
 from ..state import Mixed
+from ..tokens import Call, Tokens
 from ..weights import Statistic
 from ..window import LOG2E, SoftmaxTerms, softmax_terms
 from .base import divide
@@ -80,42 +80,36 @@ class LolaAttention(LolcatsAttention):
             "cache_filled": (),
         }
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
         """Pass tokens through the cache into the running sums."""
-        memory = self._begun(memory, keys)
-        for start in range(0, keys.shape[2], CACHE_BLOCK):
-            now = slice(start, start + CACHE_BLOCK)
-            pool = self._pool(memory, keys[:, :, now], values[:, :, now], real_tokens(keys, valid)[:, now])
+        memory = self._begun(memory, tokens.keys)
+        for start in range(0, tokens.length, CACHE_BLOCK):
+            pool = self._pool(tokens.part(start, start + CACHE_BLOCK), memory)
             sums = linear_sums(*pool.folded())
             memory = {**pool.cache(), **{name: memory[name] + total for name, total in sums.items()}}
         return memory
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
         """All weights written out, and every recall computed anew."""
-        if values.shape[-1] != self.geometry.value_dim:
+        if call.tokens.values.shape[-1] != self.geometry.value_dim:
             raise ValueError("lola chooses tokens by their values, so others cannot stand in: use attention_weights")
-        return self._naive(query, keys, values, values, valid, scaling, memory)
+        return self._naive(call, call.tokens.values, memory)
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Mixed:
+    def attend_torch(self, call: Call, memory: Memory) -> Mixed:
         """A block of queries at a time, with the cache and what was in its window beside it."""
-        real, gone = real_tokens(keys, valid), max(keys.shape[2] - query.shape[2] - self.window, 0)
-        memory = self.absorb(memory, keys[:, :, :gone], values[:, :, :gone], real[:, :gone])
-        folded = max(keys.shape[2] - self.window, 0)
+        tokens, gone = call.tokens, max(call.past - self.window, 0)
+        memory = self.absorb(tokens.part(0, gone), memory)
         # From here on query `t` stands `window` behind the token that leaves with it, which may have to be made up.
-        made_up = query.shape[2] + self.window - (keys.shape[2] - gone)
-        keys, values = (F.pad(t[:, :, gone:], (0, 0, made_up, 0)) for t in (keys, values))
-        real = F.pad(real[:, gone:], (made_up, 0), value=False)
+        made_up, near = call.length + self.window - (tokens.length - gone), tokens.part(gone)
+        keys, values = (F.pad(t, (0, 0, made_up, 0)) for t in (near.keys, near.values))
+        near = Tokens(keys, values, F.pad(near.real, (made_up, 0), value=False))
         outs = []
-        for start in range(0, query.shape[2], CACHE_BLOCK):
-            part = query[:, :, start : start + CACHE_BLOCK]
-            near = slice(start, start + part.shape[2] + self.window)
-            out, memory = self._block(part, keys[:, :, near], values[:, :, near], real[:, near], scaling, memory)
+        for start in range(0, call.length, CACHE_BLOCK):
+            part = call.query[:, :, start : start + CACHE_BLOCK]
+            seen = near.part(start, start + part.shape[2] + self.window)
+            out, memory = self._block(Call(part, seen, call.scaling), memory)
             outs.append(out)
-        return Mixed(torch.cat(outs, 2), memory, folded)
+        return Mixed(torch.cat(outs, 2), memory, max(tokens.length - self.window, 0))
 
     def attend_triton(self, *args: Any, **kwargs: Any) -> None:
         """There are no kernels for the cache."""
@@ -150,7 +144,7 @@ class LolaAttention(LolcatsAttention):
             padding_mask = padding_mask.gather(1, order)
         length = key.shape[2]
         units = torch.eye(length, dtype=dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-        weights = self._naive(query, key, value, units, padding_mask, scaling, {})
+        weights = self._naive(Call(query, Tokens(key, value, padding_mask), scaling), units, {})
         if order is None or padding_mask is None:
             return weights
         weights = weights.masked_fill(~padding_mask[:, None, :, None], 0.0)
@@ -165,29 +159,27 @@ class LolaAttention(LolcatsAttention):
         shapes = self.memory_shapes()
         return memory or {name: like.new_zeros(len(like), *shape) for name, shape in shapes.items()}
 
-    def _pool(self, memory: Memory, keys: Tensor, values: Tensor, real: Tensor) -> Pool:
+    def _pool(self, tokens: Tokens, memory: Memory) -> Pool:
         """The cache, and tokens that join it."""
         size = self.options.cache_size
-        filled = torch.arange(size, device=keys.device) < memory["cache_filled"][:, None]
-        keys, values = torch.cat([memory["cache_keys"], keys], 2), torch.cat([memory["cache_values"], values], 2)
-        real = torch.cat([filled, real], 1)
-        features = self.key_features(keys, real)
+        filled = torch.arange(size, device=tokens.keys.device) < memory["cache_filled"][:, None]
+        keys = torch.cat([memory["cache_keys"], tokens.keys], 2)
+        values = torch.cat([memory["cache_values"], tokens.values], 2)
+        real = torch.cat([filled, tokens.real], 1)
+        features = self.key_features(Tokens(keys, values, real))
         return Pool(keys, values, features, real, size, folding_steps(features, values, real, memory, size))
 
-    def _block(
-        self, query: Tensor, keys: Tensor, values: Tensor, real: Tensor, scaling: float, memory: Memory
-    ) -> tuple[Tensor, Memory]:
-        """Outputs of some queries, and the memory behind them; query `t` stands at key position `window + t`."""
-        length, size = query.shape[2], self.options.cache_size
-        pool = self._pool(memory, keys[:, :, :length], values[:, :, :length], real[:, :length])
-        rest = slice(length, None)
-        keys, values = torch.cat([pool.keys, keys[:, :, rest]], 2), torch.cat([pool.values, values[:, :, rest]], 2)
-        real = torch.cat([pool.real, real[:, rest]], 1)
+    def _block(self, call: Call, memory: Memory) -> tuple[Tensor, Memory]:
+        """Outputs of some queries, and the memory behind them; query `t` stands at token `window + t`."""
+        query, length, size = call.query, call.length, self.options.cache_size
+        pool, rest = self._pool(call.tokens.part(0, length), memory), call.tokens.part(length)
+        keys, values = torch.cat([pool.keys, rest.keys], 2), torch.cat([pool.values, rest.values], 2)
+        real = torch.cat([pool.real, rest.real], 1)
         folded_at = F.pad(pool.folded_at, (0, self.window), value=length)
         step = torch.arange(length, device=query.device)[:, None]
         place = torch.arange(-size, length + self.window, device=query.device)
         visible = real[:, None, None] & (step < folded_at[:, :, None]) & self._exact(place, step, step + self.window)
-        rows = (query * (scaling * LOG2E)).unflatten(1, (keys.shape[1], -1))
+        rows = (query * (call.scaling * LOG2E)).unflatten(1, (keys.shape[1], -1))
         exact = softmax_terms(rows @ keys[:, :, None].transpose(-1, -2), visible[:, :, None], values[:, :, None])
         linear, sums = causal_linear(self.query_map(query), *pool.folded(), memory)
         out = self._mix(SoftmaxTerms(*(term.flatten(1, 2) for term in exact)), linear)
@@ -214,31 +206,23 @@ class LolaAttention(LolcatsAttention):
             return divide(window_terms.numerator, window_terms.denominator)
         return self._fraction(window_terms, past_terms)
 
-    def _naive(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mixed: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-    ) -> Tensor:
-        """The definition: tokens are chosen by `values`, and `mixed` `[batch, num_kv_heads, S, dim]` are attended."""
-        size, num_queries, num_keys = self.options.cache_size, query.shape[2], keys.shape[2]
-        began = self._begun(memory, keys)
-        filled = torch.arange(size, device=keys.device) < began["cache_filled"][:, None]
-        real = torch.cat([filled, real_tokens(keys, valid)], 1)
+    def _naive(self, call: Call, mixed: Tensor, memory: Memory) -> Tensor:
+        """The definition: tokens are chosen by their values, and `mixed` `[batch, num_kv_heads, S, dim]` attended."""
+        query, tokens, size, num_groups = call.query, call.tokens, self.options.cache_size, self.geometry.num_groups
+        began = self._begun(memory, tokens.keys)
+        filled = torch.arange(size, device=query.device) < began["cache_filled"][:, None]
+        real = torch.cat([filled, tokens.real], 1)
         slots = began["cache_values"] if memory else mixed.new_zeros(*mixed.shape[:2], size, mixed.shape[-1])
-        keys, mixed = torch.cat([began["cache_keys"], keys], 2), self.repeat_values(torch.cat([slots, mixed], 2))
-        values = torch.cat([began["cache_values"], values], 2)
-        folded_at = self._naive_choice(keys, values, real, began).repeat_interleave(self.geometry.num_groups, 1)
-        place = torch.arange(-size, num_keys, device=query.device)
-        now = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+        mixed = self.repeat_values(torch.cat([slots, mixed], 2))
+        keys = torch.cat([began["cache_keys"], tokens.keys], 2)
+        all_tokens = Tokens(keys, torch.cat([began["cache_values"], tokens.values], 2), real)
+        folded_at = self._naive_choice(all_tokens, began).repeat_interleave(num_groups, 1)
+        place = torch.arange(-size, tokens.length, device=query.device)
+        now = torch.arange(call.past, tokens.length, device=query.device)[:, None]
         is_folded = folded_at[:, :, None] <= now
         visible = real[:, None, None] & ~is_folded & self._exact(place, now - self.window, now)
-        logits = query @ keys.repeat_interleave(self.geometry.num_groups, 1).transpose(-1, -2) * (scaling * LOG2E)
-        features, products = self.naive_products(query, keys, real)
+        logits = query @ keys.repeat_interleave(num_groups, 1).transpose(-1, -2) * (call.scaling * LOG2E)
+        features, products = self.naive_products(Call(query, all_tokens, call.scaling))
         products = products.masked_fill(~is_folded, 0.0)
         linear = products @ mixed, products.sum(-1, keepdim=True)
         if memory:
@@ -247,10 +231,11 @@ class LolaAttention(LolcatsAttention):
         return self._mix(softmax_terms(logits, visible, mixed), linear)
 
     @torch.no_grad()
-    def _naive_choice(self, keys: Tensor, values: Tensor, real: Tensor, memory: Memory) -> Tensor:
+    def _naive_choice(self, tokens: Tokens, memory: Memory) -> Tensor:
         """`[batch, num_kv_heads, size + S]`: the place of the query with which each token is folded, or S."""
-        size, num_kv_heads, length = self.options.cache_size, keys.shape[1], keys.shape[2] - self.options.cache_size
-        features = self.key_features(keys, real).unflatten(1, (num_kv_heads, -1))
+        values, real, size = tokens.values, tokens.real, self.options.cache_size
+        num_kv_heads, length = values.shape[1], tokens.length - size
+        features = self.key_features(tokens).unflatten(1, (num_kv_heads, -1))
         sums, normalizer = (memory[name].unflatten(1, (num_kv_heads, -1)) for name in ("key_values", "normalizer"))
         cached = real[:, None].repeat(1, num_kv_heads, 1)
         cached[:, :, size:] = False

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..contract import Memory
 from ..geometry import Geometry
 from ..kernels.decode_step.decode import decode_step, step_problem
-from ..kernels.selection import in_one_dtype, needs_package, use_triton
+from ..kernels.selection import needs_package, use_triton
 from ..kernels.window_linear.fused import fused_problem, hedgehog_window_linear
 from ..kernels.window_linear.hybrid import hybrid_window_linear
 from ..padding import padding_before
 from ..registry import register
-from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
+from ..sinks import Sinks, filled_sinks, first_tokens, sink_shapes, sink_tokens
 from ..state import AttentionState, Mixed
+from ..tokens import Call, Tokens
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, SoftmaxTerms, absolute_factors, softmax_terms, window_mask, windowed_softmax
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
@@ -108,31 +109,29 @@ class LolcatsAttention(LinearAttentionModule):
         sinks = sink_shapes(self.geometry, self.num_sinks) if self.num_sinks else {}
         return {**super().memory_shapes(), **sinks}
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
         """Keep the sinks, add other tokens to the running sums."""
-        sums, sinks, far = self._without_sinks(memory, keys, values, valid)
-        sums = super().absorb(sums, keys, values, far)
+        sums, sinks, far = self._without_sinks(tokens, memory)
+        sums = super().absorb(far, sums)
         return sums if sinks is None else {**sums, **sinks.to_memory()}
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """All weights written out."""
-        keys_repeated, values_repeated = self.repeat_values(keys), self.repeat_values(values)
-        num_queries, num_keys = query.shape[2], keys.shape[2]
-        inside = window_mask(num_queries, num_keys, self.window, causal=self.geometry.causal, device=query.device)
-        exact = inside | sink_tokens(self.num_sinks, memory, keys, valid)[:, None, None, :]
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        tokens, num_keys = call.tokens, call.tokens.length
+        keys_repeated, values_repeated = self.repeat_values(tokens.keys), self.repeat_values(tokens.values)
+        device = call.query.device
+        inside = window_mask(call.length, num_keys, self.window, causal=self.geometry.causal, device=device)
+        exact = inside | sink_tokens(self.num_sinks, memory, tokens)[:, None, None, :]
         before = ~exact
         if self.geometry.causal:
-            behind = causal_mask(num_queries, num_keys, query.device)
+            behind = causal_mask(call.length, num_keys, device)
             exact, before = exact & behind, before & behind
-        visible = exact & real_tokens(keys, valid)[:, None, None, :]
-        features, weights = self.naive_products(query, keys, valid)
+        visible = exact & tokens.real[:, None, None, :]
+        features, weights = self.naive_products(call)
         weights = weights.masked_fill(~before, 0.0)
         seen = keys_repeated, values_repeated, visible
         if memory and self.num_sinks:
             seen = self._naive_sinks(memory, *seen)
-        logits = query @ seen[0].transpose(-1, -2) * (scaling * LOG2E)
+        logits = call.query @ seen[0].transpose(-1, -2) * (call.scaling * LOG2E)
         window_terms = softmax_terms(logits, seen[2], seen[1])
         past_terms = weights @ values_repeated, weights.sum(-1, keepdim=True)
         if memory:
@@ -140,52 +139,39 @@ class LolcatsAttention(LinearAttentionModule):
             past_terms = past_terms[0] + remembered[0], past_terms[1] + remembered[1]
         return self._mix(window_terms, past_terms)
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor | Mixed:
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor | Mixed:
         """Both terms in blocks, a segment of queries at a time."""
-        memory, sinks, far = self._without_sinks(memory, keys, values, valid)
+        query, tokens, offset, window = call.query, call.tokens, call.past, self.window
+        memory, sinks, far = self._without_sinks(tokens, memory)
         if not self.geometry.causal:
-            window_terms = windowed_softmax(
-                query, keys, values, valid, scaling=scaling, window=self.window, causal=False, sinks=sinks
-            )
-            return self._mix(window_terms, self._outside_window(query, keys, values, far))
-        offset = keys.shape[2] - query.shape[2]
+            window_terms = windowed_softmax(call, window=window, causal=False, sinks=sinks)
+            return self._mix(window_terms, self._outside_window(query, far))
         # Tokens that are out of the window of even the first query.
-        gone = max(offset - self.window, 0)
+        gone = max(offset - window, 0)
         if gone:
-            memory = super().absorb(memory, keys[:, :, :gone], values[:, :, :gone], _part(far, 0, gone))
+            memory = super().absorb(far.part(0, gone), memory)
         outs = []
-        for start in range(0, query.shape[2], SEGMENT):
+        for start in range(0, call.length, SEGMENT):
             part = query[:, :, start : start + SEGMENT]
-            stop = offset + start + part.shape[2]
-            near = slice(max(offset + start - self.window + 1, 0), stop)
-            window_terms = windowed_softmax(
-                part,
-                keys[:, :, near],
-                values[:, :, near],
-                _part(valid, near.start, stop),
-                scaling=scaling,
-                window=self.window,
-                causal=True,
-                sinks=sinks and replace(sinks, index=sinks.index - near.start),
-            )
-            terms, memory = self._before_window(part, keys[:, :, :stop], values[:, :, :stop], far, memory)
+            near, stop = max(offset + start - window + 1, 0), offset + start + part.shape[2]
+            seen = Call(part, tokens.part(near, stop), call.scaling)
+            moved = sinks and replace(sinks, index=sinks.index - near)
+            window_terms = windowed_softmax(seen, window=window, causal=True, sinks=moved)
+            terms, memory = self._before_window(part, far.part(0, stop), memory)
             outs.append(self._mix(window_terms, terms))
         # One token less than what leaves the tail: the newest query's window still holds it.
-        folded = max(keys.shape[2] - self.window, 0)
+        folded = max(tokens.length - window, 0)
         if memory and sinks is not None:
             memory = {**memory, **replace(sinks, valid=sinks.valid & (sinks.index < folded)).to_memory()}
         return Mixed(torch.cat(outs, 2) if len(outs) > 1 else outs[0], memory, folded)
 
-    def decode_torch(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor | None:
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor | None:
         """The ring is the window: what leaves it with the next token goes into the sums."""
-        ring = state.ring(self.window, key, value, valid)
-        ring.put(key, value, valid)
+        query, tokens = call.query, call.tokens
+        ring = state.ring(self.window, tokens)
+        ring.put(tokens)
         memory = self.memory_of(state, query)
-        rows = (query * (scaling * LOG2E)).unflatten(1, (key.shape[1], -1)).squeeze(3)
+        rows = (query * (call.scaling * LOG2E)).unflatten(1, (tokens.keys.shape[1], -1)).squeeze(3)
         logits = rows @ ring.keys.to(query.dtype).transpose(-1, -2)
         near, visible = ring.values.to(query.dtype), ring.filled
         if self.num_sinks:
@@ -195,78 +181,66 @@ class LolcatsAttention(LinearAttentionModule):
         terms = softmax_terms(logits, visible[:, None, None], near)
         window_terms = SoftmaxTerms(*(term.flatten(1, 2).unsqueeze(2) for term in terms))
         out = self._mix(window_terms, memory_terms(self.query_map(query), memory))
-        keys, values, leaves = ring.leaving(valid)
-        self.absorb_in_place(memory, keys.to(query.dtype), values.to(query.dtype), leaves)
+        self.absorb_in_place(ring.leaving(tokens.valid).to(query.dtype), memory)
         return out
 
-    def absorb_in_place(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+    def absorb_in_place(self, tokens: Tokens, memory: Memory) -> None:
         """Add one token of every row to the sinks or to the running sums."""
-        _, sinks, far = self._without_sinks(memory, keys, values, valid)
-        super().absorb_in_place(memory, keys, values, far)
+        _, sinks, far = self._without_sinks(tokens, memory)
+        super().absorb_in_place(far, memory)
         if sinks is not None:
             for name, tensor in sinks.to_memory().items():
                 memory[name].copy_(tensor)
 
     @needs_package
-    def decode_triton(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor | None:
+    def decode_triton(self, call: Call, state: AttentionState) -> Tensor | None:
         """One launch, with the published map inside."""
-        if self.implementation != "triton" and query.device.type != "cuda":
+        if self.implementation != "triton" and call.query.device.type != "cuda":
             return None
-        query, key, value = in_one_dtype(query, key, value)
+        call = call.in_one_dtype()
+        tensors = call.query, call.tokens.keys, call.tokens.values
         problem = self.without_kernels()
         if problem is None and self.query_map.name != "hedgehog":
             problem = f"single tokens are mapped by 'hedgehog' in the kernel, not by {self.query_map.name!r}"
-        problem = problem or step_problem(query, key, value, self.query_map.weight)
+        problem = problem or step_problem(*tensors, self.query_map.weight)
         # Where Triton was asked for, the kernels that take chunks serve what they can of this, and refuse the rest.
         if self.implementation == "triton" and problem is not None:
             return None
-        if not use_triton(self.implementation, problem, query.device):
+        if not use_triton(self.implementation, problem, call.query.device):
             return None
-        ring = state.ring(self.window, key, value, valid)
-        memory = self.memory_of(state, query.float())
+        ring = state.ring(self.window, call.tokens)
+        memory = self.memory_of(state, call.query.float())
         sums = memory["key_values"], memory["normalizer"]
-        maps = self.query_map.weight, self.key_map.weight
-        tensors = query, key, value, ring, *sums, *maps, self._gamma(torch.float32)
-        return decode_step(*tensors, valid, scaling=scaling, absolute=self.is_absolute)
+        weights = self.query_map.weight, self.key_map.weight, self._gamma(torch.float32)
+        read = *tensors, ring, *sums, *weights, call.tokens.valid
+        return decode_step(*read, scaling=call.scaling, absolute=self.is_absolute)
 
     @needs_package
-    def attend_triton(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Tensor | None:
+    def attend_triton(self, call: Call, memory: Memory) -> Tensor | None:
         """Both terms in one kernel, the published map inside where it fits, else on features mapped before."""
-        query, keys, values = in_one_dtype(query, keys, values)
-        if self.left_out or not self.runs_in_triton(query, keys, values):
+        call = call.in_one_dtype()
+        if self.left_out or not self.runs_in_triton(call):
             return None
-        exact = torch.promote_types(query.dtype, torch.float32)
-        gone = max(keys.shape[2] - query.shape[2] - self.window, 0)
+        query, exact = call.query, torch.promote_types(call.query.dtype, torch.float32)
+        gone = max(call.past - self.window, 0)
         if gone:
-            leaving = keys[:, :, :gone].to(exact), values[:, :, :gone].to(exact)
-            memory = self.absorb(memory, *leaving, _part(valid, 0, gone))
-            keys, values, valid = keys[:, :, gone:], values[:, :, gone:], _part(valid, gone, keys.shape[2])
+            memory = self.absorb(call.tokens.part(0, gone).to(exact), memory)
+        tokens = call.tokens.part(gone)
         weights: tuple[Tensor, Tensor] = self.query_map.weight, self.key_map.weight
-        is_fused = self.query_map.name == "hedgehog" and fused_problem(query, values, weights[0]) is None
+        is_fused = self.query_map.name == "hedgehog" and fused_problem(query, tokens.values, weights[0]) is None
         if not is_fused:
-            weights = self.query_map(query.to(exact)), self.key_features(keys.to(exact), valid)
+            weights = self.query_map(query.to(exact)), self.key_features(tokens.to(exact))
         attend = hedgehog_window_linear if is_fused else hybrid_window_linear
         return attend(
             query,
-            keys,
-            values,
+            tokens.keys,
+            tokens.values,
             *weights,
             self._gamma(torch.float32),
-            scaling=scaling,
+            scaling=call.scaling,
             window=self.window,
             absolute=self.is_absolute,
-            start=padding_before(valid),
+            start=padding_before(tokens.valid),
             memory=(memory["key_values"], memory["normalizer"]) if memory else None,
         )
 
@@ -291,15 +265,13 @@ class LolcatsAttention(LinearAttentionModule):
         """As for every linear method, and with sinks; no property, for torch.compile cannot follow `super()` to one."""
         return super().without_kernels() or ("sinks are kept beside the window" if self.num_sinks else None)
 
-    def _without_sinks(
-        self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None
-    ) -> tuple[Memory, Sinks | None, Tensor | None]:
-        """The running sums of a memory, the sinks of memory and keys, and `[batch, S]`: which keys become linear."""
+    def _without_sinks(self, tokens: Tokens, memory: Memory) -> tuple[Memory, Sinks | None, Tokens]:
+        """The running sums of a memory, the sinks of memory and tokens, and the tokens that become linear."""
         if not self.num_sinks:
-            return memory, None, valid
+            return memory, None, tokens
         sums = {name: memory[name] for name in super().memory_shapes()} if memory else {}
-        far = real_tokens(keys, valid) & ~sink_tokens(self.num_sinks, memory, keys, valid)
-        return sums, first_tokens(self.num_sinks, memory, keys, values, valid), far
+        far = tokens.having(tokens.real & ~sink_tokens(self.num_sinks, memory, tokens))
+        return sums, first_tokens(self.num_sinks, memory, tokens), far
 
     def _naive_sinks(
         self, memory: Memory, keys: Tensor, values: Tensor, visible: Tensor
@@ -310,29 +282,25 @@ class LolcatsAttention(LinearAttentionModule):
         filled = filled_sinks(memory)[:, None, None].expand(-1, -1, visible.shape[2], -1)
         return keys, values, torch.cat([filled, visible.expand(len(filled), -1, -1, -1)], -1)
 
-    def _before_window(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, memory: Memory
-    ) -> tuple[Terms | None, Memory]:
+    def _before_window(self, query: Tensor, tokens: Tokens, memory: Memory) -> tuple[Terms | None, Memory]:
         """Linear terms of the tokens that left each query's window; None while there are none.
 
         Query `t` of T adds the token `window` before it; what is older is in `memory`.
         """
-        length, reach = query.shape[2], keys.shape[2] - self.window
+        length, reach = query.shape[2], tokens.length - self.window
         if reach <= 0:
             return memory_terms(self.query_map(query), memory) if memory else None, memory
-        leaving = slice(max(reach - length, 0), reach)
-        features = self.key_features(keys[:, :, leaving], _part(valid, leaving.start, reach))
+        leaving = tokens.part(max(reach - length, 0), reach)
         # Queries at the very start have nothing behind their window.
-        missing = (0, 0, length - features.shape[2], 0)
-        return causal_linear(
-            self.query_map(query), F.pad(features, missing), F.pad(values[:, :, leaving], missing), memory
-        )
+        missing = (0, 0, length - leaving.length, 0)
+        features, values = (F.pad(t, missing) for t in (self.key_features(leaving), leaving.values))
+        return causal_linear(self.query_map(query), features, values, memory)
 
-    def _outside_window(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Terms:
+    def _outside_window(self, query: Tensor, tokens: Tokens) -> Terms:
         """Linear terms behind and ahead of a window that looks both ways."""
-        behind, _ = self._before_window(query, keys, values, valid, {})
-        mirrored = None if valid is None else valid.flip(1)
-        ahead, _ = self._before_window(query.flip(2), keys.flip(2), values.flip(2), mirrored, {})
+        behind, _ = self._before_window(query, tokens, {})
+        mirrored = None if tokens.valid is None else tokens.valid.flip(1)
+        ahead, _ = self._before_window(query.flip(2), Tokens(tokens.keys.flip(2), tokens.values.flip(2), mirrored), {})
         if behind is None or ahead is None:
             nothing = torch.zeros_like(query[..., :1])
             return nothing, nothing
@@ -365,7 +333,3 @@ class LolcatsAttention(LinearAttentionModule):
         """`[num_heads]`: γ, or its logarithm to base 2 where window terms are absolute."""
         mixing = self.mixing.to(dtype)
         return mixing * (LOG_STEP * LOG2E) if self.is_absolute else mixing.sigmoid()
-
-
-def _part(valid: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if valid is None else valid[:, start:stop]

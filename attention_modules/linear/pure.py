@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..contract import Memory
 from ..kernels.chunk_linear.forward import chunk_linear
-from ..kernels.selection import in_one_dtype, needs_package
+from ..kernels.selection import needs_package
 from ..padding import padding_before
 from ..state import AttentionState, Mixed
+from ..tokens import Call
 from .base import LinearAttentionModule, causal_mask
 from .chunked import SEGMENT, causal_linear, linear_sums, memory_terms
 
@@ -28,75 +29,55 @@ class PureLinearModule(LinearAttentionModule):
     def combine(self, numerator: Tensor, denominator: Tensor) -> Tensor:
         """What becomes of the two sums, `[..., T, value_dim]` and `[..., T, 1]`."""
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """All products written out."""
-        features, weights = self.naive_products(query, keys, valid)
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        features, weights = self.naive_products(call)
         if self.geometry.causal:
-            weights = weights.masked_fill(~causal_mask(weights.shape[-2], weights.shape[-1], query.device), 0.0)
-        numerator, denominator = weights @ self.repeat_values(values), weights.sum(-1, keepdim=True)
+            weights = weights.masked_fill(~causal_mask(call.length, call.tokens.length, weights.device), 0.0)
+        numerator, denominator = weights @ self.repeat_values(call.tokens.values), weights.sum(-1, keepdim=True)
         if memory:
             past_numerator, past_denominator = memory_terms(features, memory)
             numerator, denominator = numerator + past_numerator, denominator + past_denominator
         return self.combine(numerator, denominator)
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor | Mixed:
-        """Chunked."""
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor | Mixed:
+        """A segment of queries at a time, each in chunks."""
+        query, tokens, past = call.query, call.tokens, call.past
         if not self.geometry.causal:
-            memory = linear_sums(self.key_features(keys, valid), values)
+            memory = linear_sums(self.key_features(tokens), tokens.values)
             return self.combine(*memory_terms(self.query_map(query), memory))
-        past = keys.shape[2] - query.shape[2]
         if past:
-            memory = self.absorb(
-                memory, keys[:, :, :past], values[:, :, :past], None if valid is None else valid[:, :past]
-            )
+            memory = self.absorb(tokens.part(0, past), memory)
         outs = []
-        for start in range(0, query.shape[2], SEGMENT):
-            now = slice(past + start, past + start + SEGMENT)
-            key_features = self.key_features(keys[:, :, now], None if valid is None else valid[:, now])
+        for start in range(0, call.length, SEGMENT):
+            now = tokens.part(past + start, past + start + SEGMENT)
             features = self.query_map(query[:, :, start : start + SEGMENT])
-            terms, memory = causal_linear(features, key_features, values[:, :, now], memory)
+            terms, memory = causal_linear(features, self.key_features(now), now.values, memory)
             outs.append(self.combine(*terms))
-        return Mixed(torch.cat(outs, 2), memory, keys.shape[2])
+        return Mixed(torch.cat(outs, 2), memory, tokens.length)
 
-    def decode_torch(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, state: AttentionState
-    ) -> Tensor:
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
         """Sums are added to, then read."""
-        state.ring(0, key, value, valid).advance(valid)
-        memory = self.memory_of(state, query)
-        self.absorb_in_place(memory, key.to(query.dtype), value.to(query.dtype), valid)
-        return self.combine(*memory_terms(self.query_map(query), memory))
+        state.ring(0, call.tokens).advance(call.tokens.valid)
+        memory = self.memory_of(state, call.query)
+        self.absorb_in_place(call.tokens.to(call.query.dtype), memory)
+        return self.combine(*memory_terms(self.query_map(call.query), memory))
 
     @needs_package
-    def attend_triton(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Mixed | None:
-        """Chunked in Triton, on features mapped before it."""
-        query, keys, values = in_one_dtype(query, keys, values)
-        if not self.runs_in_triton(query, keys, values):
+    def attend_triton(self, call: Call, memory: Memory) -> Mixed | None:
+        """Chunked, on features mapped before it."""
+        call = call.in_one_dtype()
+        if not self.runs_in_triton(call):
             return None
+        query, folded = call.query, call.tokens.length
         exact = torch.promote_types(query.dtype, torch.float32)
-        folded, past = keys.shape[2], keys.shape[2] - query.shape[2]
-        if past:
-            leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
-            memory = self.absorb(memory, *leaving, None if valid is None else valid[:, :past])
-            keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
+        if call.past:
+            memory = self.absorb(call.tokens.part(0, call.past).to(exact), memory)
+        tokens = call.tokens.part(call.past)
         (numerator, denominator), (sums, normalizer) = chunk_linear(
             self.query_map(query.to(exact)).to(query.dtype),
-            self.key_features(keys.to(exact), valid).to(query.dtype),
-            values,
-            start=padding_before(valid),
+            self.key_features(tokens.to(exact)).to(query.dtype),
+            tokens.values,
+            start=padding_before(tokens.valid),
             memory=(memory["key_values"], memory["normalizer"]) if memory else None,
             implementation="triton",
         )

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
-from ..kernels.selection import in_one_dtype, needs_package, problem_with, use_chunks
+from ..kernels.selection import needs_package, problem_with, use_chunks
 from ..padding import padding_before
 from ..state import Mixed
+from ..tokens import Call, Tokens
 from ..weights import Statistic
 from .chunked import SEGMENT
 from .output import HeadNorm, LowRankLinear
@@ -145,60 +146,28 @@ class RecurrentModule(AttentionModule):
         """The state after some tokens, without their outputs."""
         return decayed_sums(keys, values, signals["log_decay"], state)
 
-    def attend_naive(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Tensor:
-        """By definition."""
-        return self._attend(self.steps, query, keys, values, valid, scaling, memory, signals).out
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        return self._attend(self.steps, call, memory).out
 
-    def attend_torch(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Mixed:
-        """In chunks."""
-        return self._attend(self.chunks, query, keys, values, valid, scaling, memory, signals)
+    def attend_torch(self, call: Call, memory: Memory) -> Mixed:
+        return self._attend(self.chunks, call, memory)
 
     @needs_package
-    def attend_triton(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        **signals: Tensor,
-    ) -> Mixed | None:
-        """In chunks in Triton; queries, keys and values keep their dtype, gates and the state are exact."""
-        query, keys, values = in_one_dtype(query, keys, values)
-        problem = problem_with(query, keys, values, dims=(query.shape[-1], values.shape[-1]))
+    def attend_triton(self, call: Call, memory: Memory) -> Mixed | None:
+        """In chunks; queries, keys and values keep their dtype, gates and the state are exact."""
+        call = call.in_one_dtype()
+        query, tokens = call.query, call.tokens
+        problem = problem_with(query, tokens.keys, tokens.values, dims=(query.shape[-1], tokens.values.shape[-1]))
         if not use_chunks(self.implementation, problem, query):
             return None
-        exact, folded = torch.promote_types(query.dtype, torch.float32), keys.shape[2]
-        past = folded - query.shape[2]
-        if past:
-            before = {name: t[:, :, :past] for name, t in signals.items()}
-            leaving = keys[:, :, :past].to(exact), values[:, :, :past].to(exact)
-            memory = self.absorb(memory, *leaving, None if valid is None else valid[:, :past], **before)
-            keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
-            signals = {name: t[:, :, past:] for name, t in signals.items()}
-        keys, signals = self._keys(keys.to(exact), valid, signals)
-        queries = (self.activate(query.to(exact)) * self.query_scaling(scaling)).to(query.dtype)
-        start, state = padding_before(valid), memory.get("state")
-        out, state = self.run_kernels(queries, keys.to(query.dtype), values, signals, start, state)
+        exact, folded = torch.promote_types(query.dtype, torch.float32), tokens.length
+        if call.past:
+            memory = self.absorb(tokens.part(0, call.past).to(exact), memory)
+        tokens = tokens.part(call.past)
+        keys, signals = self._keys(tokens.to(exact))
+        queries = (self.activate(query.to(exact)) * self.query_scaling(call.scaling)).to(query.dtype)
+        start, state = padding_before(tokens.valid), memory.get("state")
+        out, state = self.run_kernels(queries, keys.to(query.dtype), tokens.values, signals, start, state)
         return Mixed(self.combine(out), {"state": state}, folded)
 
     @needs_package
@@ -215,28 +184,17 @@ class RecurrentModule(AttentionModule):
         ones = self.memory_shapes()["state"][-1] > values.shape[-1]
         return decayed_kernels(queries, keys, values, signals["log_decay"], start, state, ones=ones)
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None, **signals: Tensor) -> Memory:
-        """Take tokens into the state."""
-        return {"state": self.update(*self._inputs(keys, values, valid, signals), memory.get("state"))}
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
+        return {"state": self.update(*self._inputs(tokens), memory.get("state"))}
 
-    def _attend(
-        self,
-        run: Mixing,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        memory: Memory,
-        signals: Memory,
-    ) -> Mixed:
-        keys, values, signals = self._inputs(keys, values, valid, signals)
+    def _attend(self, run: Mixing, call: Call, memory: Memory) -> Mixed:
+        keys, values, signals = self._inputs(call.tokens)
         state = memory.get("state")
-        past, length = keys.shape[2] - query.shape[2], keys.shape[2]
+        past, length = call.past, call.tokens.length
         if past:
             before = {name: t[:, :, :past] for name, t in signals.items()}
             state = self.update(keys[:, :, :past], values[:, :, :past], before, state)
-        queries = (self.activate(query) * self.query_scaling(scaling)).unflatten(1, (self.key_heads, -1))
+        queries = (self.activate(call.query) * self.query_scaling(call.scaling)).unflatten(1, (self.key_heads, -1))
         outs = []
         for start in range(past, length, SEGMENT):
             now = slice(start, start + SEGMENT)
@@ -247,25 +205,23 @@ class RecurrentModule(AttentionModule):
             outs.append(out)
         return Mixed(self.combine(torch.cat(outs, 3).flatten(1, 2)), memory, length)
 
-    def _inputs(
-        self, keys: Tensor, values: Tensor, valid: Tensor | None, signals: Memory
-    ) -> tuple[Tensor, Tensor, Memory]:
+    def _inputs(self, tokens: Tokens) -> tuple[Tensor, Tensor, Memory]:
         """Activated keys and prepared values for each state, and signals."""
-        keys, signals = self._keys(keys, valid, signals)
-        values = self.prepare_values(values)
+        keys, signals = self._keys(tokens)
+        values = self.prepare_values(tokens.values)
         repeats = self.key_heads // self.geometry.num_kv_heads
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         return keys, values, signals
 
-    def _keys(self, keys: Tensor, valid: Tensor | None, signals: Memory) -> tuple[Tensor, Memory]:
+    def _keys(self, tokens: Tokens) -> tuple[Tensor, Memory]:
         """Activated keys, and signals; padding neither enters the state nor lets it fade."""
-        if valid is None:
-            return self.activate(keys), signals
-        padding = ~valid[:, None, :, None]
+        if tokens.valid is None:
+            return self.activate(tokens.keys), tokens.signals
+        padding = ~tokens.valid[:, None, :, None]
         # Once before the activation, which may overflow on padding, and once after, which may not keep zeros.
-        keys = self.activate(keys.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
-        return keys, {name: t.masked_fill(padding, 0.0) for name, t in signals.items()}
+        keys = self.activate(tokens.keys.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
+        return keys, {name: t.masked_fill(padding, 0.0) for name, t in tokens.signals.items()}
 
     def finish(self, out: Tensor, hidden_states: Tensor | None) -> Tensor:
         """Norm and gate."""

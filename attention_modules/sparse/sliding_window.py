@@ -9,7 +9,8 @@ from torch import Tensor
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..registry import register
-from ..sinks import Sinks, filled_sinks, first_tokens, real_tokens, sink_shapes, sink_tokens
+from ..sinks import Sinks, filled_sinks, first_tokens, sink_shapes, sink_tokens
+from ..tokens import Call, Tokens
 from ..weights import Statistic, share_outside
 from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
 
@@ -49,9 +50,9 @@ class SlidingWindowAttention(AttentionModule):
         """The sinks."""
         return sink_shapes(self.geometry, self.options.num_sinks) if self.options.num_sinks else {}
 
-    def absorb(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Memory:
+    def absorb(self, tokens: Tokens, memory: Memory) -> Memory:
         """Keep the first real tokens, let the rest go."""
-        sinks = self._sinks(memory, keys, values, valid)
+        sinks = self._sinks(tokens, memory)
         return memory if sinks is None else sinks.to_memory()
 
     def statistics(
@@ -70,42 +71,33 @@ class SlidingWindowAttention(AttentionModule):
         share = Statistic("sink share", meaning, "head", "percent", outside)
         return {share.name: share}
 
-    def attend_naive(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
-        """All weights written out."""
-        num_queries, num_keys = query.shape[2], keys.shape[2]
-        causal, groups = self.geometry.causal, self.geometry.num_groups
-        visible = window_mask(num_queries, num_keys, self.options.window, causal=causal, device=query.device)
-        sink_columns = sink_tokens(self.options.num_sinks, memory, keys, valid)[:, None, :]
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        tokens, keys, values = call.tokens, call.tokens.keys, call.tokens.values
+        causal, groups, device = self.geometry.causal, self.geometry.num_groups, keys.device
+        visible = window_mask(call.length, tokens.length, self.options.window, causal=causal, device=device)
+        sink_columns = sink_tokens(self.options.num_sinks, memory, tokens)[:, None, :]
         if causal:
-            sink_columns = sink_columns & window_mask(num_queries, num_keys, num_keys, causal=True, device=query.device)
-        visible = (visible | sink_columns) & real_tokens(keys, valid)[:, None, :]
+            sink_columns = sink_columns & window_mask(
+                call.length, tokens.length, tokens.length, causal=True, device=device
+            )
+        visible = (visible | sink_columns) & tokens.real[:, None, :]
         if memory:
             keys = torch.cat([memory["sink_keys"], keys], 2)
             values = torch.cat([memory["sink_values"], values], 2)
-            visible = torch.cat([filled_sinks(memory)[:, None, :].expand(-1, num_queries, -1), visible], -1)
-        logits = query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * (scaling * LOG2E)
+            visible = torch.cat([filled_sinks(memory)[:, None, :].expand(-1, call.length, -1), visible], -1)
+        logits = call.query @ keys.repeat_interleave(groups, 1).transpose(-1, -2) * (call.scaling * LOG2E)
         numerator, denominator, _ = softmax_terms(logits, visible[:, None], values.repeat_interleave(groups, 1))
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
 
-    def attend_torch(
-        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, memory: Memory
-    ) -> Tensor:
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         """Blocks of the window, with the sinks beside every block."""
+        sinks = self._sinks(call.tokens, memory)
         numerator, denominator, _ = windowed_softmax(
-            query,
-            keys,
-            values,
-            valid,
-            scaling=scaling,
-            window=self.options.window,
-            causal=self.geometry.causal,
-            sinks=self._sinks(memory, keys, values, valid),
+            call, window=self.options.window, causal=self.geometry.causal, sinks=sinks
         )
         return numerator / denominator.clamp_min(torch.finfo(numerator.dtype).tiny)
 
-    def _sinks(self, memory: Memory, keys: Tensor, values: Tensor, valid: Tensor | None) -> Sinks | None:
+    def _sinks(self, tokens: Tokens, memory: Memory) -> Sinks | None:
         """Those of memory and keys together; None where the method keeps none."""
         sinks = self.options.num_sinks
-        return first_tokens(sinks, memory, keys, values, valid) if sinks else None
+        return first_tokens(sinks, memory, tokens) if sinks else None

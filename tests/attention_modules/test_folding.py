@@ -10,7 +10,7 @@ import torch
 from invariants import BASE, ROWS, Row, attend, build, causal_rows, close, part, tokens, with_and_without_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnconv.attention_modules import AttentionModule
+from attnconv.attention_modules import AttentionModule, Tokens
 from attnconv.attention_modules.linear.base import STRETCH, LinearAttentionModule
 from attnconv.attention_modules.linear.recurrent import RecurrentModule
 
@@ -48,9 +48,9 @@ def absorbed(module: AttentionModule, monkeypatch: pytest.MonkeyPatch) -> list[i
     counts: list[int] = []
     absorb = module.absorb
 
-    def counted(memory: dict[str, torch.Tensor], keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.append(keys.shape[2])
-        return absorb(memory, keys, *args, **kwargs)
+    def counted(given: Tokens, memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        counts.append(given.length)
+        return absorb(given, memory)
 
     monkeypatch.setattr(module, "absorb", counted)
     return counts
@@ -112,9 +112,9 @@ def test_long_stretches_are_absorbed_in_parts() -> None:
     keys, values = inputs["key"], inputs["value"]
     valid = torch.arange(keys.shape[2])[None] >= 50
     with Largest() as largest:
-        memory = module.absorb({}, keys, values, valid)
+        memory = module.absorb(Tokens(keys, values, valid), {})
     assert largest.numbers <= BASE.num_heads * module.memory_shapes()["normalizer"][-1] * STRETCH
-    features = module.key_features(keys, valid)
+    features = module.key_features(Tokens(keys, values, valid))
     close(memory["normalizer"], features.sum(2))
     close(memory["key_values"], features.transpose(-1, -2) @ values.repeat_interleave(BASE.num_groups, 1))
 
@@ -131,8 +131,7 @@ def fold(implementation, dtype, method, options):
     shapes = (2, 40, 16), (1, 40, 16), (1, 40, 24)
     tensors = [torch.randn(2, *shape).bfloat16().to(dtype) for shape in shapes]
     absorb, counts = module.absorb, []
-    module.absorb = lambda memory, keys, *args, **kwargs: (
-        counts.append(keys.shape[2]), absorb(memory, keys, *args, **kwargs))[1]
+    module.absorb = lambda tokens, memory: (counts.append(tokens.length), absorb(tokens, memory))[1]
     mask = torch.arange(40) >= torch.tensor([[13], [0]])
     state = module.new_state()
     hidden = torch.randn(2, 40, 12)

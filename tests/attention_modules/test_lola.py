@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from attnconv.attention_modules import AttentionModule, Geometry, create
+from attnconv.attention_modules import AttentionModule, Call, Geometry, Tokens, create
 from attnconv.attention_modules.paths import leaving_out
 from attnconv.recipes import Recipe, load_recipe
 from attnconv.runs import embedded_model_path, run_conversion
@@ -98,8 +98,9 @@ def test_the_weights_are_those_of_the_output_and_need_the_values() -> None:
     with pytest.raises(ValueError, match="chooses tokens by their values"):
         module.attention_weights(query, key, scaling=SCALING)
     naive = core(cache_size=6, implementation="naive")
+    units = torch.eye(40).double().expand(2, 2, 40, 40)
     with pytest.raises(ValueError, match="chooses tokens by their values"):
-        naive.attend_naive(query, key, torch.eye(40).double().expand(2, 2, 40, 40), None, SCALING, {})
+        naive.attend_naive(Call(query, Tokens(key, units), SCALING), {})
 
 
 @pytest.mark.parametrize("implementation", ["naive", "torch"])

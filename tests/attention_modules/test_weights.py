@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnconv.attention_modules import AttentionModule, Geometry, create
+from attnconv.attention_modules import AttentionModule, Call, Geometry, Tokens, create
 from attnconv.attention_modules.paths import leaving_out
 from attnconv.attention_modules.weights import density, response_weights
 
@@ -72,7 +72,7 @@ def test_lolcats_is_its_oracle_and_says_its_linear_share() -> None:
     naive = create("lolcats", Geometry(4, 2, 16, 40), window=5, implementation="naive").double()
     naive.load_state_dict(module.state_dict())
     units = torch.eye(40, dtype=torch.float64).expand(2, 2, 40, 40)
-    torch.testing.assert_close(weights, naive.attend_naive(query, key, units, None, SCALING, {}))
+    torch.testing.assert_close(weights, naive.attend_naive(Call(query, Tokens(key, units), SCALING), {}))
     share = module.statistics(query, key, scaling=SCALING)["linear share"]
     gap = torch.arange(40)[:, None] - torch.arange(40)
     torch.testing.assert_close(share.values, (weights * (gap >= 5)).sum(-1).mean((0, 2)))

@@ -6,7 +6,7 @@ import torch
 from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
 from torch import Tensor
 
-from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules import Call, Geometry, Tokens, create
 from attnconv.attention_modules.kernels.window_linear.fused import hedgehog_window_linear
 from attnconv.attention_modules.kernels.window_linear.hybrid import hybrid_window_linear
 from attnconv.attention_modules.linear.lolcats import LOG_STEP
@@ -62,11 +62,12 @@ class Hybrid:
 
             def call(_: Tensor) -> Tensor:
                 tensors = x["query"], x["key"], x["value"]
+                given = Tokens(*tensors[1:], valid)
                 if x["query"].dtype == torch.float64:
-                    return module.attend_naive(*tensors, valid, 0.3, memory)
+                    return module.attend_naive(Call(tensors[0], given, 0.3), memory)
                 maps: tuple[Tensor, Tensor] = module.query_map.weight, module.key_map.weight
                 if not self.fused:
-                    maps = module.query_map(tensors[0]), module.key_features(tensors[1], valid)
+                    maps = module.query_map(tensors[0]), module.key_features(given)
                 function = hedgehog_window_linear if self.fused else hybrid_window_linear
                 return function(
                     *tensors,

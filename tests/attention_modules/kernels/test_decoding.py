@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from attnconv.attention_modules import AttentionState, Geometry, create
+from attnconv.attention_modules import AttentionState, Call, Geometry, Tokens, create
 from attnconv.attention_modules.kernels import selection
 
 SCRIPT = Path(__file__).with_name("decoding.py")
@@ -74,6 +74,6 @@ def test_why_no_kernel_decodes_is_said_once_on_a_gpu(
         query, key, value = (torch.empty(1, heads, 1, 16, device=device) for heads in (2, 1, 1))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert module.decode_triton(query, key, value, None, 0.3, module.new_state()) is None
+            assert module.decode_triton(Call(query, Tokens(key, value), 0.3), module.new_state()) is None
     expected = [f"attention falls back to torch: {reason}"] if device == "cuda" else []
     assert [record.message for record in caplog.records] == expected
