@@ -67,6 +67,10 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it appears when all is done.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option("--resume-from", metavar="DIR", help="Go on with the conversion that was to write DIR."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a conversion that is there.")] = False,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Accept what a method drops.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -78,8 +82,6 @@ def convert(
     device: Device = None,
 ) -> None:
     """Convert a model by a recipe, heal it, and save it."""
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
     if private and push is None:
         raise typer.BadParameter("--private needs --push REPO")
     session = session_of(ctx)
@@ -98,6 +100,7 @@ def convert(
             loaded,
             output,
             resume=resume,
+            resume_from=resume_from,
             overwrite=overwrite,
             allow_lossy=allow_lossy,
             trust_remote_code=trust_remote_code,

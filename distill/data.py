@@ -155,7 +155,8 @@ def read_rows(section: DataSection) -> Iterator[dict[str, Any]]:
     source = name_of(section)
     try:
         if section.path is None:
-            dataset = load_dataset(section.hub, section.name, split=section.split or "train", streaming=True)
+            options = {} if section.revision is None else {"revision": section.revision}
+            dataset = load_dataset(section.hub, section.name, split=section.split or "train", streaming=True, **options)
         else:
             builder, options = _builder(Path(section.path), images=section.image_field is not None)
             dataset = load_dataset(builder, split="train", streaming=True, **options)

@@ -14,9 +14,10 @@ from ..attention_modules.paths import leaving_out, paths_of
 from ..convert.planning.plan import Plan
 from ..convert.reading.checkpoint import Checkpoint, load_model
 from ..convert.surgery.swap import apply_plan
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..evaluate import perplexity
-from ..recipes import FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
+from ..files.digests import FileDigests
+from ..recipes import DataSection, FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
 from ..runs.evaluation_tokens import evaluation_tokens
 from ..runs.work_folder import StageState, WorkFolder, fingerprint
 from .data import TokenStream
@@ -51,6 +52,7 @@ class Run:
         team: The processes that share the run.
         work: The run's work folder.
         progress: Whom to tell.
+        weights: Digests of the teacher's weight files, None where they are taken while the files are copied.
         measured: What was measured so far, under the names that the work folder keeps it by.
     """
 
@@ -61,6 +63,7 @@ class Run:
     team: Team
     work: WorkFolder
     progress: Progress
+    weights: FileDigests | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
     def stream(self, stage: Stage) -> TokenStream | ImageStream:
@@ -69,7 +72,7 @@ class Run:
         Raises:
             TrainingError: The model has no tokenizer to read text with, or no image processor.
         """
-        section = stage.data or self.recipe.data
+        section = self._pinned(stage.data or self.recipe.data)
         if section is not None and section.image_field is not None:
             processor = getattr(self.tokenizer, "image_processor", self.tokenizer)
             if not isinstance(processor, BaseImageProcessor):
@@ -80,6 +83,23 @@ class Run:
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase) or section is None:
             raise TrainingError(f"{self.checkpoint.source} has no tokenizer, so a stage cannot read text for it.")
         return TokenStream(section, self.tokenizer)
+
+    def _pinned(self, section: DataSection | None) -> DataSection | None:
+        """A section with the commit of its Hub data set that the run began with, if that is known."""
+        commit = None if section is None else self.measured.get("revisions", {}).get(section.hub)
+        if section is None or commit is None or section.revision is not None:
+            return section
+        return section.model_copy(update={"revision": commit})
+
+    def check_weights(self) -> None:
+        """Refuse to go on with a teacher whose files are no longer those that the run began with.
+
+        Raises:
+            CheckpointError: A weight file was changed.
+        """
+        changed = [] if self.weights is None else self.weights.changed()
+        if changed:
+            raise CheckpointError(f"{changed[0]} was changed while the run was reading it: start the conversion again")
 
     @property
     def seed(self) -> int:
@@ -185,6 +205,7 @@ def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) ->
     """
     run.progress.phase("Loading the model")
     model = load_model(run.checkpoint, dtype=dtype, device=run.team.device)
+    run.check_weights()
     run.progress.end()
     if first_time:
         measure(run, model, "teacher")

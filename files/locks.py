@@ -19,6 +19,13 @@ class FolderLock:
         self._descriptor = descriptor
         self.held = descriptor is not None
 
+    def is_on(self, folder: Path) -> bool:
+        """Whether the folder of this name is still the one that was locked."""
+        try:
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), folder.stat())
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
         if self._descriptor is not None:

@@ -15,6 +15,7 @@ class DataSection(Section):
         hub: id of a data set on the Hugging Face Hub, read as a stream.
         embedded: the sample that comes with the package.
         name: configuration of the Hub data set.
+        revision: branch, tag or commit of the Hub data set; null = its newest, which a run then keeps to its end.
         split: split of the Hub data set or of the embedded sample; null = train.
         field: field of each row that holds the text.
         image_field: field of each row that holds an image, `image` for a folder; null = the data are text.
@@ -25,6 +26,7 @@ class DataSection(Section):
     hub: Text | None = None
     embedded: bool = False
     name: Text | None = None
+    revision: Text | None = None
     split: Text | None = None
     field: Text = "text"
     image_field: Text | None = None
@@ -35,6 +37,8 @@ class DataSection(Section):
         exactly_one({"path": self.path is not None, "hub": self.hub is not None, "embedded": self.embedded})
         if self.name is not None and self.hub is None:
             raise ValueError("name is the configuration of a Hub data set and needs hub")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision is the commit of a Hub data set and needs hub")
         if self.split is not None and self.path is not None:
             raise ValueError("split belongs to hub or embedded; a file has no splits")
         if self.image_field is not None and self.embedded:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from ..distill.progress import Progress, Silent
 from ..distill.team import find_team
 from ..distill.trainee import Trainee
 from ..errors import TrainingError
-from ..files.output_folder import atomic_folder, check_output
+from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output
 from ..recipes import Recipe
-from .work_folder import WorkFolder, fingerprint
+from .identity import digest_weights, find_revisions, run_identity
+from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def run_conversion(
     output: str | Path,
     *,
     resume: bool = False,
+    resume_from: str | Path | None = None,
     overwrite: bool = False,
     allow_lossy: bool = False,
     trust_remote_code: bool = False,
@@ -94,8 +97,10 @@ def run_conversion(
         source: A folder, a `.gguf` file or a Hub id.
         recipe: The recipe.
         output: The folder to write; it appears when all is done.
-        resume: Go on with an interrupted conversion; the result is bit for bit that of an uninterrupted one.
-        overwrite: Replace an earlier result, and give up an unfinished one.
+        resume: Go on with an interrupted conversion; the result is bit for bit that of an uninterrupted one. What the
+            recipe says about saving and reporting may be another than before, all else must be as it was.
+        resume_from: Go on with the conversion that was to write this other output, or that has this work folder.
+        overwrite: Replace an earlier result, and give up an unfinished one unless it is resumed.
         allow_lossy: Accept that a method leaves out soft caps, sinks or biases of the model.
         trust_remote_code: Let the checkpoint's own Python code define the model.
         self_contained: Write a modeling file that loads the result without attnconv.
@@ -114,33 +119,48 @@ def run_conversion(
     if self_contained:
         check_self_contained(checkpoint.architecture)
     plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
-    progress.end()
+    if not _streams(recipe, checkpoint):
+        progress.phase("Taking the weights' digests")
     run = Run(
         checkpoint=checkpoint,
         plan=plan,
         recipe=recipe,
         tokenizer=load_tokenizer(checkpoint) if recipe.stages or recipe.evaluate else None,
         team=find_team(device),
-        work=WorkFolder(output),
+        work=WorkFolder(output if resume_from is None else Path(resume_from).expanduser()),
         progress=progress,
+        weights=None if _streams(recipe, checkpoint) else digest_weights(checkpoint),
     )
-    overwrite = _begin(run, output, resume=resume, overwrite=overwrite)
+    progress.end()
+    # Only a run with stages has a work folder, and one process of a team keeps it.
+    with run.work.claimed() if recipe.stages and run.team.leads else nullcontext():
+        elsewhere = resume_from is not None
+        finished, overwrite = _begin(run, output, resume=resume or elsewhere, elsewhere=elsewhere, overwrite=overwrite)
+        if not finished:
+            _convert(run, output, overwrite=overwrite, self_contained=self_contained)
+        if run.team.leads:
+            run.work.remove()
+    run.team.wait()
+    seconds = time.monotonic() - began
+    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
+
+
+def _convert(run: Run, output: Path, *, overwrite: bool, self_contained: bool) -> None:
+    """Heal the model and put the result in its place."""
     try:
         trainee = _healed(run)
     except Exception:
         # Nothing is lost by starting over, perhaps with another recipe.
-        if recipe.stages and run.team.leads:
+        if run.recipe.stages and run.team.leads:
             run.work.remove_if_empty()
         raise
     if run.team.leads:
-        progress.phase("Saving")
+        run.progress.phase("Saving")
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write(run, trainee, folder, output, self_contained)
-        run.work.remove()
-        progress.end()
-    run.team.wait()
-    seconds = time.monotonic() - began
-    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
+            if run.recipe.stages:
+                run.work.finishing(folder / RECEIPT_FILE)
+        run.progress.end()
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
@@ -166,49 +186,54 @@ def start_distance(run: Run) -> dict[str, float]:
     }
 
 
-def _begin(run: Run, output: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Check output, data and work folder before anything slow; returns whether an earlier result is replaced."""
-    stored = run.work.measured() if resume and run.work.exists() else {}
-    overwrite = overwrite or stored.get("overwrite", False)
-    check_output(output, overwrite=overwrite)
-    if not run.recipe.stages:
-        return overwrite
-    if run.work.exists() and not (resume or overwrite):
+def _begin(run: Run, output: Path, *, resume: bool, elsewhere: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Check output, data and work folder before anything slow.
+
+    Returns:
+        Whether all is done and only the work folder was left over; whether an earlier result is replaced.
+    """
+    unfinished = bool(run.recipe.stages) and run.work.exists()
+    left_over = unfinished and not resume and run.work.is_finished(output)
+    run.team.wait()
+    if left_over:
+        # The run before was killed between its last two steps.
+        unfinished = False
+        if run.team.leads:
+            run.work.clear()
+    if elsewhere and not unfinished:
+        raise TrainingError(f"There is no unfinished run for {run.work.output}: it has no folder {run.work.path}.")
+    if unfinished and resume:
+        run.work.check(run_identity(run))
+        run.measured.update(run.work.measured())
+        if run.work.is_finished(output):
+            return True, overwrite
+        overwrite = overwrite or bool(run.measured.get("overwrite"))
+    if unfinished and not (resume or overwrite):
         raise TrainingError(
             f"{run.work.path} holds an unfinished run: go on with --resume, or start over with --overwrite."
         )
+    check_output(output, overwrite=overwrite)
+    if not run.recipe.stages:
+        return False, overwrite
     check_data(run)
     run.team.wait()
-    if stored:
-        run.work.check(_identity(run), run.recipe.model_dump(mode="json"))
-        run.measured.update(stored)
-    elif run.team.leads:
+    if run.team.leads and not (unfinished and resume):
         if resume:
             logger.warning("There is no unfinished run for %s, so the conversion starts at the beginning.", output)
-        run.work.begin(_identity(run), run.recipe.model_dump(mode="json"))
+        known = {"overwrite": overwrite, "revisions": find_revisions(run.recipe)}
+        run.work.begin(run_identity(run), known)
     run.team.wait()
+    run.measured.update(run.work.measured())
     run.record("overwrite", overwrite)
-    return overwrite
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """What must not change between a run and its continuation."""
-    weights = {shard.name: shard.nbytes for shard in run.checkpoint.shards}
-    model = json.dumps([dict(run.checkpoint.config_dict), weights], sort_keys=True, default=str)
-    return {
-        "recipe": fingerprint(run.recipe.to_yaml()),
-        "model": fingerprint(model),
-        "plan": fingerprint(json.dumps(run.plan.to_config(), sort_keys=True)),
-        "number of processes": run.team.size,
-    }
+    return False, overwrite
 
 
 def _healed(run: Run) -> Trainee | None:
     """The model after all stages, in the dtype it is saved in; None if it need not be built."""
-    dtype = _output_dtype(run)
+    dtype = _output_dtype(run.recipe, run.checkpoint)
     if run.recipe.stages:
         return final_model(run, heal(run), dtype)
-    if run.recipe.evaluate is None and _can_stream(run.checkpoint, dtype):
+    if _streams(run.recipe, run.checkpoint):
         return None
     trainee = load_converted(run, dtype, first_time=True)
     measure(run, trainee.model, "swap")
@@ -216,18 +241,20 @@ def _healed(run: Run) -> Trainee | None:
     return trainee
 
 
-def _output_dtype(run: Run) -> torch.dtype:
-    name = run.recipe.output.dtype
-    return run.checkpoint.dtype if name is None else getattr(torch, name)
+def _output_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
+    name = recipe.output.dtype
+    return checkpoint.dtype if name is None else getattr(torch, name)
 
 
-def _can_stream(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
-    return checkpoint.gguf_file is None and checkpoint.dtype == dtype
+def _streams(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    """Whether the conversion is one of files, for which the model need not be built."""
+    same = checkpoint.gguf_file is None and checkpoint.dtype == _output_dtype(recipe, checkpoint)
+    return same and not recipe.stages and recipe.evaluate is None
 
 
 def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_contained: bool) -> None:
     """Fill the folder: weights and configuration, then all that tells how they came about."""
-    digests = None
+    digests = None if run.weights is None else run.weights.digests
     if trainee is None:
         with seeded(run.seed):
             digests = stream_convert(run.checkpoint, run.plan, folder)
@@ -236,7 +263,9 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
             model = trainee.merge_adapters()
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
-        save_converted(model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_size)
+        save_converted(
+            model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_bytes
+        )
     if self_contained:
         write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     receipt = make_receipt(

@@ -2,7 +2,7 @@
 
 It stands beside the output, as `.<name>.attnconv-work`, until the output is complete:
 
-    run.json                  what is converted how, and what was measured so far
+    run.json                  what is converted how, what was measured so far, and the digest of a finished receipt
     metrics.jsonl             see `metrics`
     checkpoint-<stage>-<step>/
         trained.safetensors   the cores and adapters, fp32
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from safetensors.torch import load_file, save_file
 
 from ..distill.packing import Position
 from ..errors import OutputError, TrainingError
+from ..files.fast_copy import digest_of
 from ..files.foreign_errors import first_line
-from ..files.output_folder import is_full
+from ..files.locks import FolderLock, lock_folder
+from ..files.output_folder import RECEIPT_FILE, is_full
 
-FORMAT = 1
+FORMAT = 2
+WORK_FOLDER = re.compile(r"\.(.+)\.attnconv-work")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)-(\d+)")
 
 
@@ -71,11 +75,28 @@ class WorkFolder:
     """The folder beside an output in which a run keeps what it would need to go on.
 
     Args:
-        output: The folder that the run will write in the end.
+        output: The folder that the run will write in the end, or a work folder itself.
     """
 
     def __init__(self, output: Path) -> None:
-        self.path = output.parent / f".{output.name}.attnconv-work"
+        itself = WORK_FOLDER.fullmatch(output.name)
+        self.output = output.with_name(itself[1]) if itself else output
+        self.path = self.output.with_name(f".{self.output.name}.attnconv-work")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within the context no other process can work in the folder, which is made if it is not there.
+
+        Raises:
+            OutputError: Another process is at work in it, or it cannot be made.
+        """
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            if not self.exists():
+                self.remove()
+            lock.release()
 
     @property
     def metrics(self) -> Path:
@@ -86,38 +107,54 @@ class WorkFolder:
         """Whether a run was begun and not finished."""
         return (self.path / "run.json").is_file()
 
-    def begin(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
-        """Start afresh for a run of this identity and recipe; what an earlier run left is removed."""
-        self.remove()
-        try:
-            self.path.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"The work folder {self.path} cannot be made: {error.strerror}.") from error
-        self._write_run({"format": FORMAT, "identity": dict(identity), "recipe": recipe, "measured": {}})
+    def begin(self, identity: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
+        """Start afresh for a run of this identity; what an earlier run left is removed.
 
-    def check(self, identity: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> None:
+        Args:
+            identity: What must be as it is when the run goes on; JSON data.
+            measured: What is known already.
+        """
+        self._make()
+        self.clear()
+        self._write_run({"format": FORMAT, "identity": dict(identity), "measured": dict(measured or {})})
+
+    def check(self, identity: Mapping[str, Any]) -> None:
         """Refuse to go on with something else than what was begun.
 
         Args:
             identity: What must be as it was.
-            recipe: The recipe that `identity` stands for, to tell where it differs.
 
         Raises:
-            TrainingError: The folder is damaged, or was begun with another recipe, model or number of processes.
+            TrainingError: The folder is damaged, or was begun with another recipe, model, weights, text or number of
+                processes.
         """
         run = self._read_run()
         if run.get("format") != FORMAT:
             raise TrainingError(f"{self.path} is of another version of attnconv: start over with --overwrite.")
-        for key, value in identity.items():
+        now = json.loads(json.dumps(identity))
+        for key, value in now.items():
             before = run["identity"].get(key)
-            if before != value:
-                change = f" ({before}, and now {value})" if isinstance(value, int) else ""
-                if key == "recipe" and (keys := list(_differences(run.get("recipe"), recipe))):
-                    change = f" (it differs in {', '.join(keys)})"
-                raise TrainingError(
-                    f"The unfinished run in {self.path} has another {key}{change}: resume it unchanged, "
-                    "or start over with --overwrite."
-                )
+            if before == value:
+                continue
+            change = f" ({before}, and now {value})" if isinstance(value, int) else ""
+            if keys := list(_differences(before, value)):
+                change = f" (it differs in {', '.join(keys)})" if key == "recipe" else f" ({', '.join(keys)})"
+            other = "other" if key in ("weights", "data") else "another"
+            raise TrainingError(
+                f"The unfinished run in {self.path} has {other} {key}{change}: resume it unchanged, "
+                "or start over with --overwrite."
+            )
+
+    def finishing(self, receipt: Path) -> None:
+        """Note that the output with this receipt is about to be put in its place."""
+        run = self._read_run()
+        run["receipt"] = digest_of(receipt)
+        self._write_run(run)
+
+    def is_finished(self, output: Path) -> bool:
+        """Whether the run's output was put in its place, so that only this folder is left over."""
+        noted, receipt = self._read_run().get("receipt"), output / RECEIPT_FILE
+        return noted is not None and receipt.is_file() and digest_of(receipt) == noted
 
     def measured(self) -> dict[str, Any]:
         """What `record` wrote so far."""
@@ -173,6 +210,15 @@ class WorkFolder:
                 f"The checkpoint {folder} is damaged: start over with --overwrite ({first_line(error)})."
             ) from error
 
+    def clear(self) -> None:
+        """Remove what is in the folder, but not the folder itself, for a lock may be on it."""
+        (self.path / "run.json").unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -181,6 +227,26 @@ class WorkFolder:
         """Remove the folder unless a checkpoint is in it."""
         if self.path.is_dir() and not self._checkpoints():
             self.remove()
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"The work folder {self.path} cannot be made: {error.strerror}.") from error
+
+    def _lock(self) -> FolderLock:
+        while True:
+            self._make()
+            lock = lock_folder(self.path)
+            if lock is not None and (not lock.held or lock.is_on(self.path)):
+                return lock
+            if lock is None and self.path.exists():
+                raise OutputError(
+                    f"Another process is at work on {self.output} right now: wait for its end, or give another output."
+                )
+            # It was removed between the two calls, by a run that came to its end.
+            if lock is not None:
+                lock.release()
 
     def _checkpoints(self) -> list[tuple[tuple[int, int], Path]]:
         found = ((CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())

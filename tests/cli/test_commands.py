@@ -54,7 +54,6 @@ def test_version(run: Run) -> None:
         (["convert"], "MODEL"),
         (["convert", "model"], "--recipe"),
         (["convert", "model", "-r", "lolcats"], "--output"),
-        (["convert", "m", "-r", "r", "-o", "o", "--resume", "--overwrite"], "exclude each other"),
         (["convert", "m", "-r", "r", "-o", "o", "--private"], "--push"),
         (["inspect", "m", "--set", "a=1"], "--recipe"),
         (["eval", "m", "--harness-path", "folder"], "--harness TASKS"),
