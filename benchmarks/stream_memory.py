@@ -23,9 +23,9 @@ RECIPE = "sliding-window"
 
 def convert(model: Path, output: Path) -> dict[str, float]:
     """Convert in this process; seconds, and highest resident bytes before and after."""
+    from attnconv.packaged.model import embedded_model_path
     from attnconv.recipes import load_recipe
     from attnconv.runs import run_conversion
-    from attnconv.runs.packaged_model import embedded_model_path
 
     recipe = load_recipe(RECIPE)
     # A conversion of a megabyte imports all that the one measured does.

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..files.foreign_errors import first_line
+from ..packaged.model import embedded_model_path, embedded_tokens
 from ..recipes import DataSection
-from ..runs.packaged_model import embedded_model_path, embedded_tokens
 from .batches import Batch
 from .packing import PackedSequence, Position, pack
 

@@ -13,9 +13,9 @@ from ..compat import cache_argument
 from ..convert.surgery.cache_layer import AttnConvCacheLayer
 from ..distill.progress import Progress
 from ..evaluate.bench.cache_size import held_bytes
+from ..packaged.model import embedded_model_path
 from ..recipes import Recipe, load_recipe
 from .conversion import run_conversion
-from .packaged_model import embedded_model_path
 
 RECIPE = "quickstart"
 PROMPT = "Once upon a time, there was a little girl named Lily."

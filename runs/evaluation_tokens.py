@@ -4,8 +4,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluate import load_tokens
+from ..packaged.model import embedded_model_path, embedded_tokens
 from ..recipes import EvaluateSection
-from .packaged_model import embedded_model_path, embedded_tokens
 
 
 def evaluation_tokens(section: EvaluateSection, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ..compat import cache_argument
 from ..convert import convert_model, converted_modules
-from .packaged_model import embedded_model_path, embedded_tokens
+from ..packaged.model import embedded_model_path, embedded_tokens
 
 # One that carries a state and reads the layer's input, and one that forgets; the window is shorter than the text.
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"gated_delta": {}, "sliding_window": {"window": 8}})

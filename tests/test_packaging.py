@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 import attnconv
 
-ROOMS = {"attention_modules", "commands", "convert", "distill", "evaluate", "files", "recipes", "runs"}
+ROOMS = {"attention_modules", "commands", "convert", "distill", "evaluate", "files", "packaged", "recipes", "runs"}
 NAME = f"attnconv-{attnconv.__version__}"
 DATA = {".yaml", ".json", ".npz", ".safetensors", ".md", ".typed", ".txt", ".model", ".gz", ".html", ".css", ".js"}
 # The names a user may rely on; a change here belongs in the changelog.

@@ -25,7 +25,7 @@ def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def model(repository: Path) -> Path:
-    return repository / "runs" / "assets" / "stories260K"
+    return repository / "packaged" / "assets" / "stories260K"
 
 
 def case(role: str, measure: str, seconds: list[float], skipped: str | None = None) -> dict[str, Any]:

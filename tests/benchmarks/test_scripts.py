@@ -59,7 +59,7 @@ def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("script", ["method_table", "smollm2_lolcats", "transfer_speed"])
 def test_missing_data_are_said(repository: Path, script: str, tmp_path: Path) -> None:
-    model = repository / "runs" / "assets" / "stories260K"
+    model = repository / "packaged" / "assets" / "stories260K"
     done = run(repository, script, "--model", str(model), ATTNCONV_SHARED=str(tmp_path))
     assert done.returncode == 1
     assert "ATTNCONV_SHARED" in done.stderr

@@ -33,4 +33,4 @@ def run() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def teacher(repository: Path) -> str:
-    return str(repository / "runs" / "assets" / "stories260K")
+    return str(repository / "packaged" / "assets" / "stories260K")

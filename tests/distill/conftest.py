@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from attnconv.convert import convert_model
 from attnconv.distill.batches import Batch
 from attnconv.distill.trainee import Trainee
-from attnconv.runs.packaged_model import embedded_model_path, embedded_tokens
+from attnconv.packaged.model import embedded_model_path, embedded_tokens
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import pytest
 
 from attnconv.distill.data import TokenStream, encode_document, read_documents, shuffled
 from attnconv.errors import DataError
+from attnconv.packaged.model import embedded_model_path, embedded_tokens
 from attnconv.recipes import DataSection
-from attnconv.runs.packaged_model import embedded_model_path, embedded_tokens
 
 STORIES = ["Once upon a time.", "Lily saw a cat.", "The end came soon."]
 

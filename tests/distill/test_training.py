@@ -212,7 +212,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from attnconv.convert import convert_model
 from attnconv.distill.data import TokenStream
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 from attnconv.distill.progress import Silent
 from attnconv.distill.team import find_team
 from attnconv.distill.trainee import Trainee

@@ -3,7 +3,7 @@
 import pytest
 
 from attnconv.evaluate.diagnose import Diagnosis, diagnose_model
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from attnconv.evaluate.diagnose import (
     advice_yaml,
     recommend,
 )
+from attnconv.packaged.model import embedded_model_path
 from attnconv.recipes import load_recipe, parse_recipe
-from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

@@ -17,7 +17,7 @@ from attnconv.evaluate.tasks import agreement
 from attnconv.evaluate.tasks.agreement import AgreementSettings, AgreementTask, compare_predictions
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.packaged import packaged_file
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

@@ -32,7 +32,7 @@ from attnconv.evaluate.diagnose.maps import shrink_map, watch_tokens
 from attnconv.evaluate.diagnose.roles import role_of
 from attnconv.evaluate.tasks.packaged import data_file
 from attnconv.evaluate.tasks.textfile import load_tokens
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 BASE = str(embedded_model_path())
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

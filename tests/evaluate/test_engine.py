@@ -19,7 +19,7 @@ STORY = "Once upon a time, there was a little girl named Lily. She loved to play
 
 @pytest.fixture(scope="module")
 def teacher(repository: Path) -> str:
-    return str(repository / "runs" / "assets" / "stories260K")
+    return str(repository / "packaged" / "assets" / "stories260K")
 
 
 @pytest.fixture(scope="module")

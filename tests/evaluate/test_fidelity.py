@@ -14,8 +14,8 @@ from attnconv.evaluate.engine.bootstrap import make_figures
 from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Outcome, Scope, Subject
 from attnconv.evaluate.tasks.fidelity import FidelitySettings, FidelityTask, spread
+from attnconv.packaged.model import embedded_model_path
 from attnconv.recipes import build_recipe
-from attnconv.runs.packaged_model import embedded_model_path
 
 BASE = str(embedded_model_path())
 SMALL = {"context": 40, "windows": 2, "map_size": 16}

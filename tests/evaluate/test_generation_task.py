@@ -19,7 +19,7 @@ from attnconv.evaluate.tasks.generation import (
     end_tokens,
     matching,
 )
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

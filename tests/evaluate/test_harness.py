@@ -15,7 +15,7 @@ from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks import harness
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.harness import HarnessSettings, HarnessTask, items_of
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 STORIES = [

@@ -23,7 +23,7 @@ from attnconv.evaluate.tasks.multiple_choice import (
     load_questions,
 )
 from attnconv.evaluate.tasks.scoring import Continuation, encode_pair, log_likelihoods
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 REQUESTS = [
     Continuation((1, 5, 9, 9), (7,)),

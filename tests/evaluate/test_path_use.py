@@ -14,7 +14,7 @@ from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.packaged import packaged_file
 from attnconv.evaluate.tasks.path_use import PathUseSettings, PathUseTask, planned_paths
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 BASE = str(embedded_model_path())
 

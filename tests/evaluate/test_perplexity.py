@@ -154,7 +154,7 @@ def test_predictions_that_are_not_finite_are_said(caplog) -> None:
 
 
 def test_a_trained_model_on_its_own_samples(repository: Path) -> None:
-    assets = repository / "runs" / "assets"
+    assets = repository / "packaged" / "assets"
     model = AutoModelForCausalLM.from_pretrained(assets / "stories260K")
     tokenizer = AutoTokenizer.from_pretrained(assets / "stories260K")
     rows = torch.from_numpy(np.load(assets / "samples.npz")["valid"][:16].astype(np.int64))

@@ -67,7 +67,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_descriptions(repository: Path) -> None:
-    folder = repository / "runs" / "assets" / "stories260K"
+    folder = repository / "packaged" / "assets" / "stories260K"
     about = describe_model(open_checkpoint(folder), torch.bfloat16)
     assert (about["name"], about["model_type"], about["dtype"], about["converted"]) == (
         "stories260K",
@@ -90,7 +90,7 @@ def test_a_file_without_its_figures_is_damaged(tmp_path: Path, kind: str) -> Non
 
 
 def test_another_configuration_is_another_model(repository: Path, tmp_path: Path) -> None:
-    shutil.copytree(repository / "runs" / "assets" / "stories260K", tmp_path / "model")
+    shutil.copytree(repository / "packaged" / "assets" / "stories260K", tmp_path / "model")
     before = describe_model(open_checkpoint(tmp_path / "model"), torch.float32)
     assert model_identity(before) == model_identity(json.loads(json.dumps(before)))
     config = tmp_path / "model" / "config.json"

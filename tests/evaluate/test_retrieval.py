@@ -20,7 +20,7 @@ from attnconv.evaluate.tasks.haystack import CITIES, RIDDLES, Haystack, Riddle, 
 from attnconv.evaluate.tasks.packaged import data_file
 from attnconv.evaluate.tasks.retrieval import RetrievalSettings, RetrievalTask, continuations, encode, interleave
 from attnconv.evaluate.tasks.textfile import read_documents
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 TASKS = [*RIDDLES, "common_words"]
 SENTENCES = " ".join(f"Word{i} stands here, in sentence {i}." for i in range(400))

@@ -16,7 +16,7 @@ from attnconv.evaluate.engine.models import load_subject, open_subject
 from attnconv.evaluate.tasks.base import Scope, Subject
 from attnconv.evaluate.tasks.packaged import data_file, packaged_file, packaged_names
 from attnconv.evaluate.tasks.text import PerplexitySettings, PerplexityTask
-from attnconv.runs.packaged_model import embedded_model_path
+from attnconv.packaged.model import embedded_model_path
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park — every day.\n"
 

@@ -13,7 +13,7 @@ STORY = "Once upon a time, there was a little girl named Lily. She loved to play
 
 @pytest.fixture(scope="module")
 def tokenizer(repository: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(repository / "runs" / "assets" / "stories260K")
+    return AutoTokenizer.from_pretrained(repository / "packaged" / "assets" / "stories260K")
 
 
 def write(path: Path, text: str) -> Path:

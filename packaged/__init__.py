@@ -1,0 +1,1 @@
+"""What ships inside the package for trying things with no download."""
