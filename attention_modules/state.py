@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .growing import Room, Summaries, Summarize, token_axis
 from .padding import right_align_order, take_tokens
 from .ring import Ring
 from .tokens import Tokens
@@ -35,20 +36,27 @@ class AttentionState:
     The tail holds the newest keys and values in the dtype they came in, right-aligned: a row's padding always stands
     before its real tokens. Everything older lives in `memory`, named tensors `[batch, ...]` that the method owns.
     While tokens come one by one, a ring that is written in place stands for the tail; whatever else is asked of the
-    state turns it into one again.
+    state turns it into one again. Where nothing ever leaves the tail it stands in buffers with room behind it, which
+    new tokens are written into, so that what `append` gives is good until the next call; summaries of its blocks may
+    stand beside it.
 
     Attributes:
         seen: tokens that went in so far, padding included.
         memory: the method's accumulators; empty until the first token leaves the tail.
         record_past: keep all tokens since the last `crop` in the tail, so that the next one can take them back exactly.
+
+    Args:
+        grows: whether no token ever leaves the tail.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, grows: bool = False) -> None:
         self.seen = 0
         self.record_past = False
         self.memory: dict[str, Tensor] = {}
         self._tail: dict[str, Tensor] = {}
         self._ring: Ring | None = None
+        self._room = Room() if grows else None
+        self._summaries: dict[str, Summaries] = {}
         self._recorded = 0
         # Newest tokens that can be taken back with the tail staying as long as the method needs it.
         self._recoverable = 0
@@ -63,9 +71,11 @@ class AttentionState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
+        """Bytes of all tensors held, room for more tokens included."""
+        tail = self._room.tensors if self._room is not None and self._room.buffers else tuple(self._tail.values())
         ring = () if self._ring is None else self._ring.tensors
-        return sum(t.numel() * t.element_size() for t in (*self._tail.values(), *ring, *self.memory.values()))
+        beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
+        return sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
 
     def append(self, tokens: Tokens) -> Tokens:
         """Add new tokens behind the tail and return the whole tail.
@@ -85,10 +95,19 @@ class AttentionState:
         arrival = torch.arange(self.seen, self.seen + new, device=tokens.keys.device).expand(batch, -1)
         fresh = {"keys": tokens.keys, "values": tokens.values, "valid": tokens.real, "arrival": arrival}
         fresh |= tokens.signals if tokens.positions is None else {**tokens.signals, "positions": tokens.positions}
-        if self._tail:
-            fresh = {name: torch.cat([self._tail[name], part], _axis(part)) for name, part in fresh.items()}
+        # Real tokens behind those held are where they belong.
+        in_place = tokens.valid is None or _known_full(tokens.valid)
+        if self._tail and self._room is not None and not torch.is_grad_enabled():
+            self._tail = self._room.extend(self._tail, fresh)
+        elif self._tail:
+            self._replace({name: torch.cat([self._tail[name], t], token_axis(t)) for name, t in fresh.items()})
+        else:
+            self._replace(fresh)
         self._padded = self._padded or tokens.valid is not None
-        self._tail = _aligned(fresh) if self._padded else fresh
+        if not in_place:
+            self._replace(_aligned(self._tail))
+        for summaries in self._summaries.values():
+            summaries.pending += new
         self.seen += new
         self._recorded = self._recorded + new if self.record_past else 0
         self._recoverable += new
@@ -117,6 +136,35 @@ class AttentionState:
         self.seen += 1
         self._recorded = self._recoverable = 0
         return self._ring
+
+    def summaries(self, name: str, size: int, summarize: Summarize, *, of: str = "keys") -> Tensor:
+        """What stands for blocks of each row's real tokens, kept from call to call; only new blocks are computed.
+
+        Args:
+            name: of these summaries.
+            size: tokens of a block, counted from the row's first real one; the same in every call.
+            summarize: `[batch, heads, blocks, size, dim]` → `[batch, heads, blocks, entries]`.
+            of: `keys`, `values` or the name of a signal.
+
+        Returns:
+            `[batch, heads, tail // size, entries]`; of a row with n real tokens the first `n // size` stand for
+            something. Like `append` gives them, good until the next call.
+        """
+        held = self._tail[of]
+        if name not in self._summaries:
+            self._summaries[name] = Summaries.empty(held)
+        with torch.no_grad():
+            return self._summaries[name].update(held.detach(), self._count(), size, summarize)
+
+    def _count(self) -> Tensor:
+        """`[batch]` real tokens of every row in the tail."""
+        return self._tail["valid"].sum(-1)
+
+    def _replace(self, tail: dict[str, Tensor]) -> None:
+        """Take other tensors for the tail, outside of all buffers."""
+        self._tail = tail
+        if self._room is not None:
+            self._room.buffers = {}
 
     def _straighten(self) -> None:
         """Turn the ring into a tail."""
@@ -152,9 +200,9 @@ class AttentionState:
             return None
         self._recoverable = min(self._recoverable, keep - needed)
         self._straighten()
-        gone = {name: t.narrow(_axis(t), 0, leaving) for name, t in self._tail.items()}
+        gone = {name: t.narrow(token_axis(t), 0, leaving) for name, t in self._tail.items()}
         # A copy, so that the evicted tokens' storage is really given back.
-        self._tail = {name: t.narrow(_axis(t), leaving, keep).clone() for name, t in self._tail.items()}
+        self._tail = {name: t.narrow(token_axis(t), leaving, keep).clone() for name, t in self._tail.items()}
         return self._parts(gone)
 
     def crop(self, num_tokens: int) -> None:
@@ -176,19 +224,26 @@ class AttentionState:
         self.seen -= num_tokens
         self._recoverable -= num_tokens
         if self._padded:
-            self._tail["valid"] = self._tail["valid"] & (self._tail["arrival"] < self.seen)
-            self._tail = _aligned(self._tail)
+            valid = self._tail["valid"] & (self._tail["arrival"] < self.seen)
+            self._replace(_aligned({**self._tail, "valid": valid}))
             # Rows that took back padding still have old tokens in front; what is free in every row leaves with `evict`.
             kept = min(self.tail_length, self.seen)
             start = self.tail_length - kept
         else:
             kept, start = self.tail_length - num_tokens, 0
-        self._tail = {name: t.narrow(_axis(t), start, kept) for name, t in self._tail.items()}
+        tail = {name: t.narrow(token_axis(t), start, kept) for name, t in self._tail.items()}
+        if start:
+            self._replace(tail)
+        # Else the tokens stay where they are in their buffers.
+        self._tail = tail
+        for summaries in self._summaries.values():
+            summaries.taken_back(self._count())
 
     def reset(self) -> None:
         """Forget everything."""
         self.seen = self._recorded = self._recoverable = 0
-        self.memory, self._tail, self._ring = {}, {}, None
+        self.memory, self._ring, self._summaries = {}, None, {}
+        self._replace({})
         self._padded = False
 
     def reorder(self, index: Tensor) -> None:
@@ -201,16 +256,17 @@ class AttentionState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to every tensor held, for moves between devices."""
-        self._tail = {name: function(t) for name, t in self._tail.items()}
+        self._replace({name: function(t) for name, t in self._tail.items()})
+        self._summaries = {name: s.map(function) for name, s in self._summaries.items()}
         self._ring = None if self._ring is None else self._ring.map(function)
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 
-def _axis(tensor: Tensor) -> int:
-    """Where the tokens are counted: validity and places have neither heads nor channels."""
-    return 2 if tensor.ndim == 4 else 1
+def _known_full(valid: Tensor) -> bool:
+    """Whether all are real, as far as that can be seen without waiting for a GPU or leaving a compiled graph."""
+    return valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all())
 
 
 def _aligned(tail: dict[str, Tensor]) -> dict[str, Tensor]:
     order = right_align_order(tail["valid"])
-    return {name: take_tokens(t, order) if _axis(t) == 2 else t.gather(1, order) for name, t in tail.items()}
+    return {name: take_tokens(t, order) if token_axis(t) == 2 else t.gather(1, order) for name, t in tail.items()}

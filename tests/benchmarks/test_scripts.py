@@ -11,6 +11,7 @@ SCRIPTS = [
     "decode_state",
     "demo",
     "dinov2_features",
+    "growing_state",
     "kernels",
     "kernels_static",
     "minilm_sst2",
@@ -48,7 +49,12 @@ def test_help(repository: Path, script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [script for script in SCRIPTS if script not in ("attention_speed", "demo", "kernels", "kernels_static")]
+    "script",
+    [
+        script
+        for script in SCRIPTS
+        if script not in ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
+    ],
 )
 def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) -> None:
     done = run(repository, script, ATTNCONV_MODELS=str(tmp_path))
