@@ -6,6 +6,14 @@ from typing import Annotated
 
 import typer
 
+
+def complete_recipes(incomplete: str) -> list[str]:
+    """Names of shipped recipes that begin so, for the shell."""
+    from ..recipes import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a Hub id, or a .gguf file.")]
 Overrides = Annotated[
     list[str] | None,

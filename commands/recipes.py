@@ -5,9 +5,15 @@ from typing import Annotated
 
 import typer
 
-from .session import AsJson, examples, print_json
+from .options import complete_recipes
+from .session import AsJson, HelpfulGroup, examples, print_json
+
+ShippedRecipe = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", autocompletion=complete_recipes)
+]
 
 recipes_app = typer.Typer(
+    cls=HelpfulGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="List, show, copy and check recipes.",
@@ -29,7 +35,7 @@ def list_command(as_json: AsJson = False) -> None:
 
 
 @recipes_app.command(epilog=examples("attnconv recipes show lolcats", "attnconv recipes show hybrid > my-recipe.yaml"))
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]) -> None:
+def show(name: ShippedRecipe) -> None:
     """Print a shipped recipe with its comments."""
     from ..recipes import recipe_text
 
@@ -38,14 +44,14 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shi
 
 @recipes_app.command(epilog=examples("attnconv recipes copy lolcats", "attnconv recipes copy lolcats my-recipe.yaml"))
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")],
+    name: ShippedRecipe,
     path: Annotated[Path | None, typer.Argument(metavar="FILE", help="File to write; NAME.yaml if left out.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of yours."""
     from ..errors import OutputError
     from ..recipes import recipe_text
 
-    target = path or Path(f"{name}.yaml")
+    target = (path or Path(f"{name}.yaml")).expanduser()
     text = recipe_text(name)
     if target.exists():
         raise OutputError(f"{target} exists already; name another file.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .tables import format_bytes, make_console, make_table
+from .tables import command_line, format_bytes, make_console, make_table
 
 if TYPE_CHECKING:
     from ..evaluate.bench import BenchResult
@@ -36,7 +36,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         console.print("The models cut text into different tokens: compare bits/char, not perplexity.")
     console.print(f"All figures and scores are in {evaluation.path}.")
     if document["model"]["converted"] and evaluation.path.parent.name == "results":
-        console.print(f"Next: attnconv report {evaluation.path.parent.parent}", soft_wrap=True)
+        console.print(f"Next: {command_line('report', evaluation.path.parent.parent)}", soft_wrap=True)
 
 
 def format_value(value: float | None, style: str) -> str:

@@ -92,7 +92,30 @@ def session_of(ctx: typer.Context) -> Session:
     return session if isinstance(session, Session) else Session()
 
 
-class CommandGroup(TyperGroup):
+class HelpfulGroup(TyperGroup):
+    """A group of commands whose help gives flags no type: `--resume` takes no value."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _without_types(command.get_params(ctx))
+        return command
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The group's own options."""
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(parameters: Any) -> list[Any]:
+    """The same options; Typer would print the type of a flag as if it took a value."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return list(parameters)
+
+
+class CommandGroup(HelpfulGroup):
     """A group of commands that takes `-v` and `-q` in any place and answers errors with one sentence."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

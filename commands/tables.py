@@ -1,8 +1,11 @@
 """What the commands print: tables that fit 80 columns on a terminal and are plain when they go to a file or pipe."""
 
+import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..attention_modules import Geometry, MethodInfo
+    from ..attention_modules import Geometry
     from ..evaluate.diagnose.inspection import Inspection, ModuleGroup
     from ..recipes import Recipe
     from ..runs import ConversionResult
@@ -48,6 +51,19 @@ def format_bytes(count: int) -> str:
 def format_options(options: Mapping[str, Any]) -> str:
     """`window=64, feature_map=hedgehog`."""
     return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def command_line(*arguments: object) -> str:
+    """A command of ours as it can be pasted into the shell that this process was started from."""
+    program = Path(sys.argv[0])
+    if program.resolve() == Path(__file__).resolve().parent.parent / "__main__.py":
+        program_words = [sys.executable, "-m", "attnconv"]
+    elif program.name == "attnconv" and shutil.which("attnconv") is None:
+        # Run by its path, as from an environment that is not activated.
+        program_words = [str(program)]
+    else:
+        program_words = ["attnconv"]
+    return shlex.join([*program_words, *map(str, arguments)])
 
 
 def show_inspection(inspection: "Inspection") -> None:
@@ -113,17 +129,6 @@ def _show_footprints(console: Console, inspection: "Inspection", *, changed: boo
     console.print(table)
 
 
-def show_methods(infos: Iterable["MethodInfo"]) -> None:
-    """Each method with its options and their defaults."""
-    console = make_console()
-    for info in infos:
-        console.print(Text.assemble((info.name, "bold"), f": {info.summary}"))
-        defaults = {key: field.get_default() for key, field in info.options_class.model_fields.items()}
-        console.print(f"  options: {format_options(defaults) or 'none'}")
-        if info.paper:
-            console.print(f"  paper: {info.paper}")
-
-
 def show_recipes(recipes: Iterable["Recipe"]) -> None:
     """Name and description of each recipe."""
     console = make_console()
@@ -133,8 +138,8 @@ def show_recipes(recipes: Iterable["Recipe"]) -> None:
     console.print(table)
 
 
-def show_conversion(result: "ConversionResult") -> None:
-    """What was measured, and where the result is."""
+def show_conversion(result: "ConversionResult", *, base: str) -> None:
+    """What was measured, where the result is, and how to see what it is worth beside its base."""
     console = make_console()
     if result.metrics:
         console.print(_metrics_table(result.metrics))
@@ -150,6 +155,7 @@ def show_conversion(result: "ConversionResult") -> None:
         )
     else:
         console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
+    console.print(f"Next: {command_line('eval', result.output, '--against', base)}", soft_wrap=True)
 
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
@@ -184,9 +190,9 @@ def show_demo(result: "DemoResult") -> None:
         console.print(answer.text)
     console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in {result.output}. Try next:")
     for command in (
-        f"attnconv inspect {result.output}",
-        "attnconv inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",
-        "attnconv recipes copy lolcats my-recipe.yaml",
-        "attnconv convert HuggingFaceTB/SmolLM2-135M --recipe my-recipe.yaml --output smollm2-linear",
+        f"inspect {shlex.quote(str(result.output))}",
+        "inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",
+        "recipes copy lolcats my-recipe.yaml",
+        "convert HuggingFaceTB/SmolLM2-135M --recipe my-recipe.yaml --output smollm2-linear",
     ):
-        console.print(f"  {command}", soft_wrap=True)
+        console.print(f"  {command_line(*shlex.split(command))}", soft_wrap=True)

@@ -134,7 +134,7 @@ def name_of(section: DataSection) -> str:
     """What messages call the source of a data section."""
     if section.path is None:
         return f'The data set "{section.hub}"'
-    return f"The data {'folder' if Path(section.path).is_dir() else 'file'} {section.path}"
+    return f"The data {'folder' if Path(section.path).expanduser().is_dir() else 'file'} {section.path}"
 
 
 def wrong_field(source: str, wanted: str, field: str, row: Mapping[str, Any]) -> DataError:
@@ -158,7 +158,7 @@ def read_rows(section: DataSection) -> Iterator[dict[str, Any]]:
             options = {} if section.revision is None else {"revision": section.revision}
             dataset = load_dataset(section.hub, section.name, split=section.split or "train", streaming=True, **options)
         else:
-            builder, options = _builder(Path(section.path), images=section.image_field is not None)
+            builder, options = _builder(Path(section.path).expanduser(), images=section.image_field is not None)
             dataset = load_dataset(builder, split="train", streaming=True, **options)
         if section.image_field is not None and isinstance((dataset.features or {}).get(section.image_field), Image):
             dataset = dataset.cast_column(section.image_field, Image(decode=False))

@@ -93,7 +93,8 @@ def read_images(section: DataSection) -> Iterator[ImageFile]:
     """
     source, found = name_of(section), False
     field = str(section.image_field)
-    folder = Path(section.path).resolve() if section.path is not None and Path(section.path).is_dir() else None
+    path = None if section.path is None else Path(section.path).expanduser()
+    folder = path.resolve() if path is not None and path.is_dir() else None
     for number, row in enumerate(read_rows(section), 1):
         image = row.get(field)
         if field not in row or not isinstance(image, dict | bytes | None):

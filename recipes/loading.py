@@ -109,7 +109,7 @@ def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _read_file(name: str) -> str:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         inside = path / "recipe.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else ""

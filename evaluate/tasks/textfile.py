@@ -33,7 +33,7 @@ def read_documents(path: str | Path, *, field: str = "text") -> Iterator[str]:
     Raises:
         DataError: The file is missing, of another kind, not valid text, or a line has no such field.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(f"There is no text file at {path}.")
     kind = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()

@@ -12,6 +12,7 @@ from attnconv.errors import AttnConvError, OutputError
 COMMANDS = [
     ["convert"],
     ["inspect"],
+    ["diagnose"],
     ["methods"],
     ["eval"],
     ["push"],
@@ -144,13 +145,6 @@ def test_an_interrupt_says_how_to_go_on(
     assert "Interrupted" in result.stderr
     assert hint in result.stderr
     assert ("--resume" in result.stderr) == bool(hint)
-
-
-def test_methods(run: Run) -> None:
-    result = run("methods")
-    assert result.exit_code == 0
-    assert all(name in result.stdout for name in ("hedgehog", "lolcats", "sliding_window", "window=64"))
-    assert "hedgehog:" not in run("methods", "lolcats").stdout
 
 
 def test_recipes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

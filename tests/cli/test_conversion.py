@@ -26,6 +26,7 @@ def test_a_recipe_without_training(run: Run, teacher: str, tmp_path: Path) -> No
     assert result.exit_code == 0, result.stderr
     assert "5 of 5 attention modules to sliding_window" in result.stdout
     assert str(output) in result.stdout
+    assert f"attnconv eval {output} --against {teacher}" in result.stdout.splitlines()[-1]
     assert result.stderr == ""
     assert len(converted_modules(AutoModelForCausalLM.from_pretrained(output))) == 5
     again = run("convert", teacher, "--recipe", "sliding-window", "--output", output)

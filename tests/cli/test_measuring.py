@@ -74,12 +74,12 @@ def test_bench_as_json(run: Run, teacher: str, tmp_path: Path) -> None:
 
 def test_diagnosing(run: Run, teacher: str, tmp_path: Path) -> None:
     recipe, picture = tmp_path / "advised.yaml", tmp_path / "heads.png"
-    done = run("inspect", teacher, "--diagnose", "book", "--tokens", "512", "-o", recipe, "--picture", picture)
+    done = run("diagnose", teacher, "--tokens", "512", "-o", recipe, "--picture", picture)
     assert done.exit_code == 0, done.stderr
     assert "Why:" in done.stdout
     assert load_recipe(recipe).name == "advised"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    document = json.loads(run("inspect", teacher, "--diagnose", "book", "--tokens", "512", "--json").stdout)
+    document = json.loads(run("diagnose", teacher, "--tokens", "512", "--json").stdout)
     assert len(document["layers"]) == len(document["advice"]) == 5
     planned = run("inspect", teacher, "--recipe", recipe)
     assert planned.exit_code == 0, planned.stderr
@@ -91,8 +91,8 @@ def test_diagnosing(run: Run, teacher: str, tmp_path: Path) -> None:
         (["bench", "m", "--contexts", "12,many"], "12,many"),
         (["bench", "m", "--batches", "0"], "above 0"),
         (["bench", "m", "--repeats", "0"], "repeats"),
-        (["inspect", "m", "--diagnose", "book", "--recipe", "lolcats"], "exclude each other"),
-        (["inspect", "m", "--picture", "x.png"], "--diagnose"),
+        (["inspect", "m", "--diagnose", "book"], "--diagnose"),
+        (["diagnose", "m", "--tokens", "1"], "tokens"),
         (["eval", "m", "--batch-size", "0"], "batch-size"),
         (["report"], "DIR"),
     ],
@@ -111,7 +111,7 @@ def test_wrong_usage(run: Run, arguments: list[str], words: str) -> None:
         (["bench", "./none"], "./none"),
         (["report", "./missing"], "missing"),
         (["compare", "{teacher}"], "neither a conversion nor measurements"),
-        (["inspect", "{teacher}", "--diagnose", "none.txt"], "none.txt"),
+        (["diagnose", "{teacher}", "--text", "none.txt"], "none.txt"),
     ],
 )
 def test_failures_take_one_line(run: Run, teacher: str, tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["", "convert", "inspect", "methods", "eval", "push", "demo", "recipes", "recipes show"]
+COMMANDS = [
+    "",
+    "convert",
+    "inspect",
+    "diagnose",
+    "methods",
+    "eval",
+    "push",
+    "demo",
+    "doctor",
+    "recipes",
+    "recipes show",
+]
 
 
 @pytest.fixture
@@ -20,12 +32,15 @@ def attnconv(environment: dict[str, str], *arguments: object) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_needs_no_torch(environment: dict[str, str], command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [*(f"{command} --help" for command in COMMANDS), "methods", "methods lolcats --json", "recipes list"],
+)
+def test_what_needs_no_torch(environment: dict[str, str], command: str) -> None:
     code = f"""
 import sys
 from attnconv.cli import app
-sys.argv = ["attnconv", *{command.split()!r}, "--help"]
+sys.argv = ["attnconv", *{command.split()!r}]
 try:
     app()
 finally:
@@ -34,6 +49,20 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("conv", "convert"), ("convert m --recipe lolcats-p", "lolcats-plus"), ("methods lolc", "lolcats")],
+)
+def test_the_shell_completes(environment: dict[str, str], words: str, found: str) -> None:
+    line = f"attnconv {words}"
+    asked = {"_ATTNCONV_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    code = "import sys; from attnconv.cli import app; sys.argv = ['attnconv']; app(prog_name='attnconv')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [found]
 
 
 def test_help_is_quick(environment: dict[str, str]) -> None:

@@ -1,0 +1,85 @@
+"""The commands that look at a model before anything is done to it: inspect and diagnose."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Model, Overrides, TrustRemoteCode, complete_recipes
+from .session import AsJson, examples, print_json, session_of
+
+inspection_app = typer.Typer()
+
+
+@inspection_app.command(
+    epilog=examples("attnconv inspect org/model --recipe lolcats", "attnconv inspect ./my-model --json")
+)
+def inspect(
+    ctx: typer.Context,
+    model: Model,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Show what this recipe would do.", autocompletion=complete_recipes),
+    ] = None,
+    overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's attention and what a recipe would make of it, without loading weights."""
+    if overrides and recipe is None:
+        raise typer.BadParameter("--set needs --recipe")
+    session_of(ctx).silence_libraries()
+    from ..evaluate.diagnose.inspection import inspect_model
+    from ..recipes import load_recipe
+    from .tables import show_inspection
+
+    loaded = None if recipe is None else load_recipe(recipe, overrides or ())
+    inspection = inspect_model(model, recipe=loaded, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(inspection.to_dict())
+    else:
+        show_inspection(inspection)
+
+
+@inspection_app.command(
+    epilog=examples("attnconv diagnose org/model", "attnconv diagnose ./model --text book --output advised.yaml")
+)
+def diagnose(
+    ctx: typer.Context,
+    model: Model,
+    text: Annotated[
+        str, typer.Option(metavar="FILE", help="The text: a .txt or .jsonl file (also .gz), or the packaged `book`.")
+    ] = "book",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of that text to use.")] = 4096,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="YAML", help="Write the advice as a recipe.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what was measured, layer by head.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Load a model, measure what its heads look at on a text, and advise on each layer."""
+    session = session_of(ctx)
+    session.silence_libraries()
+    from ..evaluate.diagnose import advice_yaml, diagnose_model, plot_diagnosis, recommend
+    from ..evaluate.engine.results import write_text
+    from .progress import progress_bar
+    from .results import show_diagnosis
+
+    with progress_bar("diagnosing", quiet=session.quiet) as progress:
+        diagnosis = diagnose_model(
+            model, text=text, tokens=tokens, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+    advice = recommend(diagnosis)
+    if output is not None:
+        write_text(output, advice_yaml(advice, name=output.stem, source=model))
+    if picture is not None:
+        plot_diagnosis(diagnosis, picture)
+    if as_json:
+        print_json({**diagnosis.to_dict(), "advice": [asdict(one) for one in advice]})
+        return
+    show_diagnosis(diagnosis, advice)
+    if output is not None:
+        typer.echo(f"The recipe is in {output}: attnconv convert {model} --recipe {output} --output DIR")
