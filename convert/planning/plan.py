@@ -12,10 +12,10 @@ from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create, get_method
 from ...errors import PlanError
 from .probe import ProbedModule
+from .section import SECTION_VERSION, read_section, sealed
 
 logger = logging.getLogger(__name__)
 
-SECTION_VERSION = 1
 # What a softmax layer may add to its logits and a replacement leaves out.
 _LOSSY = {
     "softcap": "a soft cap on attention logits",
@@ -112,30 +112,21 @@ class Plan:
             }
             for entry in self.converted
         }
-        return {"version": SECTION_VERSION, "modules": modules}
+        return sealed({"version": SECTION_VERSION, "modules": modules})
 
     @classmethod
-    def from_config(cls, section: dict[str, Any]) -> "Plan":
+    def from_config(cls, section: Any) -> "Plan":
         """Read the section of a saved config.
 
         Raises:
-            PlanError: written by a newer version, or not ours at all.
+            PlanError: written by a newer version, damaged, or not ours at all.
         """
-        version = section.get("version")
-        if version != SECTION_VERSION:
-            raise PlanError(
-                f"this checkpoint was converted with section version {version!r}, but this attnconv reads "
-                f"{SECTION_VERSION}; pip install -U attnconv"
+        return cls(
+            tuple(
+                PlanEntry(name, entry.layer_idx, entry.method, entry.options, geometry)
+                for name, entry, geometry in read_section(section)
             )
-        entries = []
-        for name, entry in section["modules"].items():
-            try:
-                get_method(entry["method"])
-            except ValueError as error:
-                raise PlanError(f"{name}: {error}; pip install -U attnconv") from error
-            geometry = Geometry(**entry["geometry"])
-            entries.append(PlanEntry(name, entry["layer_idx"], entry["method"], entry["options"], geometry))
-        return cls(tuple(entries))
+        )
 
     def rename(self, names: dict[str, str]) -> "Plan":
         """The same plan for a model in which modules are called differently."""

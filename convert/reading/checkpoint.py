@@ -19,7 +19,7 @@ from .config_file import CONFIG_FILE, SECTION, check_config, read_config
 from .gguf_file import read_gguf
 from .shards import Shard
 from .sources import Location, fetch, locate
-from .weight_files import float_type, read_weights, weight_files
+from .weight_files import float_type, is_new_tensor, read_weights, weight_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,7 +73,8 @@ class Checkpoint:
     @cached_property
     def weight_map(self) -> Mapping[str, str]:
         """The file name of each tensor."""
-        return {tensor: shard.name for shard in self.shards for tensor in shard.tensors}
+        # The last shard of a conversion repeats one name as a mark; the tensor itself lies in the shard before.
+        return {tensor: shard.name for shard in reversed(self.shards) for tensor in shard.tensors}
 
     @property
     def architecture(self) -> str:
@@ -115,6 +116,11 @@ def open_checkpoint(
     names = weight_files(location.folder)
     fetch(location, names)
     shards = read_weights(location.folder, names)
+    if SECTION not in config_dict and any(is_new_tensor(name) for shard in shards for name in shard.tensors):
+        raise CheckpointError(
+            f"{source} holds weights that attnconv converted, but its {CONFIG_FILE} does not say how: restore the "
+            "file, or convert again."
+        )
     dtype = float_type(shards) or getattr(config, "dtype", None) or torch.float32
     return _checkpoint(source, location, config, config_dict, shards, dtype, trust_remote_code)
 

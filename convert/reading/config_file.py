@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import CheckpointError
 from ...files.foreign_errors import first_line
+from ..planning.section import read_section
 
 CONFIG_FILE = "config.json"
 SECTION = "attnconv"
@@ -28,10 +29,12 @@ def check_config(
 
     Raises:
         CheckpointError: the model is converted already, brings its own code, or is of an unknown type.
+        PlanError: it is the output of a conversion whose section is damaged.
     """
-    if SECTION in config:
+    if SECTION in config or config.get("attn_implementation") == SECTION:
         if not allow_converted:
             raise CheckpointError(f"{source} is converted already: convert the model that it was made from instead.")
+        read_section(config.get(SECTION))
         return
     if config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(

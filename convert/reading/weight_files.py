@@ -54,6 +54,11 @@ def read_weights(folder: Path, names: tuple[str, ...]) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
+def is_new_tensor(name: str) -> bool:
+    """Whether a conversion made the tensor: a parameter of a core, or the mark."""
+    return "attnconv" in name.split(".")
+
+
 def float_type(shards: tuple[Shard, ...]) -> torch.dtype | None:
     """The floating type that most bytes of the weights have, None if they have none (quantised weights)."""
     counts = dict.fromkeys(FLOAT_TYPES, 0)

@@ -15,11 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...attention_modules.base import AttentionModule
 from ...errors import PlanError
 from ..planning.plan import Plan
+from ..planning.section import AGAIN, lacks_proof
+from ..reading.config_file import SECTION
 from ..surgery.attention_function import ATTENTION, attnconv_attention
 from ..surgery.cache_layer import register_cache_layers
 from ..surgery.calls import watch_updates
 from ..surgery.code_copies import Section, is_ours, register_copy
-from ..surgery.swap import apply_plan
+from ..surgery.swap import CORE, apply_plan, converted_modules
+from .weight_mark import MARK_PATTERN, true_tensors_last
 
 CLASS_PREFIX = "AttnConv"
 
@@ -31,6 +34,7 @@ def register_hooks() -> None:
     - cache layers, and a look at every filling of a cache while a converted module runs,
     - `PreTrainedModel.post_init`: a model whose config carries our section is converted while it is built,
     - `PreTrainedModel._initialize_weights`: parameters of cores that a checkpoint lacks get their own start,
+    - `PreTrainedModel._load_pretrained_model`: what a checkpoint holds must be what its section converts,
     - `PreTrainedModel.save_pretrained`: a converted model is saved so that it never loads as softmax by accident.
     """
     if not register_copy():
@@ -41,6 +45,7 @@ def register_hooks() -> None:
     watch_updates()
     _wrap_post_init()
     _wrap_initialize_weights()
+    _wrap_loading()
     _wrap_save_pretrained()
 
 
@@ -73,14 +78,20 @@ def _wrap_post_init() -> None:
 
     @wraps(original)
     def post_init(self: PreTrainedModel) -> None:
-        if self.config._attn_implementation == ATTENTION:
+        is_marked = self.config._attn_implementation == ATTENTION
+        if is_marked:
             # The sentinel in config.json did its duty: without attnconv this name would not have been accepted.
             self.config._attn_implementation_internal = self.get_correct_attn_implementation(None, is_init_check=True)
         original(self)
         # Afterwards, so that patterns of tied weights, expanded there, do not catch the cores' parameters.
-        section = getattr(self.config, "attnconv", None)
-        if is_ours(section):
+        section = getattr(self.config, SECTION, None)
+        if section is not None and not isinstance(section, dict):
+            Plan.from_config(section)
+        elif is_ours(section):
             _convert_while_built(self, section)
+        elif is_marked and section is None:
+            # A part of a composite, whose section names its modules; if none does, it must not run as softmax.
+            _refuse_until_converted(self)
 
     setattr(PreTrainedModel, "post_init", post_init)  # noqa: B010
 
@@ -93,6 +104,7 @@ def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> Non
         apply_plan(model, plan.rename(names))
         # The section keeps the names of the model that was converted.
         model.config.attnconv = Section(section)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), MARK_PATTERN}
         # In whatever dtype the model is loaded, its cores stay in fp32.
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "attnconv"}
         for part in model.modules():
@@ -106,7 +118,11 @@ def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> Non
         )
     else:
         # A part of a larger model, which will resolve the names itself; alone it must not run as softmax.
-        model.__dict__["_attnconv_pending"] = model.register_forward_pre_hook(_refuse_to_run)
+        _refuse_until_converted(model)
+
+
+def _refuse_until_converted(model: PreTrainedModel) -> None:
+    model.__dict__["_attnconv_pending"] = model.register_forward_pre_hook(_refuse_to_run)
 
 
 def _refuse_to_run(model: nn.Module, args: Any) -> None:
@@ -163,12 +179,50 @@ def _initialize_missing(core: AttentionModule) -> None:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
+def _wrap_loading() -> None:
+    original: Any = PreTrainedModel._load_pretrained_model
+
+    def load(model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        section = getattr(model.config, SECTION, None)
+        if section is None and any("_attnconv_pending" in part.__dict__ for part in model.modules()):
+            raise PlanError(
+                f"config.json marks this model as converted (attn_implementation: {ATTENTION}), but its section "
+                f"{SECTION!r}, which says how, is missing; {AGAIN}"
+            )
+        if section is not None and checkpoint_files is not None:
+            checkpoint_files = true_tensors_last(checkpoint_files)
+        result = original(model, state_dict, checkpoint_files, *args, **kwargs)
+        _check_loaded(model, section, result[0].unexpected_keys)
+        return result
+
+    setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(load))  # noqa: B010
+
+
+def _check_loaded(model: PreTrainedModel, section: Any, unexpected: Iterable[str]) -> None:
+    """Refuse a model that lacks cores which its checkpoint has, and one that nothing proves to be whole."""
+    left_over = sorted(name for name in unexpected if f".{CORE}." in name)
+    # Another head's model may have been built without the converted part, which then refuses to run.
+    if left_over and "_attnconv_pending" not in model.__dict__:
+        raise PlanError(
+            f"the weights hold {left_over[0]} and {len(left_over) - 1} more tensors of a converted attention that "
+            f"config.json does not name; {AGAIN}"
+        )
+    if not is_ours(section) or not lacks_proof(section):
+        return
+    for name, module in converted_modules(model).items():
+        if not list(module.get_submodule(CORE).parameters()):
+            raise PlanError(
+                f"nothing tells whether config.json still names all converted modules ({name} has no weights of its "
+                "own, and the section is an early one without a digest): convert again"
+            )
+
+
 def _wrap_save_pretrained() -> None:
     original = PreTrainedModel.save_pretrained
 
     @wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        section = getattr(self.config, "attnconv", None)
+        section = getattr(self.config, SECTION, None)
         result = original(self, save_directory, *args, **kwargs)
         if isinstance(section, dict) and kwargs.get("is_main_process", True):
             from .save import mark_folder

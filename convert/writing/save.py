@@ -2,7 +2,8 @@
 
 Its config.json keeps `model_type` and `architectures` and adds three things. The section `attnconv` holds the plan.
 `attn_implementation: attnconv` makes transformers refuse to load it where attnconv is not imported. `auto_map` leads
-`trust_remote_code=True` to a small generated file that imports attnconv.
+`trust_remote_code=True` to a small generated file that imports attnconv. Where config.json has lost the sentinel, the
+mark in the weights refuses instead (`weight_mark`).
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from ..surgery.attention_function import ATTENTION
 from .companion_files import copy_companions
 from .receipt import Receipt, write_receipt
 from .reload import CLASS_PREFIX
+from .weight_mark import mark_weights
 
 MODELING_MODULE = "modeling_attnconv"
 RECIPE_FILE = "recipe.yaml"
@@ -48,6 +50,7 @@ def save_converted(
         shard_size: largest size of one weight file, such as `"5GB"`.
     """
     model.save_pretrained(folder, max_shard_size=shard_size)
+    mark_weights(folder, plan)
     config = read_json(folder / CONFIG_FILE)
     write_marked(folder, mark_config(config | {"architectures": [checkpoint.architecture]}, plan))
     if checkpoint.gguf_file is not None and (tokenizer := load_tokenizer(checkpoint)) is not None:

@@ -30,7 +30,7 @@ from .save import MODELING_MODULE
 from .source_trees import BundleError, Definition, Origin, SourceTree
 
 PACKAGE = Path(__file__).resolve().parents[2]
-NEEDED = (("convert.writing.reload", "native_model"), ("convert.planning.plan", "SECTION_VERSION"))
+NEEDED = (("convert.writing.reload", "native_model"), ("convert.planning.section", "SECTION_VERSION"))
 """What the end of the file refers to."""
 # What this package takes from elsewhere and the flat file shall not need.
 STAND_INS = {"pydantic": "convert.writing.plain_options"}
@@ -47,7 +47,7 @@ FOOTER = '''def _serving():
     """What builds the classes: the installed attnconv if it knows this model's format and methods, else this file."""
     try:
         from attnconv.attention_modules import available as installed_methods
-        from attnconv.convert.planning.plan import SECTION_VERSION as installed_version
+        from attnconv.convert.planning.section import SECTION_VERSION as installed_version
         from attnconv.convert.writing.reload import native_model as installed_model
     except ImportError:
         return native_model

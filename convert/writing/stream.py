@@ -12,9 +12,10 @@ from ...files.fast_copy import copy_files
 from ...files.json_files import write_json
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
-from ..reading.weight_files import INDEX_FILE, SINGLE_FILE
+from ..reading.weight_files import INDEX_FILE
 from .companion_files import copy_companions
 from .save import mark_config, write_marked
+from .weight_mark import MARK_NAME, marks, shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,10 @@ logger = logging.getLogger(__name__)
 def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bool = True) -> dict[str, str]:
     """Write a converted checkpoint without building the model or reading a tensor of it.
 
-    New tensors go into one more shard, for which the base's shards are renamed; where a plan adds none, their names
-    stay. New tensors are named after the modules of the model class: transformers finds them even where the base's own
-    tensors have other names (without the base model's prefix, or from before a renaming).
+    New tensors, and the mark by which transformers without attnconv refuses the weights, go into one more shard, for
+    which the base's shards are renamed. New tensors are named after the modules of the model class: transformers finds
+    them even where the base's own tensors have other names (without the base model's prefix, or from before a
+    renaming).
 
     With `link` the base's files get a second name in the output and are not copied, which takes no time and no room;
     deleting either folder leaves the other whole. But whoever writes into such a file in place, instead of putting a
@@ -48,16 +50,12 @@ def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bo
     clash = sorted(new.keys() & checkpoint.weight_map.keys())
     if clash:
         raise CheckpointError(f"{checkpoint.source} holds a tensor named {clash[0]!r} already.")
-    names = {shard.name: shard.name for shard in checkpoint.shards}
-    weight_map = dict(checkpoint.weight_map)
-    if new:
-        count = len(names) + 1
-        names = {name: _shard_name(index, count) for index, name in enumerate(names, start=1)}
-        weight_map = {tensor: names[name] for tensor, name in weight_map.items()}
-        weight_map |= dict.fromkeys(new, _shard_name(count, count))
-        save_file(new, folder / _shard_name(count, count), metadata={"format": "pt"})
-    if set(weight_map.values()) != {SINGLE_FILE}:
-        write_json(folder / INDEX_FILE, {"metadata": _totals(checkpoint, new), "weight_map": weight_map})
+    count = len(checkpoint.shards) + 1
+    names = {shard.name: shard_name(index, count) for index, shard in enumerate(checkpoint.shards, start=1)}
+    weight_map = {tensor: names[name] for tensor, name in checkpoint.weight_map.items()}
+    weight_map |= dict.fromkeys([*new, MARK_NAME], last := shard_name(count, count))
+    save_file({**new, **marks(plan, checkpoint.weight_map)}, folder / last, metadata={"format": "pt"})
+    write_json(folder / INDEX_FILE, {"metadata": _totals(checkpoint, new), "weight_map": weight_map})
     config = {**checkpoint.config_dict, "architectures": [checkpoint.architecture]}
     write_marked(folder, mark_config(config, plan))
     copy_companions(checkpoint.path, checkpoint.companions, folder)
@@ -73,7 +71,3 @@ def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bo
 
 def _totals(checkpoint: Checkpoint, new: dict[str, Tensor]) -> dict[str, int]:
     return {"total_size": checkpoint.nbytes + sum(tensor.nbytes for tensor in new.values())}
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index:05}-of-{count:05}.safetensors"

@@ -38,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnconv.compat import cache_argument
 from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
+from attnconv.convert.planning.section import sealed
 from attnconv.errors import AttnConvError, PlanError
 from attnconv.recipes import AttentionRule
 
@@ -97,6 +98,7 @@ def test_unknown_section_version(converted: PreTrainedModel, tmp_path: Path) -> 
 def test_modules_that_are_not_there(converted: PreTrainedModel, tmp_path: Path) -> None:
     def change(section: dict[str, Any]) -> None:
         section["modules"] = {f"elsewhere.{i}": entry for i, entry in enumerate(section["modules"].values())}
+        section.update(sealed(section))
 
     with pytest.raises(PlanError, match=r"elsewhere\.0.*not in LlamaForCausalLM|not in LlamaForCausalLM.*elsewhere\.0"):
         AutoModelForCausalLM.from_pretrained(edited(converted, tmp_path, change))

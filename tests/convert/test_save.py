@@ -115,7 +115,8 @@ def test_what_the_base_brought_along_is_taken_over_byte_for_byte(base: Path, tmp
     saved(open_checkpoint(base), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     taken = {"LICENSE", "chat_template.jinja", "vocab.txt", "tokenizer.json", "tokenizer_config.json"}
-    assert names == taken | {"config.json", "generation_config.json", "model.safetensors", "modeling_attnconv.py"}
+    weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    assert names == taken | weights | {"config.json", "generation_config.json", "modeling_attnconv.py"}
     for name in taken | {"generation_config.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 

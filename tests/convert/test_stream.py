@@ -60,32 +60,29 @@ def sharded(tmp_path: Path) -> Path:
     return tiny_models.save(tiny_models.tiny_llama(), tmp_path / "sharded", shards=True)
 
 
+FIRST = "model-00001-of-00002.safetensors"
+MARK = "attnconv.mark"
+MARKED = "model.layers.0.self_attn.k_proj.weight"
+
+
 def test_a_plan_without_tensors_keeps_the_files(base: Path, tmp_path: Path) -> None:
     digests = convert(open_checkpoint(base), plan("sliding_window"), tmp_path / "out")
     assert digests == {"model.safetensors": digest(base / "model.safetensors")}
-    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+    assert (tmp_path / "out" / FIRST).read_bytes() == (base / "model.safetensors").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
-    assert not list((tmp_path / "out").glob("*.index.json"))
 
 
-def test_a_plan_without_tensors_keeps_the_shards(sharded: Path, tmp_path: Path) -> None:
+def test_a_plan_without_tensors_adds_the_mark_alone(sharded: Path, tmp_path: Path) -> None:
     convert(open_checkpoint(sharded), plan("sliding_window"), tmp_path / "out")
-    names = {path.name for path in sharded.glob("*.safetensors")}
-    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == names
-    for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (sharded / name).read_bytes()
+    before = sorted(sharded.glob("*.safetensors"))
+    *after, last = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [path.read_bytes() for path in after] == [path.read_bytes() for path in before]
+    assert {name: tensor.numel() for name, tensor in load_file(last).items()} == {MARK: 0, MARKED: 0}
     old, new = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (sharded, tmp_path / "out"))
-    assert new["weight_map"] == old["weight_map"]
+    names = {path.name: new_path.name for path, new_path in zip(before, after, strict=True)}
+    assert new["weight_map"] == {n: names[f] for n, f in old["weight_map"].items()} | {MARK: last.name}
     assert new["metadata"]["total_size"] == old["metadata"]["total_size"]
-
-
-def test_one_shard_with_an_index_keeps_it(base: Path, tmp_path: Path) -> None:
-    name = "model-00001-of-00001.safetensors"
-    weight_map = dict.fromkeys(open_checkpoint(base).weight_map, name)
-    (base / "model.safetensors").rename(base / name)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(open_checkpoint(base), plan("sliding_window"), tmp_path / "out")
-    assert open_checkpoint(tmp_path / "out", allow_converted=True).weight_map == weight_map
 
 
 @pytest.mark.parametrize("source", ["base", "sharded"])
@@ -101,10 +98,11 @@ def test_new_tensors_come_in_a_shard_of_their_own(source: str, tmp_path: Path, r
     new = load_file(files[-1])
     assert {name: tensor.shape for name, tensor in new.items()} == {
         name: tensor.shape for name, tensor in made.new_tensors()
-    }
+    } | {MARK: (0,), MARKED: (0,)}
     assert {tensor.dtype for tensor in new.values()} == {torch.float32}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    held = {name: path.name for path in files for name in safe_open(path, "pt").keys()}  # noqa: SIM118
+    # What the mark stands for is in the shard of its base.
+    held = {name: path.name for path in reversed(files) for name in safe_open(path, "pt").keys()}  # noqa: SIM118
     assert index["weight_map"] == held
     assert index["metadata"]["total_size"] == checkpoint.nbytes + sum(tensor.nbytes for tensor in new.values())
 
@@ -128,7 +126,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     path = max(folder.glob("*.safetensors"))
     tensors = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
 def assert_holds(model: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -186,7 +184,7 @@ def test_shards_may_have_any_names(sharded: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(sharded)
     convert(checkpoint, plan("lolcats"), tmp_path / "out")
     out = open_checkpoint(tmp_path / "out", allow_converted=True)
-    assert len(out.weight_map) == len(checkpoint.weight_map) + len(dict(plan("lolcats").new_tensors()))
+    assert len(out.weight_map) == len(checkpoint.weight_map) + len(dict(plan("lolcats").new_tensors())) + 1
 
 
 def test_imports_no_model_code(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,16 +195,16 @@ def test_imports_no_model_code(base: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_copy_is_independent_of_the_base(base: Path, tmp_path: Path) -> None:
     convert(open_checkpoint(base), plan("sliding_window"), tmp_path / "out", link=False)
-    before = digest(tmp_path / "out" / "model.safetensors")
+    before = digest(tmp_path / "out" / FIRST)
     with (base / "model.safetensors").open("r+b") as file:
         file.write(bytes(100))
-    assert digest(tmp_path / "out" / "model.safetensors") == before
+    assert digest(tmp_path / "out" / FIRST) == before
 
 
 def test_a_link_shares_the_base(base: Path, tmp_path: Path) -> None:
     digests = convert(open_checkpoint(base), plan("lolcats"), tmp_path / "out", link=True)
     assert digests == {"model.safetensors": digest(base / "model.safetensors")}
-    assert (tmp_path / "out" / "model-00001-of-00002.safetensors").samefile(base / "model.safetensors")
+    assert (tmp_path / "out" / FIRST).samefile(base / "model.safetensors")
 
 
 def test_blobs_of_the_hub_cache_become_ordinary_files(base: Path, tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_blobs_of_the_hub_cache_become_ordinary_files(base: Path, tmp_path: Path
     (snapshot / "model.safetensors").symlink_to(blob)
     for link in (True, False):
         convert(open_checkpoint(snapshot), plan("sliding_window"), tmp_path / f"{link}", link=link)
-        path = tmp_path / f"{link}" / "model.safetensors"
+        path = tmp_path / f"{link}" / FIRST
         assert not path.is_symlink()
         assert path.samefile(blob) == link
         assert digest(path) == digest(blob)
@@ -231,10 +229,10 @@ def test_a_shared_file_outlives_the_base(base: Path, tmp_path: Path) -> None:
     before = digest(base / "model.safetensors")
     # Whoever saves the base anew puts a new file in the old one's stead.
     save_file({"a": torch.zeros(1)}, base / "model.safetensors")
-    assert digest(tmp_path / "out" / "model-00001-of-00002.safetensors") == before
+    assert digest(tmp_path / "out" / FIRST) == before
     shutil.rmtree(base)
-    assert digest(tmp_path / "out" / "model-00001-of-00002.safetensors") == before
-    assert (tmp_path / "out" / "model-00001-of-00002.safetensors").stat().st_mode == mode
+    assert digest(tmp_path / "out" / FIRST) == before
+    assert (tmp_path / "out" / FIRST).stat().st_mode == mode
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK])
@@ -246,8 +244,8 @@ def test_where_links_are_impossible_it_copies(
 
     monkeypatch.setattr(os, "link", refuse)
     convert(open_checkpoint(base), plan("sliding_window"), tmp_path / "out", link=True)
-    assert not (tmp_path / "out" / "model.safetensors").samefile(base / "model.safetensors")
-    assert digest(tmp_path / "out" / "model.safetensors") == digest(base / "model.safetensors")
+    assert not (tmp_path / "out" / FIRST).samefile(base / "model.safetensors")
+    assert digest(tmp_path / "out" / FIRST) == digest(base / "model.safetensors")
 
 
 @pytest.mark.parametrize("way", ["no call", "refused", "refused later"])
@@ -326,14 +324,14 @@ def test_memory_does_not_grow_with_the_checkpoint(base: Path, tmp_path: Path) ->
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert (tmp_path / "out" / "model-00001-of-00002.safetensors").stat().st_size > 4 * COPY_CHUNK
+    assert (tmp_path / "out" / FIRST).stat().st_size > 4 * COPY_CHUNK
 
 
 def test_refuses_a_tensor_that_is_there_already(base: Path, tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     name = next(iter(dict(plan("lolcats").new_tensors())))
     save_file({**tensors, name: torch.zeros(1)}, base / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds a tensor named"):
+    with pytest.raises(CheckpointError, match="holds weights that attnconv converted"):
         convert(open_checkpoint(base), plan("lolcats"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,8 @@ from attnconv.evaluate.report.receipt_part import receipt_section
 from attnconv.recipes import Recipe
 from attnconv.runs import embedded_model_path, embedded_tokens, run_conversion
 
+FIRST_SHARD = "model-00001-of-00002.safetensors"
+
 TRANSFER = {"kind": "attention_transfer", "steps": 12, "sequence_length": 64, "batch_size": 2, "learning_rate": 1e-2}
 LORA = {"kind": "lora", "steps": 4, "sequence_length": 64, "learning_rate": 1e-3, "rank": 2, "targets": ["q_proj"]}
 LOGITS = {
@@ -84,7 +86,7 @@ def test_the_receipt_says_how_much_the_linear_path_is_used(healed):
 def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
     names = {path.name for path in healed.output.iterdir()}
     told = {"recipe.yaml", "receipt.json", "README.md", "metrics.jsonl", "losses.png", "layer_errors.png"}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json"} | told
+    assert names >= {"config.json", FIRST_SHARD, "tokenizer.json"} | told
     assert [path.name for path in healed.output.parent.iterdir()] == ["model"]
     assert (healed.output / "losses.png").read_bytes().startswith(b"\x89PNG")
     receipt = json.loads((healed.output / "receipt.json").read_text())
@@ -115,7 +117,8 @@ def test_bf16_stages_leave_the_other_weights_untouched(tmp_path):
     bf16 = {"precision": "bf16"}
     recipe = make_recipe(TRANSFER | bf16, LORA | bf16, evaluate=None)
     result = run_conversion(embedded_model_path(), recipe, tmp_path / "model")
-    before, after = (load_file(folder / "model.safetensors") for folder in (embedded_model_path(), result.output))
+    before = load_file(embedded_model_path() / "model.safetensors")
+    after = load_file(result.output / FIRST_SHARD)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {f"model.layers.{number}.self_attn.q_proj.weight" for number in range(5)}
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
@@ -123,7 +126,7 @@ def test_bf16_stages_leave_the_other_weights_untouched(tmp_path):
 
 def test_the_output_can_have_another_dtype(tmp_path):
     recipe = make_recipe(TRANSFER | {"steps": 1}, evaluate=None, output={"dtype": "bfloat16"})
-    after = load_file(run_conversion(embedded_model_path(), recipe, tmp_path / "model").output / "model.safetensors")
+    after = load_file(run_conversion(embedded_model_path(), recipe, tmp_path / "model").output / FIRST_SHARD)
     assert {t.dtype for name, t in after.items() if ".attnconv." not in name} == {torch.bfloat16}
     assert {t.dtype for name, t in after.items() if ".attnconv." in name} == {torch.float32}
 

@@ -95,7 +95,7 @@ def test_the_conversion_is_described_from_its_files(measured):
     assert rows[1][:4] == ["lolcats", "softmax in a sliding window, linear attention before it", "0-4", "5"]
     from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as file:
         added = sum(file.get_tensor(name).numel() for name in file.keys() if ".attnconv." in name)  # noqa: SIM118
     assert rows[1][-1] == f"{added:,}"
     assert f"adds {added:,} parameters" in page.words
