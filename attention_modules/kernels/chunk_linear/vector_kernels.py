@@ -22,7 +22,9 @@ def fading(later, earlier):
 @triton.jit
 def gates_before(gates, row, end, columns, K: tl.constexpr):
     """`[1, columns]` gates of the token before `row`."""
-    return tl.load(gates + (row - 1) * K + columns, mask=(columns < K) & (row <= end), other=0.0)[None, :]
+    # Triton 3.9 interprets no mask that is a vector and a number.
+    known = tl.where(row <= end, columns, K) < K
+    return tl.load(gates + (row - 1) * K + columns, mask=known, other=0.0)[None, :]
 
 
 @triton.jit
