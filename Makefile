@@ -11,11 +11,21 @@ CONSTRAINED := $(PIP) install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test test-slow lint format clean
+# Two more environments beside the first: without constraints, and with the lowest versions that pyproject.toml admits.
+NEWEST := $(VENV)-newest
+OLDEST := $(VENV)-oldest
+# What the registry has today is asked for once a day.
+INSTALLED_NEWEST := $(NEWEST)/.installed-$(shell date +%F)
+INSTALLED_OLDEST := $(OLDEST)/.installed
+COMPAT := -m pytest -m compat $(PARALLEL)
+
+.PHONY: help demo test test-newest test-oldest test-slow lint format clean newest oldest
 
 help:
 	@echo "make demo       install, then convert the embedded model and show what became of it"
 	@echo "make test       install, then run the fast tests with their coverage"
+	@echo "make test-newest, make test-oldest"
+	@echo "                the tests that count for every set of versions, with the newest and with the lowest"
 	@echo "make test-slow  the long tests: every architecture, memory, speed"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
@@ -26,6 +36,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
+
+test-newest: $(INSTALLED_NEWEST)
+	$(NEWEST)/bin/python $(COMPAT)
+
+test-oldest: $(INSTALLED_OLDEST)
+	$(OLDEST)/bin/python $(COMPAT)
+
+newest: $(INSTALLED_NEWEST)
+oldest: $(INSTALLED_OLDEST)
 
 test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m slow
@@ -40,7 +59,7 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .coverage .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest .mypy_cache .pytest_cache .ruff_cache .coverage .hypothesis
 
 # torch goes first and alone: with it in place, nothing that depends on torch pulls another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -54,4 +73,30 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED_DEV): $(INSTALLED)
 	$(CONSTRAINED) --editable '.[dev]'
+	@touch $@
+
+# As a user would install it: the wheel, into an empty environment, with whatever the registry has. Only torch is the
+# tested one, whose build for CPUs is at hand, and stays.
+TORCH := $(shell grep '^torch==' constraints.txt)
+NEWEST_PIP := $(NEWEST)/bin/python -m pip --disable-pip-version-check
+UNCONSTRAINED := $(NEWEST_PIP) install --quiet --upgrade --upgrade-strategy eager $(TORCH)
+$(INSTALLED_NEWEST): pyproject.toml constraints.txt
+	@echo "Installing the newest versions into $(NEWEST)"
+	@$(PYTHON) -m venv $(NEWEST)
+	@rm -rf $(NEWEST)/.installed-* $(NEWEST)/dist
+	$(UNCONSTRAINED)
+	$(NEWEST_PIP) uninstall --quiet --yes attnconv
+	$(NEWEST_PIP) wheel --quiet --no-deps --wheel-dir $(NEWEST)/dist .
+	$(UNCONSTRAINED) $(NEWEST)/dist/attnconv-*.whl
+	cd $(NEWEST) && bin/python -c 'import attnconv; assert "site-packages" in attnconv.__file__, attnconv.__file__'
+	cd $(NEWEST) && bin/attnconv doctor
+	$(UNCONSTRAINED) --editable '.[test]'
+	@touch $@
+
+OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt
+$(INSTALLED_OLDEST): pyproject.toml constraints-oldest.txt
+	@echo "Installing the lowest versions into $(OLDEST)"
+	@$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) torch
+	$(OLDEST_PIP) --editable '.[test]'
 	@touch $@

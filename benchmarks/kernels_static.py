@@ -124,9 +124,10 @@ def compile_for(launch, target: int):
 
 def usage(compiled, target: int) -> dict[str, int]:
     """Registers of a thread, bytes that it spills, and bytes of shared memory of a block."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    assembler = knobs.nvidia.ptxas_blackwell if target >= 100 else knobs.nvidia.ptxas
+    # Triton brings several; which of them reads the PTX that it writes for a target changes from release to release.
+    assembler = get_ptxas(target)
     ptx = compiled.asm["ptx"]
     name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:

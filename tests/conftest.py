@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import platform
 import shutil
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Some shells tell their children how wide the terminal is, and what is printed here goes to none.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     cache = tempfile.mkdtemp(prefix="attnconv-tests-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["HF_HOME"] = cache
@@ -30,6 +35,30 @@ _prepare_environment()
 # The machine may be busy, and a suite that is green today should be green tomorrow.
 settings.register_profile("attnconv", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("attnconv")
+
+
+def pytest_report_header() -> str:
+    """The versions that results are true for."""
+    names = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "huggingface_hub",
+        "peft",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "triton",
+    )
+    found = ", ".join(f"{name} {_version(name)}" for name in names)
+    return f"with Python {platform.python_version()}, {found}"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

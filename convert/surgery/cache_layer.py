@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from ...attention_modules.base import AttentionModule
 from ...attention_modules.state import AttentionState
-from ...compat import LayerTypes, plain_cache_layers, wrap_layer_types
+from ...compat import LayerTypes, let_masks_pass_over, plain_cache_layers, wrap_layer_types
 from ...errors import PlanError
 from .code_copies import is_ours
 
@@ -283,6 +283,7 @@ def register_cache_layers() -> None:
         return layer_types
 
     wrap_layer_types(wrapper)
+    let_masks_pass_over(lambda layer: isinstance(layer, AttnConvCacheLayer))
     _let_prefetch_find_nothing()
 
 

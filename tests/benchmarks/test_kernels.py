@@ -2,9 +2,9 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -80,10 +80,10 @@ def test_what_time_and_memory_leave_out_is_said(modules: tuple[ModuleType, Modul
     def exhaust() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    deadline = time.monotonic() + 60
+    deadline = math.inf
     rows = kernels.time_cases(cases(), roofs, deadline, lambda function: (1.0, 0.9, 1.1))
     assert [row.get("left_out") for row in rows] == [None, "out of memory"]
-    late = kernels.time_cases(cases(), roofs, time.monotonic() - 1, lambda function: (1.0, 0.9, 1.1))
+    late = kernels.time_cases(cases(), roofs, -math.inf, lambda function: (1.0, 0.9, 1.1))
     assert [row["left_out"] for row in late] == ["time limit"] * 2
     json.dumps([*rows, *late])
 

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,49 @@ SCRIPTS = [
 ]
 
 
-def run(repository: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, repository / "benchmarks" / f"{script}.py", *arguments],
-        env={**os.environ, "PYTHONPATH": str(repository / ".dev"), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
+MEASURING_A_MODEL = [script for script in SCRIPTS if script not in WITHOUT_MODEL]
+NEEDING_DATA = ["method_table", "smollm2_lolcats", "transfer_speed"]
+# Runs every script in one process, for importing torch takes longer than all else that they do here.
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+done = {}
+for path, arguments in json.loads(sys.stdin.read()):
+    sys.argv, status = [path, *arguments], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as left:
+            status = left.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    done[path] = [status, out.getvalue(), err.getvalue()]
+print(json.dumps(done))
+"""
+# Exit status, stdout and stderr of a script.
+Done = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def run_all(repository: Path) -> Callable[..., dict[str, Done]]:
+    """Run several scripts with the same arguments, by name."""
+
+    def run(scripts: list[str], *arguments: str, **environment: str) -> dict[str, Done]:
+        paths = {str(repository / "benchmarks" / f"{script}.py"): script for script in scripts}
+        folders = os.pathsep.join([str(repository / ".dev"), str(repository / "benchmarks")])
+        done = subprocess.run(
+            [sys.executable, "-c", RUN_ALL],
+            input=json.dumps([(path, arguments) for path in paths]),
+            env={**os.environ, "PYTHONPATH": folders, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return {paths[path]: tuple(said) for path, said in json.loads(done.stdout).items()}
+
+    return run
 
 
 def test_every_script_is_known(repository: Path) -> None:
@@ -41,32 +78,45 @@ def test_every_script_is_known(repository: Path) -> None:
     assert all(f"benchmarks/{script}.py" in table for script in SCRIPTS)
 
 
+@pytest.fixture(scope="module")
+def help_texts(run_all: Callable[..., dict[str, Done]]) -> dict[str, Done]:
+    return run_all(SCRIPTS, "--help")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(repository: Path, script: str) -> None:
-    done = run(repository, script, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"python benchmarks/{script}.py" in done.stdout
+def test_help(help_texts: dict[str, Done], script: str) -> None:
+    status, text, errors = help_texts[script]
+    assert status == 0, errors
+    # Where lines break is a matter of the terminal's width.
+    assert f"python benchmarks/{script}.py" in " ".join(text.split())
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        script
-        for script in SCRIPTS
-        if script not in ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
-    ],
-)
-def test_a_missing_model_is_said(repository: Path, script: str, tmp_path: Path) -> None:
-    done = run(repository, script, ATTNCONV_MODELS=str(tmp_path))
-    assert done.returncode == 1
-    assert "ATTNCONV_MODELS" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+@pytest.fixture(scope="module")
+def without_models(
+    run_all: Callable[..., dict[str, Done]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Done]:
+    return run_all(MEASURING_A_MODEL, ATTNCONV_MODELS=str(tmp_path_factory.mktemp("models")))
 
 
-@pytest.mark.parametrize("script", ["method_table", "smollm2_lolcats", "transfer_speed"])
-def test_missing_data_are_said(repository: Path, script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", MEASURING_A_MODEL)
+def test_a_missing_model_is_said(without_models: dict[str, Done], script: str) -> None:
+    status, _, errors = without_models[script]
+    assert status == 1
+    assert "ATTNCONV_MODELS" in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def without_data(
+    run_all: Callable[..., dict[str, Done]], repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Done]:
     model = repository / "packaged" / "assets" / "stories260K"
-    done = run(repository, script, "--model", str(model), ATTNCONV_SHARED=str(tmp_path))
-    assert done.returncode == 1
-    assert "ATTNCONV_SHARED" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    return run_all(NEEDING_DATA, "--model", str(model), ATTNCONV_SHARED=str(tmp_path_factory.mktemp("shared")))
+
+
+@pytest.mark.parametrize("script", NEEDING_DATA)
+def test_missing_data_are_said(without_data: dict[str, Done], script: str) -> None:
+    status, _, errors = without_data[script]
+    assert status == 1
+    assert "ATTNCONV_SHARED" in errors
+    assert len(errors.splitlines()) == 1

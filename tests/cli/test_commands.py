@@ -9,6 +9,8 @@ from typer.testing import Result
 import attnconv
 from attnconv.errors import AttnConvError, OutputError
 
+pytestmark = pytest.mark.compat
+
 COMMANDS = [
     ["convert"],
     ["inspect"],

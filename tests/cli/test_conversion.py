@@ -11,6 +11,8 @@ from attnconv.convert import converted_modules
 from attnconv.recipes import load_recipe
 from attnconv.runs import demo as demo_module
 
+pytestmark = pytest.mark.compat
+
 Run = Callable[..., Result]
 # One step of each stage, and a look at two windows.
 SHORT = ["stages.*.tokens=768", "stages.*.sequence_length=384", "stages.*.batch_size=2", "evaluate.tokens=768"]

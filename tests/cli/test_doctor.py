@@ -14,6 +14,8 @@ from attnconv.runs import self_check
 from attnconv.runs.environment import describe_environment
 from attnconv.runs.self_check import METHODS, TOLERANCE, run_self_check
 
+pytestmark = pytest.mark.compat
+
 Run = Callable[..., Result]
 COMPARED = ["save and reload", "cache", "greedy text", "left padding"]
 

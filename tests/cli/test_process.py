@@ -65,6 +65,7 @@ def test_the_shell_completes(environment: dict[str, str], words: str, found: str
     assert done.stdout.split() == [found]
 
 
+@pytest.mark.slow
 def test_help_is_quick(environment: dict[str, str]) -> None:
     """Under half a second of the processor's time, which unlike the wall's does not depend on who else is working."""
 

@@ -1,15 +1,10 @@
 """What the tests of the surgery share: a Hub on this machine."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# The helpers that stand in for the outside world are plain modules beside the rooms.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-
 from hub_server import OWNER, HubServer
 
 

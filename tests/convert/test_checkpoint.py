@@ -367,6 +367,7 @@ def test_companions_are_what_a_conversion_takes_over(folder: Path) -> None:
     assert set(open_checkpoint(folder).companions) == set(taken)
 
 
+@pytest.mark.slow
 def test_is_fast(shared: Path) -> None:
     began = time.perf_counter()
     open_checkpoint(shared / "data" / "models" / "stories260K")

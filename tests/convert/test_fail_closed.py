@@ -16,6 +16,8 @@ from attnconv.compat import cache_argument
 from attnconv.convert import convert_model
 from attnconv.errors import PlanError
 
+pytestmark = pytest.mark.compat
+
 CACHE = cache_argument(LlamaForCausalLM.forward)
 IDS = torch.arange(3, 15)[None]
 CONFIG = LlamaConfig(

@@ -26,6 +26,8 @@ from attnconv.convert import apply_plan, converted_modules, make_plan, probe
 from attnconv.convert.surgery.cache_layer import AttnConvCacheLayer
 from attnconv.recipes import AttentionRule
 
+pytestmark = pytest.mark.compat
+
 WINDOW = 3
 CACHE = cache_argument(LlamaForCausalLM.forward)
 PROMPT = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -31,6 +31,8 @@ if sys.argv[3] == "attnconv":
 else:
     sys.modules["attnconv"] = None
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.compat
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] == "trust")
 save_file({"logits": model(torch.arange(1, 41)[None]).logits}, sys.argv[2])
 print(sum(hasattr(module, "attnconv") for module in model.modules()))

@@ -24,6 +24,8 @@ from attnconv.convert.writing.reload import resolve_names
 from attnconv.errors import PlanError
 from attnconv.recipes import AttentionRule
 
+pytestmark = pytest.mark.compat
+
 IDS = torch.arange(3, 21).view(2, 9)
 CONFIGS = {
     "llama": LlamaConfig(

@@ -219,6 +219,7 @@ def test_transfer_refuses_a_method_without_parameters(make_trainee):
         AttentionTransfer(make_trainee("sliding_window", window=8), transfer_stage())
 
 
+@pytest.mark.compat
 def test_in_bf16_the_cores_stay_fp32_and_learn(make_trainee, batch):
     trainee = make_trainee(dtype=torch.bfloat16)
     assert trainee.model.dtype == torch.bfloat16

@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
-import sys
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import visit
+from fake_results import ACCURACY, PERPLEXITY, choice_items, text_items, write_fakes
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import SVG, check_page, pictures, read_page
 
 from attnconv.errors import DataError
 from attnconv.evaluate.engine.bootstrap import make_figures
@@ -20,12 +22,6 @@ from attnconv.evaluate.report.drawing import drawing_style
 from attnconv.evaluate.report.pareto import Point, front, pareto_chart
 from attnconv.recipes import Recipe
 from attnconv.runs import embedded_model_path, run_conversion
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-
-from browser import visit
-from fake_results import ACCURACY, PERPLEXITY, choice_items, text_items, write_fakes
-from pages import SVG, check_page, pictures, read_page
 
 MODELS = {
     "near": {"loss": 0.1, "slope": 1.9},

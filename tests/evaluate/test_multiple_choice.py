@@ -1,8 +1,7 @@
 import gzip
-import importlib.util
+import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -226,16 +225,9 @@ def test_units_are_cut_without_the_model_and_respect_the_limit() -> None:
 @pytest.fixture(scope="module")
 def check(repository: Path) -> ModuleType:
     """The benchmark that compares with lm-eval."""
-    sys.path.insert(0, str(repository / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "multiple_choice_check", repository / "benchmarks" / "multiple_choice_check.py"
-        )
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(repository / "benchmarks")
+        return importlib.import_module("multiple_choice_check")
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,15 @@
 import dataclasses
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-from attnconv.convert.writing.card import REPORT_END, REPORT_START
-from attnconv.evaluate.report import write_report
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-
 from browser import screenshot, visit
 from fake_results import write_fakes
 from pages import SVG, check_page, pictures, read_page
 from small_conversions import heal
+
+from attnconv.convert.writing.card import REPORT_END, REPORT_START
+from attnconv.evaluate.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,18 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from fake_results import benchmark, model_row, write_fakes
+from pages import SVG, check_page, pictures, read_page
+from small_conversions import convert, heal
 
 from attnconv.convert.writing.card import REPORT_END, REPORT_START, with_report
 from attnconv.distill import plots
 from attnconv.errors import DataError, OutputError
 from attnconv.evaluate.report import write_report
 from attnconv.evaluate.report.drawing import COLORS
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
-
-from fake_results import benchmark, model_row, write_fakes
-from pages import SVG, check_page, pictures, read_page
-from small_conversions import convert, heal
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -32,25 +33,41 @@ def find_browser() -> str:
 
 def visit(page: Path, script: str, *, width: int, height: int, scheme: str, profile: Path) -> Visit:
     """Open a copy of a page in which `script`, the body of a function, runs last and returns an object."""
-    text = page.read_text(encoding="utf-8")
-    wrapped = (
-        "<script>addEventListener('load', () => { document.documentElement.dataset.answer = "
-        f"encodeURIComponent(JSON.stringify((() => {{ {script} }})())); }});</script>"
-    )
-    copy = profile / "page.html"
+    answer = f"parent.postMessage(JSON.stringify((() => {{ {script} }})()), '*')"
+    wrapped = f"<script>addEventListener('load', () => {{ {answer}; }});</script>"
     profile.mkdir(parents=True, exist_ok=True)
-    copy.write_text(text.replace("</body>", wrapped + "</body>"), encoding="utf-8")
-    done = _run(copy, profile, width, height, scheme, "--dump-dom")
+    copy = profile / "page.html"
+    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", wrapped + "</body>"), encoding="utf-8")
+    done = _run(_framed(copy, profile, width, height), profile, width, height, scheme, "--dump-dom")
     found = re.search(r'data-answer="([^"]*)"', done.stdout)
     assert found, f"the page did not answer:\n{done.stderr[-2000:]}"
-    from urllib.parse import unquote
-
-    return Visit(json.loads(unquote(found[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line])
+    return Visit(json.loads(unquote(found[1])), _console(done))
 
 
 def screenshot(page: Path, picture: Path, *, width: int, height: int, scheme: str, profile: Path) -> list[str]:
     """Take a picture of a page; returns what the page wrote to the console."""
-    done = _run(page, profile, width, height, scheme, f"--screenshot={picture}", "--hide-scrollbars")
+    frame = _framed(page, profile, width, height)
+    return _console(_run(frame, profile, width, height, scheme, f"--screenshot={picture}", "--hide-scrollbars"))
+
+
+def _framed(page: Path, profile: Path, width: int, height: int) -> Path:
+    """Write a page that shows another in a frame of `width` x `height`, and keeps what that one posts to it.
+
+    Windows have a least width (500 pixels in some releases), frames have none.
+    """
+    frame = profile / "frame.html"
+    # A frame takes its colour scheme from the page around it.
+    frame.write_text(
+        '<!doctype html><meta name="color-scheme" content="light dark"><body style="margin: 0"><script>'
+        "addEventListener('message', event => {"
+        " document.documentElement.dataset.answer = encodeURIComponent(event.data); });</script>"
+        f'<iframe src="{page.resolve().as_uri()}" width="{width}" height="{height}" style="border: 0"></iframe>',
+        encoding="utf-8",
+    )
+    return frame
+
+
+def _console(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

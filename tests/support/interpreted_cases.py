@@ -16,15 +16,17 @@ def cases_of(script: Path) -> list[str]:
 def check(script: Path, case: str) -> None:
     """Compare each quantity's error with what its precision allows."""
     tolerance = {"bf16": 2e-2, "fp16": 2e-3}.get(case.rsplit("-")[-1], 2e-5)
-    found = measured(script)[case]
+    process = running(script)
+    print(case, file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    assert line, f"{script.name} ended by itself"
+    found = json.loads(line)
+    assert not isinstance(found, str), found
     assert found
     assert {name: error for name, error in found.items() if not error < tolerance} == {}
 
 
 @functools.cache
-def measured(script: Path) -> dict[str, dict[str, float]]:
-    """What a script prints: for each case, errors by quantity."""
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
-    return found
+def running(script: Path) -> subprocess.Popen[str]:
+    """A script that waits for names of cases; it ends with this process, which closes its input."""
+    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -130,7 +130,8 @@ def decode_hybrid(
     for first_v in range(0, V, BV):
         columns_v = first_v + tl.arange(0, BV)
         inside_v = columns_v < V
-        old_value = tl.load(leaving_value + columns_v, mask=tl.where(leaves, columns_v, V) < V, other=0.0).to(tl.float32)
+        leaving = tl.where(leaves, columns_v, V) < V
+        old_value = tl.load(leaving_value + columns_v, mask=leaving, other=0.0).to(tl.float32)
         acc = tl.zeros([MEMBERS, BV], dtype=tl.float32)
         mass = tl.zeros([MEMBERS], dtype=tl.float32)
         for half in range(2):

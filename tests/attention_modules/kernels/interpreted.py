@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
+from interpreting import Case, Inputs, Module, answer, differentiate, errors, starts
 from torch import Tensor
 
 from attnconv.attention_modules import Call, Geometry, Tokens, create
@@ -117,4 +117,4 @@ CASES: dict[str, Case] = {
 }
 
 if __name__ == "__main__":
-    print_errors(CASES)
+    answer(CASES)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
-from interpreting import Case, Inputs, Module, differentiate, errors, print_errors, starts
+from interpreting import Case, Inputs, Module, answer, differentiate, errors, starts
 from torch import Tensor
 
 from attnconv.attention_modules.kernels.chunk_linear.forward import chunk_linear, token_gates
@@ -284,4 +284,4 @@ CASES: dict[str, Case] = {
 }
 
 if __name__ == "__main__":
-    print_errors(CASES)
+    answer(CASES)

@@ -1,12 +1,13 @@
 """What the scripts share that run Triton kernels on the CPU and compare them with float64 oracles.
 
-They are processes of their own, for triton reads TRITON_INTERPRET once, and print `{case: {quantity: error}}`, errors
-relative to the largest number of the oracle, or to 1 where all are smaller.
+They are processes of their own, for triton reads TRITON_INTERPRET once, and answer the name of a case by
+`{quantity: error}`, errors relative to the largest number of the oracle, or to 1 where all are smaller.
 """
 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -44,9 +45,14 @@ def starts(batch: int, length: int) -> Tensor:
     return torch.tensor([length // 2, 0, length // 5][:batch], dtype=torch.int32)
 
 
-def print_errors(cases: Mapping[str, Case]) -> None:
-    """Of the cases named on the command line, or of all."""
-    json.dump({name: cases[name]() for name in sys.argv[1:] or cases}, sys.stdout)
+def answer(cases: Mapping[str, Case]) -> None:
+    """For each name that comes in as a line, the errors of that case go out as a line, or what it raised."""
+    for line in sys.stdin:
+        try:
+            print(json.dumps(cases[line.strip()]()), flush=True)
+        # Said where it was asked for, so that the other cases can still be.
+        except Exception:  # noqa: BLE001
+            print(json.dumps(traceback.format_exc()), flush=True)
 
 
 @dataclass(frozen=True)
