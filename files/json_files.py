@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .whole_files import write_atomically
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON object; see `json_text`."""
-    path.write_text(json_text(value), encoding="utf-8")
+    """Write one JSON object, whole or not at all; see `json_text`."""
+    write_atomically(path, json_text(value).encode())
 
 
 def json_text(value: Mapping[str, Any]) -> str:

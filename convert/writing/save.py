@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ...files.json_files import read_json, write_json
+from ...files.whole_files import write_atomically
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint, load_tokenizer
 from ..reading.config_file import CONFIG_FILE, SECTION
@@ -95,7 +96,7 @@ def write_marked(folder: Path, config: Mapping[str, Any]) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if classes and not all(f"\n{name} = " in text for name in classes):
         lines = [f'{name} = native_model("{name.removeprefix(CLASS_PREFIX)}", __name__)\n' for name in classes]
-        path.write_text(MODELING_HEADER + "".join(lines), encoding="utf-8")
+        write_atomically(path, (MODELING_HEADER + "".join(lines)).encode())
 
 
 def auto_classes(model_type: str, architecture: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import IO, Any
 from ...errors import OutputError
 from ...files.json_files import plain_json
 from ...files.locks import FolderLock, lock_folder
+from ...files.whole_files import refuse_link
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Journal:
     def _read(self) -> Iterator[tuple[str, Any]]:
         if not self.path.is_file():
             return
+        refuse_link(self.path)
         # A killed run, or a full disk, can leave half a line behind; what is on it is measured again.
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
@@ -85,6 +87,7 @@ class Journal:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                refuse_link(self.path)
                 self._drop_torn_line()
                 self._file = self.path.open("a", encoding="utf-8")
                 self._take()

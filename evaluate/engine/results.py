@@ -23,6 +23,7 @@ from ...files.containment import inside
 from ...files.fast_copy import digest_of
 from ...files.json_files import json_text, read_json
 from ...files.output_folder import TOOL, is_ours
+from ...files.whole_files import refuse_link, write_atomically
 
 FOLDER = "results"
 EVALUATION = "eval"
@@ -36,12 +37,16 @@ PACKAGES = (TOOL, "torch", "transformers", "peft", "safetensors", "tokenizers", 
 
 
 def results_folder(source: str | Path, output: str | Path | None = None) -> Path:
-    """The folder for measurements of a model: `output` if given, else as the head of this module says."""
+    """The folder for measurements of a model: `output` if given, else as the head of this module says.
+
+    Raises:
+        OutputError: a converted model's `results` is a link, which may lead out of its folder.
+    """
     if output is not None:
         return Path(output).expanduser()
     folder = Path(source).expanduser()
     if folder.is_dir() and is_ours(folder):
-        return folder / FOLDER
+        return refuse_link(folder / FOLDER)
     name = re.sub(r"[^\w.-]+", "-", str(source).rstrip("/").rsplit("/", 1)[-1]).strip(".-")
     return Path(FOLDER) / (name or "model")
 
@@ -90,14 +95,6 @@ def write_text(path: Path, text: str) -> None:
         write_atomically(path, text.encode())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    building = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building.write_bytes(content)
-    building.replace(path)
 
 
 def describe_model(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:

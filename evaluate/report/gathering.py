@@ -13,9 +13,12 @@ from ...convert.planning.plan import Plan, PlanEntry
 from ...convert.reading.checkpoint import open_checkpoint
 from ...convert.reading.config_file import CONFIG_FILE, SECTION
 from ...convert.writing.receipt import digest_inputs
+from ...convert.writing.save import CARD_FILE
 from ...errors import CheckpointError, DataError, PlanError
+from ...files.containment import inside
 from ...files.json_files import read_json
 from ...files.output_folder import RECEIPT_FILE, is_ours
+from ...files.whole_files import refuse_link
 from ..engine.results import BENCHMARK, EVALUATION, FOLDER, read_results
 from .documents import (
     BenchmarkFile,
@@ -129,7 +132,9 @@ def gather(folder: Path) -> Report:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}: give the output of `attnconv convert`.")
     ours = is_ours(folder)
-    results = folder / FOLDER if ours else folder
+    results = refuse_link(folder / FOLDER) if ours else folder
+    if ours:
+        _refuse_links_out(folder)
     evaluation, benchmark = _results(results, EVALUATION), _results(results, BENCHMARK)
     if not ours and evaluation is None and benchmark is None:
         raise DataError(
@@ -160,6 +165,17 @@ def gather(folder: Path) -> Report:
         fidelity=_fidelity(measured_evaluation, results / "eval.json"),
         benchmark=measured_benchmark,
     )
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Insist that what is read into the report, and published with it, lies in the folder."""
+    beside = (f"{FOLDER}/{kind}.json" for kind in (EVALUATION, BENCHMARK))
+    for name in (CONFIG_FILE, RECEIPT_FILE, RECIPE_FILE, METRICS_FILE, CARD_FILE, *beside):
+        if (folder / name).is_symlink():
+            try:
+                inside(folder.resolve(), name)
+            except CheckpointError as error:
+                raise DataError(str(error)) from error
 
 
 def _results(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...convert.writing.card import with_report
 from ...convert.writing.save import CARD_FILE
 from ...errors import DataError, OutputError
-from ..engine.results import write_atomically
+from ...files.whole_files import refuse_link, write_atomically
 from .gathering import Report, gather
 from .html import render_html
 from .markdown import IMAGES, escape, render_markdown, table
@@ -106,6 +106,7 @@ def _card_section(report: Report) -> str:
 
 def write_page(html_path: Path, html: str, markdown_path: Path, markdown: str, pictures: Mapping[str, bytes]) -> None:
     """Write a page and its twin, each file whole or not at all; the twin after the pictures that it shows."""
+    refuse_link(markdown_path.parent / IMAGES)
     write_atomically(html_path, html.encode())
     for name, content in pictures.items():
         write_atomically(markdown_path.parent / name, content)
@@ -116,6 +117,7 @@ def remove_old_pictures(markdown: Path, current: set[str]) -> None:
     """Remove the pictures that an earlier report showed and this one does not; others' files stay."""
     if not markdown.is_file():
         return
+    refuse_link(markdown.parent / IMAGES)
     earlier = markdown.read_text(encoding="utf-8", errors="replace")
     for path in (markdown.parent / IMAGES).glob("*.png"):
         name = f"{IMAGES}/{path.name}"
