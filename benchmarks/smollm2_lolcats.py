@@ -60,7 +60,7 @@ def main() -> None:
             "teacher": measured["base"],
             "converted": measured["model"],
             "stages": receipt.get("metrics"),
-            "linear_path_use": receipt.get("linear_path_use"),
+            "path_use": receipt.get("path_use"),
             "conversion_seconds": conversion.seconds,
             "peak_bytes": conversion.peak_bytes,
         },

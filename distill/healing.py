@@ -35,8 +35,6 @@ from .trainee import LoraSettings, Trainee, check_targets
 from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
 
-# The path that hybrids tend to bypass (https://arxiv.org/abs/2510.05901).
-LINEAR_PATH = "linear"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -239,14 +237,18 @@ def measure(run: Run, model: PreTrainedModel, label: str) -> None:
 
 
 def measure_path_use(run: Run, model: PreTrainedModel, label: str) -> None:
-    """Record how many times the perplexity under a label the model's is without its linear path, if it has one."""
-    if f"perplexity/{label}" not in run.measured or LINEAR_PATH not in paths_of(model):
+    """Record how many times the perplexity under a label the model's is without each path of its methods."""
+    if f"perplexity/{label}" not in run.measured:
         return
-    without = f"{label}, without the {LINEAR_PATH} path"
-    with leaving_out(model, LINEAR_PATH):
-        measure(run, model, without)
-    intact, left = (run.measured[f"perplexity/{name}"]["perplexity"] for name in (label, without))
-    run.record("linear_path_use", left / intact)
+    ratios = {}
+    # Hybrids tend to bypass their linear path (https://arxiv.org/abs/2510.05901).
+    for path in paths_of(model):
+        without = f"{label}, without the {path} path"
+        with leaving_out(model, path):
+            measure(run, model, without)
+        intact, left = (run.measured[f"perplexity/{name}"]["perplexity"] for name in (label, without))
+        ratios[path] = left / intact
+    run.record("path_use", ratios)
 
 
 def measure_distance(run: Run, trainee: Trainee, label: str) -> None:

@@ -274,7 +274,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         inputs=digests,
         start_distance=start_distance(run),
         metrics=metric_rows(run),
-        linear_path_use=run.measured.get("linear_path_use"),
+        path_use=run.measured.get("path_use"),
     )
     recipe_yaml = run.recipe.to_yaml()
     card = make_card(

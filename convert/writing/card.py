@@ -219,8 +219,8 @@ def _measured(receipt: Receipt) -> list[str]:
     if receipt.start_distance:
         figures = ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in receipt.start_distance.items())
         parts.append(f"Distance from the base right after the swap: {figures}.")
-    if receipt.linear_path_use is not None:
-        parts.append(f"Perplexity without the linear path: {_cell(receipt.linear_path_use)} times that with it.")
+    for path, ratio in receipt.path_use.items():
+        parts.append(f"Perplexity without the {path} path: {_cell(ratio)} times that with it.")
     return ["## Measured", *parts] if parts else []
 
 

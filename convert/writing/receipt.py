@@ -31,8 +31,8 @@ class Receipt:
         plan: the `attnconv` section of config.json.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
-        linear_path_use: perplexity without the linear path over perplexity with it, at the end; 1 means that the path
-            does nothing, None that there is none or that perplexity was not measured.
+        path_use: perplexity without each path of the methods over perplexity with it, at the end; 1 means that the
+            path does nothing. Empty where there are none or perplexity was not measured.
         command: the command line, absolute paths shortened to names.
         created: when, in UTC.
         versions: of the packages that took part.
@@ -45,7 +45,7 @@ class Receipt:
     plan: Mapping[str, Any]
     start_distance: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
-    linear_path_use: float | None = None
+    path_use: Mapping[str, float] = field(default_factory=dict)
     command: str = ""
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def make_receipt(
     inputs: Mapping[str, str] | None = None,
     start_distance: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
-    linear_path_use: float | None = None,
+    path_use: Mapping[str, float] | None = None,
     command: Sequence[str] | None = None,
 ) -> Receipt:
     """Put a receipt together.
@@ -69,7 +69,7 @@ def make_receipt(
         inputs: digests of the base's weight files; the default reads the files once more.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: what was measured, one row per moment, each with its `"stage"`.
-        linear_path_use: perplexity without the linear path over perplexity with it.
+        path_use: perplexity without each path of the methods over perplexity with it.
         command: the command line; the default is that of this process.
     """
     return Receipt(
@@ -80,7 +80,7 @@ def make_receipt(
         plan=plan.to_config(),
         start_distance=start_distance or {},
         metrics=tuple(metrics),
-        linear_path_use=linear_path_use,
+        path_use=path_use or {},
         command=_public(sys.argv if command is None else command),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),

@@ -156,7 +156,7 @@ class ReceiptFile(Document):
     plan: dict[str, Any] = {}
     start_distance: dict[str, Number] = {}
     metrics: list[dict[str, Any]] = []
-    linear_path_use: Number = None
+    path_use: dict[str, Number] = {}
     command: str = ""
     created: str = ""
     versions: dict[str, str] = {}

@@ -33,8 +33,8 @@ def _receipt(report: Report) -> Table | None:
         *((f"version of {name}", value) for name, value in found.versions.items()),
         *((f"at the swap: {key.replace('_', ' ')}", number(value)) for key, value in found.start_distance.items()),
     ]
-    if found.linear_path_use is not None:
-        rows.append(("perplexity without the linear path over that with it", number(found.linear_path_use)))
+    for path, ratio in found.path_use.items():
+        rows.append((f"perplexity without the {path} path over that with it", number(ratio)))
     for label, measured in (("evaluated", report.evaluation), ("benchmarked", report.benchmark)):
         for name, digest in measured.model.digests.items() if measured is not None else ():
             rows.append((f"{label} {name}", digest))

@@ -73,14 +73,16 @@ def test_the_saved_model_is_the_healed_one(healed):
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-def test_the_receipt_says_how_much_the_linear_path_is_used(healed):
+def test_the_receipt_says_how_much_each_path_is_used(healed):
     model = AutoModelForCausalLM.from_pretrained(healed.output)
-    with leaving_out(model, "linear"):
-        without = perplexity(model, embedded_tokens("valid"), context=128, limit=1000).perplexity
     receipt = json.loads((healed.output / "receipt.json").read_text())
-    assert receipt["linear_path_use"] == pytest.approx(without / healed.metrics[-1]["perplexity"], rel=1e-4)
-    assert abs(receipt["linear_path_use"] - 1) > 0.01
-    assert "Perplexity without the linear path" in (healed.output / "README.md").read_text()
+    assert list(receipt["path_use"]) == ["window", "linear"]
+    for path, ratio in receipt["path_use"].items():
+        with leaving_out(model, path):
+            without = perplexity(model, embedded_tokens("valid"), context=128, limit=1000).perplexity
+        assert ratio == pytest.approx(without / healed.metrics[-1]["perplexity"], rel=1e-4)
+        assert abs(ratio - 1) > 0.01
+        assert f"Perplexity without the {path} path" in (healed.output / "README.md").read_text()
 
 
 def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
