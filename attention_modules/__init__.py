@@ -15,7 +15,7 @@ from .registry import MethodInfo, available, create, get_method, register
 from .softmax import SoftmaxAttention
 from .sparse.sliding_window import SlidingWindowAttention
 from .state import AttentionState
-from .tokens import Call, Tokens
+from .tokens import Call, Surroundings, Tokens
 
 __all__ = [
     "AgentAttention",
@@ -34,6 +34,7 @@ __all__ = [
     "MethodInfo",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "Surroundings",
     "Tokens",
     "available",
     "create",

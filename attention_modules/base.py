@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .calls import check_shapes, exact_tokens, layer_input
+from .calls import check_shapes, exact_tokens, layer_input, new_tokens
 from .contract import AttentionContract, Memory
 from .padding import restore_tokens, right_align_order, take_tokens
 from .state import AttentionState, Mixed
-from .tokens import Call, Tokens
+from .tokens import Call, Surroundings, Tokens
 from .weights import response_weights
+
+NOTHING = Surroundings()
 
 
 class AttentionModule(AttentionContract):
@@ -38,6 +40,7 @@ class AttentionModule(AttentionContract):
         padding_mask: Tensor | None = None,
         state: AttentionState | None = None,
         hidden_states: Tensor | None = None,
+        around: Surroundings = NOTHING,
     ) -> Tensor:
         """Attend.
 
@@ -49,14 +52,15 @@ class AttentionModule(AttentionContract):
             padding_mask: `[batch, S]` bool, True = real token; None when all are.
             state: memory of earlier calls, updated in place.
             hidden_states: `[batch, T, hidden]`, for methods that read the layer's input.
+            around: what other methods read.
 
         Returns:
             `[batch, num_heads, T, value_dim]` in the dtype of `value`; rows of padding are zero.
 
         Raises:
-            ValueError: shapes do not fit the geometry, or `hidden_states` are missing.
+            ValueError: shapes do not fit the geometry, or something that the method reads is missing.
         """
-        return self._run(query, key, value, scaling, padding_mask, state, hidden_states, finish=True)
+        return self._run(query, key, value, scaling, padding_mask, state, hidden_states, around, finish=True)
 
     def _run(
         self,
@@ -67,6 +71,7 @@ class AttentionModule(AttentionContract):
         padding_mask: Tensor | None,
         state: AttentionState | None,
         hidden_states: Tensor | None,
+        around: Surroundings = NOTHING,
         *,
         finish: bool,
     ) -> Tensor:
@@ -82,11 +87,14 @@ class AttentionModule(AttentionContract):
         # The maths stays in fp32 under autocast: bf16 sums of thousands of terms drift.
         with torch.autocast(query.device.type, enabled=False):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
-            call = Call(query, Tokens(key, value, padding_mask), scaling, hidden)
+            new = new_tokens(self, Tokens(key, value, padding_mask), hidden, around)
+            unrotated = around.unrotated[0] if self.reads_unrotated and around.unrotated is not None else None
+            if order is not None and unrotated is not None:
+                unrotated = take_tokens(unrotated, order)
+            call = Call(query, new, scaling, hidden, unrotated, around.board if self.reads_board else None)
             out = None if state is None else self._decode(call, state, dtype)
             if out is None:
-                new = Tokens(key, value, padding_mask, signals=self.signals(key.to(dtype), hidden))
-                call = Call(query, exact_tokens(new, state), scaling, hidden)
+                call = call.over(query, exact_tokens(new, state))
                 mixed = self._mixture(call, {} if state is None else state.memory, dtype)
                 if state is not None:
                     self._forget(state, dtype, mixed)
@@ -110,8 +118,7 @@ class AttentionModule(AttentionContract):
         if self.implementation != "torch":
             out = self.decode_triton(call, state)
         if out is None and self.implementation != "triton":
-            exact = Call(call.query.to(dtype), call.tokens, call.scaling, call.hidden_states)
-            out = self.decode_torch(exact, state)
+            out = self.decode_torch(call.over(call.query.to(dtype), call.tokens), state)
         return out
 
     def _mixture(self, call: Call, memory: Memory, dtype: torch.dtype) -> Mixed:

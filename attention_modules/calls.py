@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from .contract import AttentionContract
 from .geometry import Geometry
 from .padding import right_align_order
 from .state import AttentionState
-from .tokens import Tokens
+from .tokens import Surroundings, Tokens
 
 
 def check_shapes(
@@ -77,6 +78,36 @@ def layer_input(
         )
     hidden_states = hidden_states.to(dtype)
     return hidden_states if valid is None else hidden_states.masked_fill(~valid[..., None], 0.0)
+
+
+def new_tokens(core: AttentionContract, tokens: Tokens, hidden_states: Tensor | None, around: Surroundings) -> Tokens:
+    """Tokens of a call with what their method asks to be known of each.
+
+    Args:
+        core: the method.
+        tokens: keys, values and validity.
+        hidden_states: `[batch, S, hidden]` in the dtype of the maths, None unless the method reads them.
+        around: what the caller has.
+
+    Raises:
+        ValueError: the method asks for something that the caller has not.
+    """
+    asked = {"positions": core.reads_positions, "unrotated": core.reads_unrotated, "board": core.reads_board}
+    for name, is_asked in asked.items():
+        if is_asked and getattr(around, name) is None:
+            raise ValueError(
+                f"{core.name!r} needs `{name}`, but the call has none: give them as `Surroundings({name}=...)`"
+            )
+    dtype = torch.promote_types(tokens.keys.dtype, torch.float32)
+    signals = core.signals(tokens.keys.to(dtype), hidden_states)
+    if core.reads_unrotated and around.unrotated is not None:
+        signals = {**signals, "unrotated_keys": around.unrotated[1]}
+    positions = (
+        around.positions.expand(tokens.keys.shape[0], -1)
+        if core.reads_positions and around.positions is not None
+        else None
+    )
+    return Tokens(tokens.keys, tokens.values, tokens.valid, positions, signals)
 
 
 def exact_tokens(tokens: Tokens, state: AttentionState | None) -> Tokens:

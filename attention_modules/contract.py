@@ -44,6 +44,11 @@ class AttentionContract(nn.Module, ABC):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
     # Whether the state stays as it is while the context grows.
     is_recurrent: ClassVar[bool] = True
+    # What the method asks for besides queries, keys and values; see `tokens.Surroundings`. The layer's input is asked
+    # for by `reads_hidden_states`, which may depend on the options.
+    reads_positions: ClassVar[bool] = False
+    reads_unrotated: ClassVar[bool] = False
+    reads_board: ClassVar[bool] = False
     # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
     paths: ClassVar[tuple[str, ...]] = ()
     # Those of them that are left out at present.
@@ -167,7 +172,7 @@ class AttentionContract(nn.Module, ABC):
         Called where no gradients are wanted and nothing will be taken back.
 
         Args:
-            call: the query in fp32 or fp64, and the new token alone, in the dtype it came in and without signals; where
+            call: the query in fp32 or fp64, and the new token alone, in the dtype it came in; where
                 it is not valid, anything may come out.
             state: memory of earlier calls, with no more than `tail_tokens` tokens in its tail.
 

@@ -66,6 +66,22 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """What a method may ask for besides queries, keys, values and the layer's input.
+
+    Attributes:
+        positions: `[batch, T]` int64, place of each new token as the model counts it.
+        unrotated: query `[batch, num_heads, T, head_dim]` and keys `[batch, num_kv_heads, T, head_dim]` before the
+            rotary embedding.
+        board: what layers of this forward pass wrote for those behind them; it is gone with the pass.
+    """
+
+    positions: Tensor | None = None
+    unrotated: tuple[Tensor, Tensor] | None = None
+    board: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of a layer.
 
@@ -75,12 +91,17 @@ class Call:
         scaling: factor on query-key products.
         hidden_states: `[batch, T, hidden]`, the layer's input, zero where padding stands; None unless the method's
             `reads_hidden_states`.
+        unrotated_query: the query before the rotary embedding; None unless the method's `reads_unrotated`. The keys
+            stand among the tokens' signals then, as `unrotated_keys`.
+        board: see `Surroundings`; None unless the method's `reads_board`.
     """
 
     query: Tensor
     tokens: Tokens
     scaling: float
     hidden_states: Tensor | None = None
+    unrotated_query: Tensor | None = None
+    board: dict[str, Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -94,7 +115,7 @@ class Call:
 
     def to(self, dtype: torch.dtype) -> "Call":
         """With queries, keys and values in `dtype`."""
-        return Call(self.query.to(dtype), self.tokens.to(dtype), self.scaling, self.hidden_states)
+        return self.over(self.query.to(dtype), self.tokens.to(dtype))
 
     def in_one_dtype(self) -> "Call":
         """With queries, keys and values in the least dtype that holds them all."""
@@ -103,4 +124,8 @@ class Call:
 
     def since(self, start: int) -> "Call":
         """Without the first `start` tokens, which must be before all queries."""
-        return Call(self.query, self.tokens.part(start), self.scaling, self.hidden_states)
+        return self.over(self.query, self.tokens.part(start))
+
+    def over(self, query: Tensor, tokens: Tokens) -> "Call":
+        """The same call of this query over these tokens."""
+        return Call(query, tokens, self.scaling, self.hidden_states, self.unrotated_query, self.board)

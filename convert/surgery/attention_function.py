@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...attention_modules.base import AttentionModule
+from ...attention_modules.tokens import Surroundings
 from ...attention_modules.weights import Statistic, response_weights
 from ...errors import PlanError
 from .calls import CallContext, foreign_call
+from .surroundings import surroundings
 
 ATTENTION = "attnconv"
 CONTEXT = "attnconv_context"
@@ -34,6 +36,7 @@ class AttentionCall:
         padding_mask: `[batch, T]` bool or None.
         scaling: factor on query-key products.
         hidden_states: `[batch, T, hidden]` or None.
+        around: what else the method reads.
     """
 
     name: str
@@ -44,6 +47,7 @@ class AttentionCall:
     padding_mask: Tensor | None
     scaling: float
     hidden_states: Tensor | None
+    around: Surroundings
     _base: Callable[[Tensor], Tensor] = field(repr=False)
 
     def student(self) -> Tensor:
@@ -55,6 +59,7 @@ class AttentionCall:
             scaling=self.scaling,
             padding_mask=self.padding_mask,
             hidden_states=None if self.hidden_states is None else self.hidden_states.detach(),
+            around=self.around,
         )
         return out
 
@@ -67,6 +72,7 @@ class AttentionCall:
             scaling=self.scaling,
             padding_mask=self.padding_mask,
             hidden_states=self.hidden_states,
+            around=self.around,
         )
         return out
 
@@ -168,6 +174,7 @@ def attnconv_attention(
     seen = 0 if layer is None else layer.get_seq_length()
     _refuse_lost_tokens(context, kwargs.get("position_ids"), length, seen)
     padding_mask = new_token_mask(attention_mask, query.shape[0], length, seen, kwargs.get("position_ids"))
+    around = surroundings(module, core, query, key, kwargs.get("position_ids"), context.embeddings)
     tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
 
@@ -186,6 +193,7 @@ def attnconv_attention(
             padding_mask,
             scaling,
             context.hidden_states,
+            around,
             base,
         )
         return tap(call).transpose(1, 2).contiguous(), None
@@ -201,6 +209,7 @@ def attnconv_attention(
         padding_mask=padding_mask,
         state=state,
         hidden_states=context.hidden_states,
+        around=around,
     )
     return out.transpose(1, 2).contiguous(), None
 

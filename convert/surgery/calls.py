@@ -20,6 +20,7 @@ from transformers import Cache
 
 from ...errors import PlanError
 from .cache_layer import AttnConvCacheLayer, layer_of, self_attention_cache
+from .surroundings import embeddings_among
 
 _PLAIN = (Tensor, str, int, float, tuple, list, dict, type(None))
 _RUNNING = threading.local()
@@ -34,6 +35,7 @@ class CallContext:
         layer: its cache layer, None without a cache.
         name: the module's name in the model, for errors.
         attended: whether the call's attention has run in the core.
+        embeddings: cosines and sines of the rotary embedding among its arguments, if the method asks for them.
         came_as_argument: whether the context reached the attention function through the model's own arguments.
     """
 
@@ -42,6 +44,7 @@ class CallContext:
     name: str = "a converted module"
     attended: bool = False
     came_as_argument: bool = False
+    embeddings: Any = None
 
     def check_update(self, cache: Cache, layer_idx: int) -> None:
         """Refuse a cache that the model's own code fills during the call, but that was not found before it.
@@ -91,6 +94,8 @@ def note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     if not isinstance(hidden_states, Tensor):
         hidden_states = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
     context = CallContext(hidden_states, name=module.__dict__["_attnconv_name"])
+    if module.attnconv.reads_unrotated:
+        context.embeddings = embeddings_among(module, args, kwargs)
     cache = _cache_among(args, kwargs, context.name)
     if cache is not None and module.attnconv.geometry.causal:
         layer_idx = kwargs.get("layer_idx", getattr(module, "layer_idx", None))

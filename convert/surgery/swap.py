@@ -15,6 +15,7 @@ from ..planning.plan import Plan, PlanEntry
 from .attention_function import ATTENTION, CONTEXT, attnconv_attention, core_of, is_converted
 from .calls import note_call, running
 from .code_copies import Section
+from .surroundings import keep_board
 
 CORE = "attnconv"
 
@@ -127,6 +128,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and converted_modules(part):
             _count_positions_from_mask(part)
+            if any(core_of(module).reads_board for module in converted_modules(part).values()):
+                keep_board(part)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
     if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
         model._supports_attention_backend = False
