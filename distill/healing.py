@@ -18,10 +18,9 @@ from ..errors import CheckpointError, TrainingError
 from ..evaluate import perplexity
 from ..files.digests import FileDigests
 from ..recipes import DataSection, FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
-from ..runs.evaluation_tokens import evaluation_tokens
-from ..runs.work_folder import StageState, WorkFolder, fingerprint
 from .data import TokenStream
 from .distance import output_distance
+from .evaluation_tokens import evaluation_tokens
 from .features import FeatureDistillation
 from .images import ImageStream, unit_of
 from .logits import LogitDistillation
@@ -34,6 +33,7 @@ from .team import Team
 from .trainee import LoraSettings, Trainee, check_targets
 from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
+from .work_folder import StageState, WorkFolder, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..recipes import Stage
-from ..runs.work_folder import StageState, WorkFolder
 from .batches import StepData, step_data
 from .data import TokenStream
 from .images import ImageStream, unit_of
@@ -25,6 +24,7 @@ from .objective import Figures, Objective
 from .progress import Progress
 from .team import Team
 from .trainee import Trainee
+from .work_folder import StageState, WorkFolder
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ from ..distill.plots import plot_layers, plot_losses
 from ..distill.progress import Progress, Silent
 from ..distill.team import find_team
 from ..distill.trainee import Trainee
+from ..distill.work_folder import WorkFolder
 from ..errors import TrainingError
 from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output
 from ..recipes import Recipe
 from .identity import digest_weights, find_revisions, run_identity
-from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 

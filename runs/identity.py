@@ -5,10 +5,10 @@ from typing import Any
 
 from ..convert.reading.checkpoint import PROCESSOR_FILES, TOKENIZER_FILES, Checkpoint
 from ..distill.healing import Run
+from ..distill.work_folder import fingerprint
 from ..files.containment import inside
 from ..files.digests import FileDigests, digest_files, files_below
 from ..recipes import DataSection, Recipe
-from .work_folder import fingerprint
 
 # What a recipe says about reporting and saving; the weights in the end are the same whatever it is.
 OUTSIDE_TRAINING = ("name", "description", "paper", "output")

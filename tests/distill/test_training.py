@@ -15,9 +15,9 @@ from attnconv.distill.progress import Silent
 from attnconv.distill.team import Team, find_team
 from attnconv.distill.training import StageJob, learning_rate_factor, run_stage
 from attnconv.distill.transfer import AttentionTransfer
+from attnconv.distill.work_folder import StageState, WorkFolder
 from attnconv.errors import TrainingError
 from attnconv.recipes import AttentionTransferStage, DataSection
-from attnconv.runs.work_folder import StageState, WorkFolder
 
 SEQUENCE = 40
 
@@ -218,7 +218,7 @@ from attnconv.distill.team import find_team
 from attnconv.distill.trainee import Trainee
 from attnconv.distill.training import StageJob, run_stage
 from attnconv.distill.transfer import AttentionTransfer
-from attnconv.runs.work_folder import StageState, WorkFolder
+from attnconv.distill.work_folder import StageState, WorkFolder
 from attnconv.recipes import AttentionTransferStage, DataSection
 from transformers import AutoTokenizer
 

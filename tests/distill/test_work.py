@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 
 from attnconv.distill.metrics import MetricsFile, Record
 from attnconv.distill.packing import Position
+from attnconv.distill.work_folder import StageState, WorkFolder
 from attnconv.errors import OutputError, TrainingError
-from attnconv.runs.work_folder import StageState, WorkFolder
 
 IDENTITY = {"recipe": "aaaa", "model": "bbbb"}
 
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoint_before(work, monke
     def full(*args):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("attnconv.runs.work_folder.save_file", full)
+    monkeypatch.setattr("attnconv.distill.work_folder.save_file", full)
     with pytest.raises(OutputError, match="cannot be written: the disk is full"):
         work.save(StageState(0, 8), {"a": torch.zeros(3)}, {})
     assert work.latest().state.step == 4

@@ -2,9 +2,9 @@
 
 import pytest
 
+from attnconv.distill.work_folder import WorkFolder
 from attnconv.errors import OutputError, TrainingError
 from attnconv.runs import conversion, run_conversion
-from attnconv.runs.work_folder import WorkFolder
 
 
 class Killed(BaseException):

@@ -25,12 +25,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..distill.packing import Position
 from ..errors import OutputError, TrainingError
 from ..files.fast_copy import digest_of
 from ..files.foreign_errors import first_line
 from ..files.locks import FolderLock, lock_folder
 from ..files.output_folder import RECEIPT_FILE, is_full
+from .packing import Position
 
 FORMAT = 2
 WORK_FOLDER = re.compile(r"\.(.+)\.attnconv-work")
