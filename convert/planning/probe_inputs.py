@@ -48,10 +48,23 @@ def candidate_inputs(model: PreTrainedModel, device: str) -> Iterator[dict[str, 
     extra = {name: make() for name, make in makers.items() if name in parameters and name not in inputs}
     if extra:
         yield {**inputs, **extra}
+    if "spatial_shapes" in parameters:
+        yield {**inputs, **_patches(config, device)}
     if main == "pixel_values" or "pixel_values_videos" in parameters:
         frames = _first(config, ("num_frames", "frames_per_clip"), 2)
         video = torch.zeros(1, frames, *_image_shape(config), device=device)
         yield {"pixel_values_videos" if "pixel_values_videos" in parameters else "pixel_values": video}
+
+
+def _patches(config: Any, device: str) -> dict[str, Tensor]:
+    """Rows of patches in the place of an image, for models that take images of any shape."""
+    channels, *_ = _image_shape(config)
+    size, side = _first(config, ("patch_size",), 16), 2
+    return {
+        "pixel_values": torch.zeros(1, side * side, channels * size * size, device=device),
+        "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.long, device=device),
+        "spatial_shapes": torch.full((1, 2), side, device=device),
+    }
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:

@@ -143,7 +143,7 @@ def _count_positions_from_mask(model: PreTrainedModel) -> None:
     fixed absolute positions do notice it and are left as they are.
     """
     parameters = inspect.signature(model.forward).parameters
-    has_rope = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    has_rope = any("rotary" in name or name.endswith("inv_freq") for name, _ in model.named_buffers())
     if "_attnconv_positions" in vars(model) or "attention_mask" not in parameters or not has_rope:
         return
     config = model.config.get_text_config()

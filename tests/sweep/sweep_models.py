@@ -101,6 +101,8 @@ def candidate_inputs(model: PreTrainedModel, seed: int = 1) -> Iterator[dict[str
     towers = {name: value for name, value in values.items() if name in parameters}
     if len(towers) > 1:
         yield {**inputs, **towers}
+    if "spatial_shapes" in parameters:
+        yield {**inputs, **_patches(config, values["pixel_values"])}
     video = values["pixel_values"][:, None].expand(-1, _first(config, ("num_frames", "frames_per_clip"), 2), -1, -1, -1)
     yield {"pixel_values_videos" if "pixel_values_videos" in parameters else "pixel_values": video}
 
@@ -120,6 +122,17 @@ def _values(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, T
         "pixel_values": torch.randn(BATCH, *image, generator=generator),
         "input_features": torch.randn(BATCH, num_bins, num_frames, generator=generator),
         "input_values": torch.randn(BATCH, SAMPLES, generator=generator),
+    }
+
+
+def _patches(config: PreTrainedConfig, images: Tensor) -> dict[str, Tensor]:
+    """Images as rows of patches, with the number of those in each direction."""
+    size = _first(config, ("patch_size",), 8)
+    batch, height, width = images.shape[0], images.shape[2] // size, images.shape[3] // size
+    return {
+        "pixel_values": torch.nn.functional.unfold(images, size, stride=size).transpose(1, 2),
+        "pixel_attention_mask": torch.ones(batch, height * width, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[height, width]] * batch),
     }
 
 
