@@ -1,12 +1,15 @@
 """What the measuring commands print."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from .tables import command_line, format_bytes, make_console, make_table
 
 if TYPE_CHECKING:
     from ..evaluate.bench import BenchResult
+    from ..evaluate.bench.rows import BenchRow
     from ..evaluate.diagnose import Diagnosis, LayerAdvice
     from ..evaluate.engine.running import Evaluation
     from ..evaluate.report import ConversionComparison, ReportFiles
@@ -34,6 +37,8 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"left out: {name}: {reason}")
     if two and not all(figure["paired"] for figure in _compared(tasks)):
         console.print("The models cut text into different tokens: compare bits/char, not perplexity.")
+    for remark in document.get("remarks", ()):
+        console.print(remark.replace("`", ""))
     console.print(f"All figures and scores are in {evaluation.path}.")
     if document["model"]["converted"] and evaluation.path.parent.name == "results":
         console.print(f"Next: {command_line('report', evaluation.path.parent.parent)}", soft_wrap=True)
@@ -99,21 +104,21 @@ def _compared(tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def show_bench(result: "BenchResult") -> None:
-    """Medians with quartiles, side by side, and where the model overtakes its base."""
+    """Medians with quartiles, side by side, what the caches hold, and where the model overtakes its base."""
     from ..evaluate.bench import bench_rows, crossover_sentences, setup_sentence
 
     console = make_console()
     rows = bench_rows(result.document)
     two = any(row.base is not None for row in rows)
-    columns = ["", ">tokens", ">batch", *([">base"] if two else []), ">model", *([">speed-up"] if two else [])]
-    table = make_table([*columns, *([">base's cache"] if two else []), ">cache", ">peak memory"])
-    for row in rows:
-        cells = [row.measure, f"{row.context:,}", f"{row.batch}"]
-        base = row.base or {}
-        compared = [_times(row.speedup), _bytes(base.get("cache_bytes"))] if two else []
-        cells += [*([_time(base)] if two else []), _time(row.model), *compared]
-        table.add_row(*cells, _bytes(row.model.get("cache_bytes")), _bytes(row.model.get("peak_bytes")))
-    console.print(table)
+    # Time and memory each in a table of their own: both together are wider than a terminal.
+    console.print(
+        _bench_table(rows, [*([">base"] if two else []), ">model", *([">speed-up"] if two else [])], _times_of)
+    )
+    console.print()
+    names = ["cache", "peak memory"]
+    columns = [f">{side}'s {name}" for name in names for side in ("base", "model")] if two else [f">{n}" for n in names]
+    # A decoding step has the cache of the prompt before it.
+    console.print(_bench_table([row for row in rows if row.measure != "decode"], columns, _memory_of))
     console.print()
     for sentence in crossover_sentences(result.document):
         console.print(sentence)
@@ -126,13 +131,36 @@ def show_bench(result: "BenchResult") -> None:
     console.print(f"All figures are in {result.path}.")
 
 
+def _bench_table(
+    rows: "Sequence[BenchRow]", columns: Sequence[str], cells: "Callable[[BenchRow, bool], list[str]]"
+) -> Table:
+    """A line for each measure at one length and batch size."""
+    two = any(row.base is not None for row in rows)
+    batches = any(row.batch != 1 for row in rows)
+    table = make_table(["", ">tokens", *([">batch"] if batches else []), *columns])
+    for row in rows:
+        size = [f"{row.context:,}", *([f"{row.batch}"] if batches else [])]
+        table.add_row(row.measure, *size, *cells(row, two))
+    return table
+
+
+def _times_of(row: "BenchRow", two: bool) -> list[str]:
+    own = _time(row.model)
+    return [_time(row.base or {}), own, _times(row.speedup)] if two else [own]
+
+
+def _memory_of(row: "BenchRow", two: bool) -> list[str]:
+    cases = [row.base or {}, row.model] if two else [row.model]
+    return [_bytes(case.get(key)) for key in ("cache_bytes", "peak_bytes") for case in cases]
+
+
 def _time(case: Mapping[str, Any]) -> str:
-    """`40 ms [38 to 45]`; per token for decoding."""
+    """`40 ms [38-45]`; per token for decoding."""
     if not case or case["median"] is None:
         return "-"
     unit, factor = ("ms", 1e3) if case["measure"] == "decode" or case["median"] < 1 else ("s", 1.0)
     middle, low, high = (format_value(factor * case[key], "number") for key in ("median", "low", "high"))
-    return f"{middle} {unit} [{low} to {high}]"
+    return f"{middle} {unit} [{low}-{high}]"
 
 
 def _times(ratio: float | None) -> str:

@@ -31,11 +31,14 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_table(columns: Sequence[str]) -> Table:
-    """An empty table; columns whose name begins with `>` are aligned to the right."""
+    """An empty table; columns whose name begins with `>` are aligned to the right.
+
+    Where a terminal is too narrow a cell goes on in the next line: none is cut, and no column is left out.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         right = name.startswith(">")
-        table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     return table
 
 

@@ -15,6 +15,7 @@ from .items import Item
 from .jobs import Job, make_jobs, scope_of
 from .journal import Journal
 from .models import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
+from .remarks import remarks_on
 from .results import (
     EVALUATION,
     describe_model,
@@ -134,13 +135,15 @@ def run_evaluation(
         kept = _kept_tasks(earlier, about)
         if earlier is not None and kept is None:
             (folder / f"{EVALUATION}.json").replace(folder / OLD)
-        document = {
+        document: dict[str, Any] = {
             "model": about["model"],
             "base": about.get("base") or (earlier.get("base") if earlier and kept is not None else None),
             "setup": setup,
             "suite": suite.name,
             "tasks": {**(kept or {}), **done},
         }
+        settings = [task["settings"] for task in document["tasks"].values()]
+        document["remarks"] = remarks_on(subjects[-1].checkpoint.config, settings)
         path = write_results(folder, EVALUATION, document)
         journal.remove()
     return Evaluation(read_results(folder, EVALUATION) or {}, path, tuple(done), skipped)

@@ -1,5 +1,6 @@
 """What a report consists of, before it is a page: sections of texts, tables, charts and listings."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -8,6 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Tone = Literal["", "good", "bad"]
+# What is to be typed, in a text.
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `small` for remarks."""
+    """A paragraph, in which backticks enclose code; `small` for remarks."""
 
     kind: ClassVar[str] = "text"
     text: str

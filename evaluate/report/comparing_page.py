@@ -78,13 +78,18 @@ def _summary(comparison: ConversionComparison, judged: Column | None) -> list[st
         value = printed(judged, best.values[judged.key].value)
         close = [d.name for d in comparison.differences if d.column == judged.key and d.differs is False]
         told = f"; within chance of it: {', '.join(close)}" if close else ""
-        said.append(f"{best.name} has the best {judged.metric} on {judged.task}, {value}{beside}{told}.")
+        level = [row for row in comparison.rows if judged.key in row.values and _leads(comparison, row, judged)]
+        if len(level) == 1:
+            said.append(f"{best.name} has the best {judged.metric} on {judged.task}, {value}{beside}{told}.")
+        else:
+            names = " and ".join(row.name for row in level) or "All"
+            said.append(f"{names} are level in {judged.metric} on {judged.task}, {value}{beside}.")
     parts = []
     for column, words in zip(comparison.speed, map(_superlative, comparison.speed), strict=True):
         fastest = best_of(comparison.rows, column)
-        numbers = {row.values[column.key].value for row in comparison.rows if row.folder and column.key in row.values}
-        # Where all are level, none is first.
-        if fastest is not None and len(numbers) > 1:
+        first = [row for row in comparison.rows if column.key in row.values and _leads(comparison, row, column)]
+        # Where several are level, none is first.
+        if fastest is not None and len(first) == 1:
             unit = " ms per token" if column.style == "ms" else ""
             parts.append(f"{fastest.name} {words}, {printed(column, fastest.values[column.key].value)}{unit}")
     if parts and comparison.context is not None:
@@ -114,9 +119,22 @@ def _cell(comparison: ConversionComparison, row: ComparedModel, column: Column) 
     found = row.values.get(column.key)
     if found is None:
         return Cell(MISSING)
-    best = best_of(comparison.rows, column)
-    tone: Tone = "good" if best is not None and best is row else ""
+    tone: Tone = "good" if _leads(comparison, row, column) else ""
     return Cell(printed(column, found.value), found.value, tone, note=_ends(column, found))
+
+
+def _leads(comparison: ConversionComparison, row: ComparedModel, column: Column) -> bool:
+    """Whether a conversion is best in a column, alone or with others, and not level with all of them."""
+    best = best_of(comparison.rows, column)
+    if best is None or row.folder is None:
+        return False
+    shown = [
+        printed(column, other.values[column.key].value)
+        for other in comparison.rows
+        if other.folder is not None and column.key in other.values
+    ]
+    own = printed(column, row.values[column.key].value)
+    return own == printed(column, best.values[column.key].value) and (len(shown) == 1 or len(set(shown)) > 1)
 
 
 def _ends(column: Column, value: Value) -> str:

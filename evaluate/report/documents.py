@@ -104,6 +104,7 @@ class EvaluationFile(Document):
     base: ModelRow | None = None
     setup: dict[str, Any] = {}
     suite: str | None = None
+    remarks: list[str] = []
     tasks: dict[str, TaskRow] = {}
 
 

@@ -28,7 +28,10 @@ def fidelity_section(report: Report) -> Section | None:
             _grid_chart(f"{_slug(name)}-grid-{n}", metric, rows) for n, (metric, rows) in enumerate(grids.items())
         ]
         charts += [
-            _line_chart(f"{_slug(name)}-line-{n}", metric, rows) for n, (metric, rows) in enumerate(lines.items())
+            _line_chart(f"{_slug(name)}-line-{n}", metric, rows)
+            for n, (metric, rows) in enumerate(lines.items())
+            # One layer makes no line; the table has it.
+            if sum(figure.model is not None for figure in rows) > 1
         ]
         blocks.append(Charts(tuple(charts)) if charts else None)
         for rows in (*grids.values(), *lines.values()):
@@ -189,9 +192,10 @@ def _statistics(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
         first = next(iter(by_layer.values()))[0]
         if first.meaning:
             blocks.append(Text(f"{label[:1].upper()}{label[1:]}: {first.meaning}.", small=True))
-        charts.append(_statistic_chart(f"{_slug(name)}-statistic-{place}", first, means))
+        if len(means) > 1 or max(map(len, means.values())) > 1:
+            charts.append(_statistic_chart(f"{_slug(name)}-statistic-{place}", first, means))
         blocks.append(_statistic_table(first, means))
-    return [Charts(tuple(charts)), *blocks] if charts else []
+    return [*([Charts(tuple(charts))] if charts else []), *blocks]
 
 
 def _means(rows: Sequence[StatisticRow]) -> list[Number]:

@@ -23,11 +23,16 @@ ZEROS = "as far off as zeros"
 def healing_section(report: Report) -> Section | None:
     """How the model became what it is."""
     stages = [list(lines) for _, lines in groupby(report.records, key=lambda record: record.index)]
-    charts = [_loss_chart(lines) for lines in stages if any(line.loss is not None for line in lines)]
+    # One step makes no curve.
+    charts = [
+        _loss_chart(lines) for lines in stages if len({line.tokens for line in lines if line.loss is not None}) > 1
+    ]
     layers = _layer_errors(report.records)
     blocks: list[Block | None] = [_moments(report)]
-    if charts or layers:
-        blocks.append(Charts((*charts, *([_layer_chart(layers)] if layers else []))))
+    if any(sum(value is not None for value in errors.values()) > 1 for errors in layers.values()):
+        charts.append(_layer_chart(layers))
+    if charts:
+        blocks.append(Charts(tuple(charts)))
     blocks += [_record_table(report.records), _layer_table(layers)]
     if report.receipt is not None and report.receipt.start_distance:
         said = "; ".join(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .blocks import Chart, Page
+from .blocks import CODE_SPAN, Chart, Page
 from .drawing import drawing_style, to_svg
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -20,9 +20,20 @@ def render_html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code_spans"] = _code_spans
     with drawing_style():
         pictures = {chart.id: _picture(chart) for chart in page.charts}
     return environment.get_template("report.html").render(page=page, pictures=pictures)
+
+
+def _code_spans(text: str) -> Any:
+    """A text with what stands between backticks as code, all of it escaped."""
+    from markupsafe import Markup, escape
+
+    parts = CODE_SPAN.split(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
+    )
 
 
 def _picture(chart: Chart) -> Any:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from .blocks import Block, Cell, Charts, Listing, Page, Table, Text
+from .blocks import CODE_SPAN, Block, Cell, Charts, Listing, Page, Table, Text
 from .drawing import drawing_style, to_png
 from .formats import MISSING
 
@@ -33,13 +33,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is."""
+    return _escape_part(text).strip()
+
+
+def _escape_part(text: str) -> str:
+    """The same with a space where it begins or ends with one."""
     text = re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
-    return " ".join(text.split())
+    return re.sub(r"\s+", " ", text)
+
+
+def _with_code(text: str) -> str:
+    """`escape`, but for what stands between backticks, which is inert there."""
+    parts = CODE_SPAN.split(text)
+    return "".join(f"`{part}`" if place % 2 else _escape_part(part) for place, part in enumerate(parts)).strip()
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Text):
-        return escape(block.text)
+        return _with_code(block.text)
     if isinstance(block, Listing):
         return _folded(block.caption, _fenced(block), collapsed=block.collapsed)
     if isinstance(block, Table):

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from ... import __version__
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
@@ -113,7 +114,14 @@ def _speed(report: Report) -> str:
 
 def _times(pair: Pair) -> str:
     """`2.10 times faster`, as the medians say."""
-    return f"{pair.factor:.3g} times faster" if pair.factor >= 1 else f"{1 / pair.factor:.3g} times slower"
+    if _tone(pair.factor) == "":
+        return "as fast as before"
+    return f"{pair.factor:.3g} times faster" if pair.factor > 1 else f"{1 / pair.factor:.3g} times slower"
+
+
+def _tone(factor: float) -> Tone:
+    """Whether a gain is one: what is printed as 1 is neither good nor bad."""
+    return "" if f"{factor:.3g}" == "1" else "good" if factor > 1 else "bad"
 
 
 def make_tiles(report: Report) -> list[Tile]:
@@ -148,10 +156,8 @@ def _receipt_tile(report: Report) -> list[Tile]:
     if len(rows) < 2:
         return []
     before, after = rows[0]["perplexity"], rows[-1]["perplexity"]
-    tone: Tone = "bad" if after > before else "good"
-    return [
-        Tile("Perplexity, while converting", f"×{number(after / before)}", f"{number(before)} → {number(after)}", tone)
-    ]
+    ends = f"{number(before)} → {number(after)}"
+    return [Tile("Perplexity, while converting", f"×{number(after / before)}", ends, _tone(before / after))]
 
 
 def _speed_tiles(bench: BenchmarkFile) -> list[Tile]:
@@ -164,14 +170,14 @@ def _speed_tiles(bench: BenchmarkFile) -> list[Tile]:
             if measure == "decode" and base.ms_per_token is not None and model.ms_per_token is not None:
                 ends = f"{number(base.ms_per_token)} → {number(model.ms_per_token)} ms/token"
             label = f"{words}, {model.context:,} tokens"
-            tiles.append(Tile(label, f"×{number(pair.factor)}", ends, "good" if pair.factor > 1 else "bad"))
+            tiles.append(Tile(label, f"×{number(pair.factor)}", ends, _tone(pair.factor)))
     held = paired_cases(bench, CACHE)
     if held is not None:
         ends = f"{size(held.base.cache_bytes)} → {size(held.model.cache_bytes)}"
         share = 1 / held.factor
-        less = f"−{100 * (1 - share):.1f}%" if share < 1 else f"×{number(share)}"
+        less = f"−{100 * (1 - share):.1f}%" if share < 0.995 else f"×{number(share)}"
         label = f"Cache, {held.model.context:,} tokens"
-        tiles.append(Tile(label, less, ends, "good" if share < 1 else "bad"))
+        tiles.append(Tile(label, less, ends, _tone(held.factor)))
     return tiles
 
 
@@ -184,7 +190,10 @@ def missing_section(report: Report) -> Section | None:
         "missing",
         "Not measured",
         [
-            Text("These parts are empty because nothing measured them yet; run the command, then the report again."),
+            Text(
+                "These parts are empty because nothing measured them yet; run the command, then the report again. "
+                + (f"BASE stands for the place of {report.base or 'the base'}." if not _base_source(report) else "")
+            ),
             Table("What is missing", ("what", "command"), tuple(rows)),
         ],
     )
@@ -211,10 +220,22 @@ def commands(report: Report) -> tuple[str, str]:
     """The commands that measure quality and speed of a model against its base."""
     measured = report.evaluation or report.benchmark
     folder = shlex.quote(str(report.folder) if report.is_conversion or measured is None else measured.model.source)
-    source = report.receipt.repo_id or report.receipt.source if report.receipt else ""
-    source = source or (measured.base.source if measured is not None and measured.base is not None else "")
+    source = _base_source(report)
     against = f"--against {shlex.quote(source) if source else 'BASE'}"
     return f"attnconv eval {folder} {against} --suite {SUITE}", f"attnconv bench {folder} {against}"
+
+
+def _base_source(report: Report) -> str:
+    """What the base can be opened by from here; empty if nothing that is known of it can.
+
+    A receipt has the name alone of a base that was a folder, for receipts are published; what was measured has the
+    path, which may have led somewhere on another machine.
+    """
+    if report.receipt is not None and report.receipt.repo_id:
+        return report.receipt.repo_id
+    bases = [measured.base.source for measured in (report.evaluation, report.benchmark) if measured and measured.base]
+    named = [*bases, *([report.receipt.source] if report.receipt is not None else [])]
+    return next((name for name in named if Path(name).expanduser().exists()), "")
 
 
 def _lacks(report: Report, kind: str) -> bool:

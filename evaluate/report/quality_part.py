@@ -24,7 +24,9 @@ def quality_section(report: Report) -> Section | None:
     overall = [(name, figure) for name, task in tasks.items() for figure in task.figures if not figure.group]
     blocks: list[Block | None] = []
     if overall:
-        blocks += [_explained(tasks), *change_charts(overall), figure_table("All figures", overall)]
+        remarks = report.evaluation.remarks if report.evaluation is not None else []
+        blocks += [*map(Text, remarks), _explained(tasks), *change_charts(overall)]
+        blocks.append(figure_table("All figures", overall))
     for name, task in tasks.items():
         split = [(group_label(figure.group), figure) for figure in task.figures if figure.group]
         if split:

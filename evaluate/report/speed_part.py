@@ -179,7 +179,8 @@ def _curve(bench: BenchmarkFile, quantity: Quantity, batch: int) -> Chart | None
         if rows:
             contexts, values, lows, highs = zip(*rows, strict=True)
             series.append(Series(label, contexts, values, color, lows, highs))
-    if not series:
+    # One length makes no curve: the axes would be of our own invention, and the table has the figures.
+    if len({x for line in series for x in line.xs}) < 2:
         return None
     several = len({case.batch for case in bench.cases}) > 1
     title = f"{quantity.title}, batch {batch}" if several else quantity.title
