@@ -21,6 +21,7 @@ from invariants import (
     close,
     directed,
     in_all_directions,
+    long_length,
     part,
     rows_and_directions,
     sdpa,
@@ -54,9 +55,9 @@ def test_oracle_forward_and_gradients(row: Row, causal: bool, length: int) -> No
 
 
 @in_all_directions([row for row in ROWS if row.method != "softmax"])
-def test_oracle_over_several_segments(row: Row, causal: bool) -> None:
+def test_oracle_over_several_segments(row: Row, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than what is handled at a time."""
-    compare_gradients(row, directed(BASE, causal), tokens(1100, batch=1))
+    compare_gradients(row, directed(BASE, causal), tokens(long_length(row, monkeypatch), batch=1))
 
 
 def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tensor]) -> None:
@@ -76,9 +77,14 @@ def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tenso
 
 @rows_and_directions
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-def test_oracle_in_low_precision(row: Row, causal: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_oracle_in_low_precision(
+    row: Row, causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     geometry = directed(BASE, causal)
-    inputs = {name: t.to(dtype) for name, t in tokens(1100 if row.method != "softmax" else 123).items()}
+    inputs = {
+        name: t.to(dtype)
+        for name, t in tokens(long_length(row, monkeypatch) if row.method != "softmax" else 123).items()
+    }
     expected = attend(build(row, geometry, implementation="naive"), {name: t.double() for name, t in inputs.items()})
     actual = attend(build(row, geometry).float(), inputs)
     assert actual.dtype == dtype
