@@ -1,12 +1,19 @@
 """What a run reports as it goes: one JSON line for every few steps."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from ..errors import OutputError
+from ..files.json_lines import finished_lines, parse_line
+
+# JSON has no number that is none: whoever reads a record back takes null as one.
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,11 @@ class Record:
     stage: str
     step: int
     tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_second: float
-    layers: dict[str, float]
+    loss: Measured
+    learning_rate: Measured
+    grad_norm: Measured
+    tokens_per_second: Measured
+    layers: dict[str, Measured]
     unit: str = "tokens"
 
 
@@ -58,11 +65,8 @@ class MetricsFile:
 
     def records(self) -> Iterator[Record]:
         """The lines so far; a last line that a killed run left unfinished is left out."""
-        if not self.path.is_file():
-            return
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
-            raw: dict[str, Any] = json.loads(line)
-            yield Record(**raw)
+        for number, line in finished_lines(self.path):
+            yield Record(**parse_line(line, number, self.path))
 
     def cut(self, index: int, step: int) -> None:
         """Drop what lies behind a step of a stage: a resumed run will write it again."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from ...errors import DataError
 from ..engine.models import DTYPES
 
 PREFILL, DECODE, TRANSFER = "prefill", "decode", "transfer"
-MODEL, BASE = "model", "base"
+Role = Literal["model", "base"]
+MODEL: Role = "model"
+BASE: Role = "base"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Case:
     """
 
     measure: str
-    role: str
+    role: Role
     context: int
     batch: int
     seconds: tuple[float, ...] = ()
@@ -134,7 +136,7 @@ class Case:
 
     @classmethod
     def measured(
-        cls, piece: Piece, role: str, seconds: Sequence[float], *, peak_bytes: int | None, cache_bytes: int | None
+        cls, piece: Piece, role: Role, seconds: Sequence[float], *, peak_bytes: int | None, cache_bytes: int | None
     ) -> "Case":
         """A case from what was timed."""
         low, median, high = quartiles(seconds)
@@ -156,7 +158,7 @@ class Case:
         )
 
     @classmethod
-    def left_out(cls, piece: Piece, role: str, reason: str) -> "Case":
+    def left_out(cls, piece: Piece, role: Role, reason: str) -> "Case":
         """A case without figures."""
         return cls(piece.measure, role, piece.context, piece.batch, skipped=reason)
 

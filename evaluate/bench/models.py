@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...compat import cache_argument, cache_of
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from ..engine.models import positions_of, require_causal, subject_dtype
+from .cases import Role
 
 SEED = 0
 
@@ -26,7 +27,7 @@ class Contestant:
         loaded: The model while it is in memory.
     """
 
-    role: str
+    role: Role
     checkpoint: Checkpoint
     dtype: torch.dtype
     loaded: PreTrainedModel | None = field(default=None, repr=False)
@@ -48,7 +49,7 @@ class Contestant:
         return self.loaded
 
 
-def open_contestant(role: str, source: str, *, dtype: str, trust_remote_code: bool) -> Contestant:
+def open_contestant(role: Role, source: str, *, dtype: str, trust_remote_code: bool) -> Contestant:
     """Open a causal language model without its weights; a tokenizer is not needed.
 
     Raises:

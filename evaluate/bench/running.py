@@ -26,7 +26,7 @@ from ..engine.results import (
     results_folder,
     write_results,
 )
-from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, pieces_of
+from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, Role, pieces_of
 from .clock import Clock, Stopwatch
 from .crossover import crossovers
 from .guards import refusal
@@ -133,7 +133,7 @@ def run_bench(
         max_seconds=max_seconds,
     )
     where = find_device(device)
-    sources = {BASE: against, MODEL: source}
+    sources: dict[Role, str | None] = {BASE: against, MODEL: source}
     contestants = [
         open_contestant(role, name, dtype=dtype, trust_remote_code=trust_remote_code)
         for role, name in sources.items()
@@ -168,7 +168,7 @@ def _warn_of_two_dtypes(contestants: Sequence[Contestant]) -> None:
         logger.warning("The base runs in %s and the model in %s: give a dtype to compare like with like.", *dtypes)
 
 
-def _identity(settings: BenchSettings, about: Mapping[str, Mapping[str, Any]], setup: Mapping[str, Any]) -> str:
+def _identity(settings: BenchSettings, about: Mapping[Role, Mapping[str, Any]], setup: Mapping[str, Any]) -> str:
     """What must be the same for a finished piece to count: models, machine, versions and how it was measured."""
     facts = {
         "settings": {name: getattr(settings, name) for name in ("repeats", "decode_tokens", "max_seconds")},

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from .cache_size import held_bytes
-from .cases import Case, Piece
+from .cases import Case, Piece, Role
 from .clock import Stopwatch
 from .memory import give_back, trim
 from .models import ModelRunner
@@ -27,7 +27,7 @@ class Lane(ABC):
     # Whether freed memory is returned to the system before each turn.
     tidy: ClassVar[bool] = True
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: Role) -> None:
         self.role = role
         self.seconds: list[float] = []
         self.peaks: list[int | None] = []
@@ -63,7 +63,7 @@ class Lane(ABC):
 class PrefillLane(Lane):
     """The whole prompt `[batch, context]` at once, into a new cache."""
 
-    def __init__(self, role: str, runner: ModelRunner, prompt: torch.Tensor) -> None:
+    def __init__(self, role: Role, runner: ModelRunner, prompt: torch.Tensor) -> None:
         super().__init__(role)
         self.runner, self.prompt = runner, prompt
 
@@ -84,7 +84,7 @@ class DecodeLane(Lane):
     warm_up = 2
     tidy = False
 
-    def __init__(self, role: str, runner: ModelRunner, prompt: torch.Tensor) -> None:
+    def __init__(self, role: Role, runner: ModelRunner, prompt: torch.Tensor) -> None:
         super().__init__(role)
         self.runner, self.prompt = runner, prompt
         self.token = prompt[:, -1:]
@@ -113,7 +113,7 @@ class DecodeLane(Lane):
 class TrainingLane(Lane):
     """One training step on `[batch, context]`."""
 
-    def __init__(self, role: str, step: Callable[[torch.Tensor], object], ids: torch.Tensor) -> None:
+    def __init__(self, role: Role, step: Callable[[torch.Tensor], object], ids: torch.Tensor) -> None:
         super().__init__(role)
         self.step, self.ids = step, ids
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ...errors import OutputError
+from ...errors import DataError, OutputError
 from ...files.json_files import plain_json
+from ...files.json_lines import finished_lines, parse_line
 from ...files.locks import FolderLock, lock_folder
 from ...files.whole_files import refuse_link
 
@@ -33,12 +34,11 @@ class Journal:
         if not self.path.is_file():
             return
         refuse_link(self.path)
-        # A killed run, or a full disk, can leave half a line behind; what is on it is measured again.
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        for number, line in finished_lines(self.path):
             try:
-                entry = json.loads(line)
+                entry = parse_line(line, number, self.path)
                 yield entry["key"], entry["value"]
-            except (ValueError, TypeError, KeyError):
+            except (DataError, TypeError, KeyError):
                 logger.warning("A line of %s is damaged; what it held is measured again.", self.path)
 
     def __enter__(self) -> "Journal":

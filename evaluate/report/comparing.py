@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ..bench.cases import Case
 from ..engine.results import FOLDER
 from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
-from .documents import CaseRow, TaskRow
+from .documents import TaskRow
 from .gathering import Report, gather
 from .page import commands
 
@@ -172,11 +173,11 @@ def _speed_columns(reports: Sequence[Report]) -> tuple[int | None, list[Column]]
     return max(shared), [c for c in columns if any(_speed(cases, role, c) for role in ("model", BASE))]
 
 
-def _is_timed(case: CaseRow) -> bool:
+def _is_timed(case: Case) -> bool:
     return case.role == "model" and case.batch == 1 and case.median is not None and case.measure in (DECODE, PREFILL)
 
 
-def _speed(cases: Sequence[CaseRow], role: str, column: Column) -> Value | None:
+def _speed(cases: Sequence[Case], role: str, column: Column) -> Value | None:
     """A model's number in a column of speed, with the quartiles of the repeats for an interval."""
     for case in cases:
         if case.role != role or (column.key != CACHE and case.measure != column.key):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..engine.bootstrap import make_figures
-from ..engine.items import Better, Item, Metric, Style
+from ..engine.items import Better, Item, Style
 from .documents import ItemColumns, TaskRow
 from .gathering import Report
 
@@ -112,10 +112,9 @@ def find_differences(
 
 
 def _difference(column: Column, name: str, task: TaskRow, best: str, best_task: TaskRow) -> Difference | None:
-    row = next((row for row in task.metrics if f"{column.task}: {row.name}" == column.key), None)
-    if row is None or "model" not in task.items or "model" not in best_task.items:
+    metric = next((metric for metric in task.metrics if f"{column.task}: {metric.name}" == column.key), None)
+    if metric is None or "model" not in task.items or "model" not in best_task.items:
         return None
-    metric = Metric(**row.model_dump())
     figures = make_figures(_items(task.items["model"]), _items(best_task.items["model"]), [metric], [()])
     if not figures:
         return None

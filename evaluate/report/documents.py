@@ -1,15 +1,21 @@
-"""The files that a report is made of, checked when they are read, so that no page is made from half a file."""
+"""The files that a report is made of, checked when they are read, so that no page is made from half a file.
 
-import json
+Figures, metrics, cases, crossovers and records are the very classes that are written: pydantic checks their fields.
+"""
+
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from ...distill.metrics import Record
 from ...errors import DataError
-from ..engine.items import Better, Compare, Scale, Style
+from ...files.json_lines import finished_lines, parse_line
+from ..bench.cases import Case
+from ..bench.crossover import Crossover
+from ..engine.items import Figure, Metric, Style
 
 
 def _number(value: Any) -> Any:
@@ -43,37 +49,6 @@ class ModelRow(Document):
     digests: dict[str, str] = {}
 
 
-class FigureRow(Document):
-    """One figure; see `evaluate.items.Figure`."""
-
-    metric: str
-    group: dict[str, str | int | float] = {}
-    count: int
-    model: Number = None
-    interval: Interval = None
-    base: Number = None
-    base_interval: Interval = None
-    change: Number = None
-    change_interval: Interval = None
-    paired: bool = False
-    better: Better = "lower"
-    compare: Compare = "difference"
-    style: Style = "number"
-
-
-class MetricRow(Document):
-    """One metric; see `evaluate.items.Metric`."""
-
-    name: str
-    total: str
-    per: str = ""
-    scale: Scale = "linear"
-    better: Better = "lower"
-    compare: Compare = "difference"
-    style: Style = "number"
-    meaning: str = ""
-
-
 class ItemColumns(Document):
     """The scores of one model, by column."""
 
@@ -91,8 +66,8 @@ class TaskRow(Document):
     limit: int | None = None
     seconds: dict[str, Number] = {}
     time: str = ""
-    metrics: list[MetricRow] = []
-    figures: list[FigureRow] = []
+    metrics: list[Metric] = []
+    figures: list[Figure] = []
     items: dict[str, ItemColumns] = {}
     extras: dict[str, list[Any]] = {}
 
@@ -108,34 +83,6 @@ class EvaluationFile(Document):
     tasks: dict[str, TaskRow] = {}
 
 
-class CaseRow(Document):
-    """One measurement of `bench.json`."""
-
-    measure: str
-    role: Literal["model", "base"]
-    context: int
-    batch: int = 1
-    seconds: list[Number] = []
-    median: Number = None
-    low: Number = None
-    high: Number = None
-    tokens_per_second: Number = None
-    ms_per_token: Number = None
-    peak_bytes: int | None = None
-    cache_bytes: int | None = None
-    skipped: str | None = None
-
-
-class CrossoverRow(Document):
-    """From which context on the model is ahead of its base."""
-
-    batch: int = 1
-    context: Number = None
-    low: Number = None
-    high: Number = None
-    note: str = ""
-
-
 class BenchmarkFile(Document):
     """`bench.json`."""
 
@@ -143,8 +90,8 @@ class BenchmarkFile(Document):
     base: ModelRow | None = None
     setup: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    cases: list[CaseRow] = []
-    crossover: dict[str, list[CrossoverRow]] = {}
+    cases: list[Case] = []
+    crossover: dict[str, list[Crossover]] = {}
 
 
 class ReceiptFile(Document):
@@ -161,21 +108,6 @@ class ReceiptFile(Document):
     command: str = ""
     created: str = ""
     versions: dict[str, str] = {}
-
-
-class RecordRow(Document):
-    """One line of `metrics.jsonl`."""
-
-    index: int
-    stage: str
-    step: int
-    tokens: int
-    loss: Number = None
-    learning_rate: Number = None
-    grad_norm: Number = None
-    tokens_per_second: Number = None
-    layers: dict[str, Number] = {}
-    unit: str = "tokens"
 
 
 class MapRow(Document):
@@ -237,30 +169,20 @@ def parse_extras(task: TaskRow, path: Path) -> list[FidelityExtra]:
         raise _damaged(path, error) from None
 
 
-def read_records(path: Path) -> list[RecordRow]:
+def read_records(path: Path) -> list[Record]:
     """The lines of a `metrics.jsonl`; none if there is no file. A last line without its end is left out.
 
     Raises:
         DataError: a line is damaged.
     """
-    if not path.is_file():
-        return []
     records = []
-    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
+    check = TypeAdapter(Record).validate_python
+    for number, line in finished_lines(path):
         try:
-            records.append(RecordRow.model_validate(json.loads(line)))
+            records.append(check(parse_line(line, number, path)))
         except ValidationError as error:
             raise _damaged(path, error, f"line {number}: ") from None
-        except ValueError as error:
-            raise DataError(f"{path} is damaged, line {number}: {error}; remove the line, or the file.") from None
     return records
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
 
 
 def _damaged(path: Path, error: ValidationError, where: str = "") -> DataError:

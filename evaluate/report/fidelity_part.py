@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ..engine.items import Figure
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Dot, Series, dot_chart, line_chart
-from .documents import FidelityExtra, FigureRow, MapRow, Number, StatisticRow, TaskRow
+from .documents import FidelityExtra, MapRow, Number, StatisticRow, TaskRow
 from .drawing import BASE, COLORS, MODEL
 from .formats import amount_cell, number
 from .gathering import Report
@@ -57,7 +58,7 @@ def statistics_section(report: Report) -> Section | None:
     return section("statistics", "What the method does, layer by layer", blocks)
 
 
-def _path_chart(id: str, rows: Sequence[tuple[str, FigureRow]]) -> Charts:
+def _path_chart(id: str, rows: Sequence[tuple[str, Figure]]) -> Charts:
     dots = [
         Dot(f"without {path}", figure.model, figure.interval, f"×{number(figure.model)}")
         for path, figure in rows
@@ -73,19 +74,19 @@ def _slug(name: str) -> str:
     return "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
 
 
-def _by_place(task: TaskRow, keys: set[str]) -> dict[str, list[FigureRow]]:
-    found: dict[str, list[FigureRow]] = {}
+def _by_place(task: TaskRow, keys: set[str]) -> dict[str, list[Figure]]:
+    found: dict[str, list[Figure]] = {}
     for figure in task.figures:
         if set(figure.group) == keys:
             found.setdefault(figure.metric, []).append(figure)
     return found
 
 
-def _place(figure: FigureRow) -> str:
+def _place(figure: Figure) -> str:
     return ", ".join(f"{key} {value}" for key, value in figure.group.items())
 
 
-def _layer(figure: FigureRow) -> int:
+def _layer(figure: Figure) -> int:
     """The layer's number, which a module's name holds too."""
     value = figure.group["layer"]
     if isinstance(value, str):
@@ -94,7 +95,7 @@ def _layer(figure: FigureRow) -> int:
     return int(value)
 
 
-def _grid_chart(id: str, metric: str, figures: Sequence[FigureRow]) -> Chart:
+def _grid_chart(id: str, metric: str, figures: Sequence[Figure]) -> Chart:
     layers = sorted({_layer(figure) for figure in figures})
     heads = sorted({int(figure.group["head"]) for figure in figures})
     found = {(int(figure.group["head"]), _layer(figure)): figure.model for figure in figures}
@@ -114,7 +115,7 @@ def _names(layers: Sequence[int]) -> list[str]:
     return [str(layer) if place % step == 0 else "" for place, layer in enumerate(layers)]
 
 
-def _line_chart(id: str, metric: str, figures: Sequence[FigureRow]) -> Chart:
+def _line_chart(id: str, metric: str, figures: Sequence[Figure]) -> Chart:
     known = [(_layer(figure), figure.model, figure.interval) for figure in figures if figure.model is not None]
     rows = sorted(known, key=lambda row: row[0])
     lows = [None if interval is None else interval[0] for _, _, interval in rows]

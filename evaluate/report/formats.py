@@ -1,17 +1,18 @@
 """How reports print numbers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..engine.items import Figure
 from .blocks import Cell, Tone
-from .documents import FigureRow
 
 MISSING = "-"
 
 
 def number(value: float | None) -> str:
     """Four digits, without an exponent as long as possible."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return MISSING
     if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
@@ -51,7 +52,7 @@ def neutral(compare: str) -> float:
     return 1.0 if compare == "ratio" else 0.0
 
 
-def verdict(figure: FigureRow) -> tuple[str, Tone]:
+def verdict(figure: Figure) -> tuple[str, Tone]:
     """Whether the change is beyond chance, and in which direction."""
     if figure.change is None:
         return MISSING, ""

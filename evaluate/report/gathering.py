@@ -14,6 +14,7 @@ from ...convert.reading.checkpoint import open_checkpoint
 from ...convert.reading.config_file import CONFIG_FILE, SECTION
 from ...convert.writing.receipt import digest_inputs
 from ...convert.writing.save import CARD_FILE
+from ...distill.metrics import Record
 from ...errors import CheckpointError, DataError, PlanError
 from ...files.containment import inside
 from ...files.json_files import read_json
@@ -25,7 +26,6 @@ from .documents import (
     EvaluationFile,
     FidelityExtra,
     ReceiptFile,
-    RecordRow,
     TaskRow,
     parse,
     parse_extras,
@@ -79,7 +79,7 @@ class Report:
     modules: tuple[ConvertedModule, ...]
     receipt: ReceiptFile | None
     recipe: str
-    records: tuple[RecordRow, ...]
+    records: tuple[Record, ...]
     evaluation: EvaluationFile | None
     fidelity: dict[str, list[FidelityExtra]]
     benchmark: BenchmarkFile | None

@@ -1,13 +1,14 @@
 """Healing: losses of the stages, errors of the layers, and what the receipt says was measured on the way."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
+from ...distill.metrics import Record
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Mark, Series, line_chart
-from .documents import Number, RecordRow
 from .drawing import BASE, COLORS, MODEL
 from .formats import amount_cell, count_cell, number
 from .gathering import Report
@@ -25,11 +26,11 @@ def healing_section(report: Report) -> Section | None:
     stages = [list(lines) for _, lines in groupby(report.records, key=lambda record: record.index)]
     # One step makes no curve.
     charts = [
-        _loss_chart(lines) for lines in stages if len({line.tokens for line in lines if line.loss is not None}) > 1
+        _loss_chart(lines) for lines in stages if len({line.tokens for line in lines if math.isfinite(line.loss)}) > 1
     ]
     layers = _layer_errors(report.records)
     blocks: list[Block | None] = [_moments(report)]
-    if any(sum(value is not None for value in errors.values()) > 1 for errors in layers.values()):
+    if any(sum(map(math.isfinite, errors.values())) > 1 for errors in layers.values()):
         charts.append(_layer_chart(layers))
     if charts:
         blocks.append(Charts(tuple(charts)))
@@ -65,8 +66,8 @@ def _value(row: Mapping[str, Any], key: str) -> Cell:
     return count_cell(value) if isinstance(value, int) else amount_cell(value)
 
 
-def _loss_chart(lines: Sequence[RecordRow]) -> Chart:
-    known = [(line.tokens, line.loss) for line in lines if line.loss is not None]
+def _loss_chart(lines: Sequence[Record]) -> Chart:
+    known = [(line.tokens, line.loss) for line in lines if math.isfinite(line.loss)]
     tokens, losses = [row[0] for row in known], [row[1] for row in known]
     first = lines[0]
     series = [Series(first.stage, tokens, losses, COLORS[first.index % len(COLORS)])]
@@ -77,17 +78,17 @@ def _loss_chart(lines: Sequence[RecordRow]) -> Chart:
     return Chart(f"loss-{first.index}", name, description, partial(line_chart, series, *axes))
 
 
-def _layer_errors(records: Sequence[RecordRow]) -> dict[str, dict[str, Number]]:
+def _layer_errors(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Errors of the layers in the first and in the last record that have them, by moment."""
-    having = [record for record in records if any(value is not None for value in record.layers.values())]
+    having = [record for record in records if any(map(math.isfinite, record.layers.values()))]
     chosen = [having[0], having[-1]] if len(having) > 1 else having
     return {f"after {record.tokens:,} {record.unit}": record.layers for record in chosen}
 
 
-def _layer_chart(moments: Mapping[str, Mapping[str, Number]]) -> Chart:
+def _layer_chart(moments: Mapping[str, Mapping[str, float]]) -> Chart:
     series = []
     for (label, layers), color in zip(moments.items(), (BASE, MODEL), strict=False):
-        rows = [(place, value) for place, value in enumerate(layers.values()) if value is not None]
+        rows = [(place, value) for place, value in enumerate(layers.values()) if math.isfinite(value)]
         series.append(Series(label, [row[0] for row in rows], [row[1] for row in rows], color))
     axes = Axis("converted layer", whole=True), Axis("relative squared error", log=True)
     marks = [Mark(1.0, ZEROS)] if any(value > 0.5 for line in series for value in line.ys) else []
@@ -97,7 +98,7 @@ def _layer_chart(moments: Mapping[str, Mapping[str, Number]]) -> Chart:
     return Chart("layer-errors", "Output error of each converted layer", description, drawer)
 
 
-def _record_table(records: Sequence[RecordRow]) -> Table | None:
+def _record_table(records: Sequence[Record]) -> Table | None:
     if not records:
         return None
     rows = tuple(
@@ -117,7 +118,7 @@ def _record_table(records: Sequence[RecordRow]) -> Table | None:
     return Table("Every line of metrics.jsonl", columns, rows, collapsed=True)
 
 
-def _layer_table(moments: Mapping[str, Mapping[str, Number]]) -> Table | None:
+def _layer_table(moments: Mapping[str, Mapping[str, float]]) -> Table | None:
     if not moments:
         return None
     names = list(dict.fromkeys(name for layers in moments.values() for name in layers))

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ... import __version__
+from ..engine.items import Figure
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
 from .conversion_part import conversion_section, layers_of
-from .documents import BenchmarkFile, FigureRow
+from .documents import BenchmarkFile
 from .fidelity_part import fidelity_section, statistics_section
 from .formats import amount, change, duration, number, size, span, verdict
 from .gathering import UNCHANGED, Report
@@ -87,7 +88,7 @@ def _quality(report: Report) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _headlines(report: Report, kind: str) -> list[tuple[str, FigureRow]]:
+def _headlines(report: Report, kind: str) -> list[tuple[str, Figure]]:
     """The first overall figure of each task of a kind."""
     found = []
     for name, task in report.tasks(kind).items():
@@ -141,7 +142,7 @@ def make_tiles(report: Report) -> list[Tile]:
     return [*tiles, *(_speed_tiles(report.benchmark) if report.benchmark is not None else [])][:6]
 
 
-def _figure_tile(label: str, figure: FigureRow) -> Tile:
+def _figure_tile(label: str, figure: Figure) -> Tile:
     if figure.change is None:
         interval = "" if figure.interval is None else f"95 %: {span(figure.interval, figure.style)}"
         return Tile(label, amount(figure.model, figure.style), interval)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ..engine.items import Figure
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Dot, Series, dot_chart, line_chart
-from .documents import FigureRow, TaskRow
+from .documents import TaskRow
 from .drawing import BASE, MODEL
 from .formats import amount, change, change_span, count_cell, group_label, neutral, span, verdict
 from .gathering import Report
@@ -37,7 +38,7 @@ def quality_section(report: Report) -> Section | None:
 def position_section(report: Report) -> Section | None:
     """Perplexity by how far into its context a token is."""
     charts: list[Chart] = []
-    tables: list[tuple[str, list[FigureRow]]] = []
+    tables: list[tuple[str, list[Figure]]] = []
     for name, task in report.tasks().items():
         for metric in task.metrics:
             found = [f for f in task.figures if f.metric == metric.name and set(f.group) == {POSITION}]
@@ -60,9 +61,9 @@ def retrieval_section(report: Report) -> Section | None:
     return section("retrieval", "Retrieval by length and depth", [Text(remark, small=True), *blocks] if blocks else [])
 
 
-def change_charts(figures: Sequence[tuple[str, FigureRow]]) -> list[Charts]:
+def change_charts(figures: Sequence[tuple[str, Figure]]) -> list[Charts]:
     """A chart of changes for each unit that they come in."""
-    kinds: dict[tuple[str, str], list[tuple[str, FigureRow]]] = {}
+    kinds: dict[tuple[str, str], list[tuple[str, Figure]]] = {}
     for name, figure in figures:
         if figure.change is not None:
             kinds.setdefault((figure.compare, figure.style), []).append((name, figure))
@@ -84,7 +85,7 @@ def change_charts(figures: Sequence[tuple[str, FigureRow]]) -> list[Charts]:
 
 
 def figure_table(
-    caption: str, figures: Sequence[tuple[str, FigureRow]], *, first: str = "task", collapsed: bool = False
+    caption: str, figures: Sequence[tuple[str, Figure]], *, first: str = "task", collapsed: bool = False
 ) -> Table:
     """Figures with everything that is known of them; columns that none of them fills are left out."""
     compared = any(figure.base is not None for _, figure in figures)
@@ -93,7 +94,7 @@ def figure_table(
     return Table(caption, tuple(columns), rows, collapsed=collapsed)
 
 
-def _figure_cells(figure: FigureRow, *, compared: bool) -> list[Cell]:
+def _figure_cells(figure: Figure, *, compared: bool) -> list[Cell]:
     style, cells = figure.style, [Cell(figure.metric)]
     own = Cell(amount(figure.model, style), figure.model, note=span(figure.interval, style))
     if not compared:
@@ -116,7 +117,7 @@ def _explained(tasks: Mapping[str, TaskRow]) -> Text:
     return Text(f"{words} {said}." if said else words, small=True)
 
 
-def _dot(name: str, figure: FigureRow) -> Dot:
+def _dot(name: str, figure: Figure) -> Dot:
     value = figure.change or 0.0
     factor = 100 if figure.compare != "ratio" and figure.style == "percent" else 1
     interval = figure.change_interval
@@ -126,7 +127,7 @@ def _dot(name: str, figure: FigureRow) -> Dot:
     return Dot(label, factor * value, scaled, shown, verdict(figure)[1])
 
 
-def _position_chart(id: str, name: str, metric: str, figures: Sequence[FigureRow]) -> Chart:
+def _position_chart(id: str, name: str, metric: str, figures: Sequence[Figure]) -> Chart:
     factor = 100 if figures[0].style == "percent" else 1
     series = []
     for label, color, role in (("base", BASE, "base"), ("converted", MODEL, "model")):
@@ -149,10 +150,10 @@ def _position_chart(id: str, name: str, metric: str, figures: Sequence[FigureRow
     return Chart(id, f"{name}: {metric}", description, partial(line_chart, series, *axes))
 
 
-def _grids(task: TaskRow) -> dict[str, list[FigureRow]]:
+def _grids(task: TaskRow) -> dict[str, list[Figure]]:
     """Figures by length and depth, a grid for each value of whatever else they are split by, if there is more."""
     full = [figure for figure in task.figures if DEPTH in figure.group and _length_key(figure)]
-    grids: dict[str, list[FigureRow]] = {}
+    grids: dict[str, list[Figure]] = {}
     for figure in full:
         rest = {key: value for key, value in figure.group.items() if key not in (*LENGTHS, DEPTH)}
         label = ", ".join(str(value) for value in rest.values())
@@ -162,12 +163,12 @@ def _grids(task: TaskRow) -> dict[str, list[FigureRow]]:
     return grids
 
 
-def _length_key(figure: FigureRow) -> str:
+def _length_key(figure: Figure) -> str:
     """What the length of this figure's texts is counted in; empty if it is not split by length."""
     return next((key for key in LENGTHS if key in figure.group), "")
 
 
-def _retrieval_charts(id: str, title: str, figures: Sequence[FigureRow]) -> Charts:
+def _retrieval_charts(id: str, title: str, figures: Sequence[Figure]) -> Charts:
     key = _length_key(figures[0])
     lengths = sorted({float(figure.group[key]) for figure in figures})
     depths = sorted({float(figure.group[DEPTH]) for figure in figures})
@@ -196,13 +197,13 @@ def _retrieval_charts(id: str, title: str, figures: Sequence[FigureRow]) -> Char
     return Charts(tuple(charts), paired=True)
 
 
-def _retrieval_table(title: str, figures: Sequence[FigureRow]) -> Table:
+def _retrieval_table(title: str, figures: Sequence[Figure]) -> Table:
     keys = (_length_key(figures[0]), DEPTH)
     rows = [(group_label({key: figure.group[key] for key in keys}), figure) for figure in figures]
     return figure_table(f"{title}, all cells", rows, first="cell", collapsed=True)
 
 
-def headline(report: Report, *kinds: str, metric: str | None = None) -> tuple[str, FigureRow] | None:
+def headline(report: Report, *kinds: str, metric: str | None = None) -> tuple[str, Figure] | None:
     """The first overall figure of the first task of some kinds, with the task's name."""
     for name, task in report.tasks(*kinds).items():
         for figure in task.figures:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from ..bench.cases import Case
+from ..bench.crossover import Crossover
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Mark, Series, line_chart
-from .documents import BenchmarkFile, CaseRow, CrossoverRow, Number
+from .documents import BenchmarkFile, Number
 from .drawing import BASE, MODEL
 from .formats import amount_cell, count_cell, duration, number, size_cell
 from .gathering import Report
@@ -36,13 +38,13 @@ class Quantity:
     title: str
     measure: str
     axis: Axis
-    value: Callable[[CaseRow], Number]
-    spread: Callable[[CaseRow], tuple[Number, Number]] = lambda case: (None, None)
+    value: Callable[[Case], Number]
+    spread: Callable[[Case], tuple[Number, Number]] = lambda case: (None, None)
     crossover: str = ""
     better: str = "lower"
 
 
-def _per_token(case: CaseRow) -> tuple[Number, Number]:
+def _per_token(case: Case) -> tuple[Number, Number]:
     """The quartiles of a decoding case, in milliseconds per token."""
     if not case.median or case.ms_per_token is None or case.low is None or case.high is None:
         return None, None
@@ -50,7 +52,7 @@ def _per_token(case: CaseRow) -> tuple[Number, Number]:
     return factor * case.low, factor * case.high
 
 
-def _per_second(case: CaseRow) -> tuple[Number, Number]:
+def _per_second(case: Case) -> tuple[Number, Number]:
     if not case.median or case.tokens_per_second is None or not case.low or not case.high:
         return None, None
     tokens = case.tokens_per_second * case.median
@@ -130,7 +132,7 @@ def speed_section(report: Report) -> Section | None:
     return section("speed", "Speed and memory", blocks)
 
 
-def _cases(bench: BenchmarkFile, measure: str) -> list[CaseRow]:
+def _cases(bench: BenchmarkFile, measure: str) -> list[Case]:
     """The cases of a measure; for the cache, one for each model, batch and context."""
     if measure != CACHE:
         return [case for case in bench.cases if case.measure == measure]
@@ -142,8 +144,8 @@ def _cases(bench: BenchmarkFile, measure: str) -> list[CaseRow]:
 class Pair:
     """Base and model under the same conditions, and how many times the model's seconds (or bytes) the base needs."""
 
-    base: CaseRow
-    model: CaseRow
+    base: Case
+    model: Case
     factor: float
 
 
@@ -205,7 +207,7 @@ def _crossovers(bench: BenchmarkFile) -> Table | None:
     return Table("From where on the converted model is ahead", columns, rows) if rows else None
 
 
-def _ahead(row: CrossoverRow) -> Cell:
+def _ahead(row: Crossover) -> Cell:
     if row.context is None:
         return Cell("none")
     spread = "" if row.low is None or row.high is None else f"{row.low:,.0f} to {row.high:,.0f}"

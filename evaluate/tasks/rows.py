@@ -1,11 +1,11 @@
 """Rows of a JSON-lines file, gzipped or not."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...files.json_lines import numbered_lines, parse_line
 from .textfile import open_text
 
 
@@ -21,7 +21,7 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
     """
     try:
         with open_text(path) as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+            lines = list(numbered_lines(file))
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"{path} cannot be read as JSON lines: {error}.") from error
     count = len(lines) if limit is None else min(limit, len(lines))
@@ -31,10 +31,7 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
 
 
 def _row(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
+    row = parse_line(line, number, path)
     if not isinstance(row, dict):
         raise DataError(f"Line {number} of {path} is a {type(row).__name__}; an object with named fields is wanted.")
     return row

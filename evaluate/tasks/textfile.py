@@ -1,7 +1,6 @@
 """Text files for evaluation: plain text or JSON lines, gzipped or not, as one stream of token ids."""
 
 import gzip
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import DataError
+from ...files.json_lines import numbered_lines, parse_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,8 @@ def open_text(path: Path) -> IO[str]:
 
 
 def _json_lines(file: IO[str], path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
+    for number, line in numbered_lines(file):
+        record = parse_line(line, number, path)
         text = record.get(field) if isinstance(record, dict) else None
         if text is not None and not isinstance(text, str):
             kind = type(text).__name__
