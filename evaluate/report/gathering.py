@@ -186,8 +186,8 @@ def _warn_of_other_weights(folder: Path, documents: Mapping[str, Mapping[str, An
     """Say which measurements are not of the weights that are in the folder now."""
     try:
         now = sorted(digest_inputs(open_checkpoint(folder, allow_converted=True)).values())
-    except (CheckpointError, OSError):
-        # Without its weights, as after a partial download, the folder can still be reported on.
+    except (CheckpointError, PlanError, OSError):
+        # Without its weights, as after a partial download, it can be reported on; a damaged section is named later.
         return
     for kind, document in documents.items():
         if document is not None and sorted(document["model"].get("digests", {}).values()) != now:
