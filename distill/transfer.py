@@ -102,14 +102,13 @@ def attention_weight_loss(call: AttentionCall) -> torch.Tensor:
     """
     softmax = create("softmax", call.core.geometry)
     losses, lengths = [], []
-    for row in range(call.query.shape[0]):
-        keep = slice(None) if call.padding_mask is None else call.padding_mask[row]
-        query, key = (tensor[row : row + 1, :, keep].detach().float() for tensor in (call.query, call.key))
+    for query, key, hidden in call.rows():
+        query, key = query.detach().float(), key.detach().float()
         length = key.shape[2]
         units = torch.eye(length, device=key.device).expand(1, key.shape[1], length, length)
         hidden_states = None
-        if call.core.reads_hidden_states and call.hidden_states is not None:
-            hidden_states = call.hidden_states[row : row + 1, keep].detach().float()
+        if call.core.reads_hidden_states and hidden is not None:
+            hidden_states = hidden.detach().float()
         tokens = Tokens(key, units, signals=call.core.signals(key, hidden_states))
         given = Call(query, tokens, call.scaling, hidden_states)
         student, teacher = (core.attend_naive(given, {}) for core in (call.core, softmax))

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...attention_modules.base import AttentionModule
+from ...attention_modules.packing import Documents, Group, attend_documents
 from ...attention_modules.tokens import Surroundings
 from ...attention_modules.weights import Statistic, response_weights
 from ...errors import PlanError
 from .calls import CallContext, foreign_call
+from .masks import new_token_mask, packed_documents
 from .surroundings import surroundings
 
 ATTENTION = "attnconv"
@@ -37,6 +39,7 @@ class AttentionCall:
         scaling: factor on query-key products.
         hidden_states: `[batch, T, hidden]` or None.
         around: what else the method reads.
+        documents: which tokens belong together in packed rows; None where each row is one sequence.
     """
 
     name: str
@@ -48,33 +51,37 @@ class AttentionCall:
     scaling: float
     hidden_states: Tensor | None
     around: Surroundings
+    documents: Documents | None
     _base: Callable[[Tensor], Tensor] = field(repr=False)
 
     def student(self) -> Tensor:
         """The converted attention's output `[batch, num_heads, T, value_dim]`, with gradients to its core only."""
-        out: Tensor = self.core(
-            self.query.detach(),
-            self.key.detach(),
-            self.value.detach(),
-            scaling=self.scaling,
-            padding_mask=self.padding_mask,
-            hidden_states=None if self.hidden_states is None else self.hidden_states.detach(),
-            around=self.around,
-        )
-        return out
+        hidden_states = None if self.hidden_states is None else self.hidden_states.detach()
+        return self._run(self.query.detach(), self.key.detach(), self.value.detach(), hidden_states)
 
     def converted(self) -> Tensor:
         """The converted attention's output with gradients to everything."""
-        out: Tensor = self.core(
-            self.query,
-            self.key,
-            self.value,
-            scaling=self.scaling,
-            padding_mask=self.padding_mask,
-            hidden_states=self.hidden_states,
-            around=self.around,
-        )
+        return self._run(self.query, self.key, self.value, self.hidden_states)
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor | None) -> Tensor:
+        given: dict[str, Any] = {"scaling": self.scaling, "hidden_states": hidden_states, "around": self.around}
+        if self.documents is not None:
+            return attend_documents(self.core, self.documents, query, key, value, **given)
+        out: Tensor = self.core(query, key, value, padding_mask=self.padding_mask, **given)
         return out
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Query, key and layer's input of every sequence by itself, `[1, heads, T, dim]` and `[1, T, hidden]`."""
+        if self.documents is not None:
+            for places in self.documents.one_by_one():
+                group = Group(places[None], None)
+                hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
+                yield group.take(self.query), group.take(self.key), hidden
+            return
+        for row in range(self.query.shape[0]):
+            keep = slice(None) if self.padding_mask is None else self.padding_mask[row]
+            query, key = (t[row : row + 1, :, keep] for t in (self.query, self.key))
+            yield query, key, None if self.hidden_states is None else self.hidden_states[row : row + 1, keep]
 
     @torch.no_grad()
     def teacher(self) -> Tensor:
@@ -84,25 +91,29 @@ class AttentionCall:
     @torch.no_grad()
     def student_weights(self) -> Tensor:
         """What each key weighs in the converted attention's output: `[batch, num_heads, T, T]`, fp32 or fp64."""
-        return self.core.attention_weights(
-            self.query,
-            self.key,
-            scaling=self.scaling,
-            padding_mask=self.padding_mask,
-            hidden_states=self.hidden_states,
-            value=self.value,
-        )
+        if self.documents is None:
+            given = {"padding_mask": self.padding_mask, "hidden_states": self.hidden_states, "value": self.value}
+            return self.core.attention_weights(self.query, self.key, scaling=self.scaling, **given)
+        batch, heads, length, _ = self.query.shape
+        weights = self.query.new_zeros(batch, heads, length, length, dtype=torch.float32)
+        for places in self.documents.one_by_one():
+            group, at = Group(places[None], None), places % length
+            hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
+            query, key, value = (group.take(t) for t in (self.query, self.key, self.value))
+            own = self.core.attention_weights(query, key, scaling=self.scaling, hidden_states=hidden, value=value)
+            weights[int(places[0]) // length, :, at[:, None], at[None]] = own[0].to(weights.dtype)
+        return weights
 
     @torch.no_grad()
     def statistics(self) -> Mapping[str, Statistic]:
         """What the converted attention tells about itself."""
-        return self.core.statistics(
-            self.query,
-            self.key,
-            scaling=self.scaling,
-            padding_mask=self.padding_mask,
-            hidden_states=self.hidden_states,
-        )
+        query, key, mask, hidden_states = self.query, self.key, self.padding_mask, self.hidden_states
+        if self.documents is not None:
+            group = self.documents.joined()
+            query, key, mask = group.take(query), group.take(key), group.valid
+            hidden_states = None if hidden_states is None else group.take_rows(hidden_states)
+        given = {"padding_mask": mask, "hidden_states": hidden_states}
+        return self.core.statistics(query, key, scaling=self.scaling, **given)
 
     @torch.no_grad()
     def teacher_weights(self) -> Tensor:
@@ -173,7 +184,9 @@ def attnconv_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     seen = 0 if layer is None else layer.get_seq_length()
     _refuse_lost_tokens(context, kwargs.get("position_ids"), length, seen)
-    padding_mask = new_token_mask(attention_mask, query.shape[0], length, seen, kwargs.get("position_ids"))
+    sizes = query.shape[0], length, seen
+    padding_mask = new_token_mask(attention_mask, *sizes)
+    documents = packed_documents(kwargs, attention_mask, padding_mask, *sizes)
     around = surroundings(module, core, query, key, kwargs.get("position_ids"), context.embeddings)
     tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
@@ -184,33 +197,22 @@ def attnconv_attention(
             out = function(module, query, key, values, attention_mask, scaling=scaling, dropout=0.0, **kwargs)[0]
             return out.transpose(1, 2)
 
-        call = AttentionCall(
-            module.__dict__["_attnconv_name"],
-            core,
-            query,
-            key,
-            value,
-            padding_mask,
-            scaling,
-            context.hidden_states,
-            around,
-            base,
-        )
-        return tap(call).transpose(1, 2).contiguous(), None
+        name = module.__dict__["_attnconv_name"]
+        tensors = query, key, value, padding_mask, scaling, context.hidden_states
+        return tap(AttentionCall(name, core, *tensors, around, documents, base)).transpose(1, 2).contiguous(), None
+    out = None
+    given: dict[str, Any] = {"scaling": scaling, "hidden_states": context.hidden_states, "around": around}
+    if documents is not None:
+        out = attend_documents(core, documents, query, key, value, **given)
+        # What comes next continues the last document of a row.
+        padding_mask = documents.last
     state = None
     if layer is not None:
         layer.device = query.device  # type: ignore[assignment]
         state = layer.take_over(core)
-    out = core(
-        query,
-        key,
-        value,
-        scaling=scaling,
-        padding_mask=padding_mask,
-        state=state,
-        hidden_states=context.hidden_states,
-        around=around,
-    )
+    if out is None or state is not None:
+        continued = core(query, key, value, padding_mask=padding_mask, state=state, **given)
+        out = continued if out is None else out
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -251,8 +253,6 @@ def _refuse_lost_tokens(context: CallContext, position_ids: Any, length: int, se
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
     if kwargs.get("cache") is not None:
         raise PlanError("converted layers keep a state, which paged caches (continuous batching) cannot hold")
-    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")):
-        raise PlanError("packed sequences (cu_seq_lens) cannot run through a converted layer; pad the batch instead")
 
 
 def _refuse_split_sequences() -> None:
@@ -286,56 +286,3 @@ def original_function(module: nn.Module, config: Any) -> Callable[..., tuple[Ten
         name = "sdpa"
     function: Callable[..., tuple[Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[name]
     return function
-
-
-def new_token_mask(mask: Any, batch: int, length: int, seen: int, position_ids: Tensor | None = None) -> Tensor | None:
-    """Which of the new tokens are real, read from whatever mask the model built.
-
-    Args:
-        mask: None, `[batch, seq]`, or 4-D bool or additive; wider than needed for static caches.
-        batch: rows.
-        length: new tokens.
-        seen: tokens before them.
-        position_ids: `[batch, length]`, to recognise packed sequences.
-
-    Returns:
-        `[batch, length]` bool or None.
-
-    Raises:
-        PlanError: a mask object that cannot be read, or packed sequences (a RuntimeError where compiled).
-    """
-    if mask is None:
-        valid = None
-    elif not isinstance(mask, Tensor):
-        raise PlanError(
-            f"a mask of type {type(mask).__name__} cannot be read; load the model with attn_implementation='sdpa'"
-        )
-    elif mask.ndim == 2:
-        valid = _is_visible(mask[:, -length:]) if mask.dtype.is_floating_point else mask[:, -length:].bool()
-    else:
-        # A static cache's mask spans slots that are not filled yet; any other ends with the new tokens.
-        start = seen if mask.shape[-1] > seen + length else mask.shape[-1] - length
-        block = mask[:, 0, :, start : start + length]
-        # A bidirectional mask may have one row for all queries.
-        row = block[:, 0] if block.shape[1] == 1 else block[:, -length:].diagonal(dim1=-2, dim2=-1)
-        valid = _is_visible(row).expand(batch, -1)
-    _refuse_packed(position_ids, valid, length)
-    return valid
-
-
-def _is_visible(mask: Tensor) -> Tensor:
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.dtype.is_floating_point else mask.bool()
-
-
-def _refuse_packed(position_ids: Any, valid: Tensor | None, length: int) -> None:
-    if length == 1 or not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return
-    restart = position_ids[:, 1:] <= position_ids[:, :-1]
-    if valid is not None and position_ids.shape == valid.shape:
-        restart = restart & valid[:, 1:] & valid[:, :-1]
-    message = "packed sequences (position_ids that restart) cannot run through a converted layer; pad instead"
-    if torch.compiler.is_compiling():
-        # A graph cannot branch on what it computes: it fails when it runs.
-        torch._assert_async(~restart.any(), message)
-    elif restart.any():
-        raise PlanError(message)
