@@ -178,6 +178,14 @@ def _left_padded(model: PreTrainedModel, tokens: Tensor) -> float:
     return max(_difference(found[1:, padding:], alone), others)
 
 
+def _packed(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Two documents packed into one row, against each alone."""
+    parts = tokens[:1, :SHORT], tokens[1:]
+    positions = torch.cat([torch.arange(part.shape[1], device=tokens.device) for part in parts])[None]
+    found = model(torch.cat(parts, 1), position_ids=positions, use_cache=False).logits
+    return _difference(found, torch.cat([model(part, use_cache=False).logits for part in parts], 1))
+
+
 def _step_by_step(model: PreTrainedModel, tokens: Tensor, prefill: int, mask: Tensor | None = None) -> Tensor:
     """Logits `[batch, T, vocabulary]` of `tokens` by a prefill, then token by token through a cache."""
     mask = torch.ones_like(tokens) if mask is None else mask
@@ -204,5 +212,5 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 _COMPARISONS: Mapping[str, Callable[[PreTrainedModel, Tensor], float]] = MappingProxyType(
-    {"cache": _through_cache, "greedy text": _greedy, "left padding": _left_padded}
+    {"cache": _through_cache, "greedy text": _greedy, "left padding": _left_padded, "packed": _packed}
 )

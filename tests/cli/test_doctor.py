@@ -17,7 +17,7 @@ from attnconv.runs.self_check import METHODS, TOLERANCE, run_self_check
 pytestmark = pytest.mark.compat
 
 Run = Callable[..., Result]
-COMPARED = ["save and reload", "cache", "greedy text", "left padding"]
+COMPARED = ["save and reload", "cache", "greedy text", "left padding", "packed"]
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def test_a_wrong_answer_is_exit_code_1_and_one_sentence(run: Run, forgetful: Non
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(
-        "Error: 3 of 4 checks failed; the first is cache of sliding_window on cpu: logits are"
+        "Error: 3 of 5 checks failed; the first is cache of sliding_window on cpu: logits are"
     )
     assert "All is well" not in result.stdout
     document = json.loads(run("-q", "doctor", "--device", "cpu", "--json").stdout)
     assert document["failed"] == 3
-    assert document["conclusion"].startswith("3 of 4")
+    assert document["conclusion"].startswith("3 of 5")
 
 
 def test_a_check_that_breaks_off_has_failed(window_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_a_check_that_breaks_off_has_failed(window_alone: None, monkeypatch: pyt
 def test_no_number_is_no_small_difference(window_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "_difference", lambda found, expected: float("nan"))
     failed = {check.name for check in run_self_check().failed}
-    assert failed == {"save and reload", "cache", "left padding"}
+    assert failed == {"save and reload", "cache", "left padding", "packed"}
 
 
 def test_a_device_that_is_not_there(run: Run) -> None:
