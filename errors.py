@@ -31,3 +31,17 @@ class OutputError(AttnConvError, OSError):
 
 class HubError(AttnConvError, RuntimeError):
     """Talking to the Hugging Face Hub failed."""
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """A signal asked a run to stop, and what it had is saved.
+
+    Args:
+        saved: What is saved, as half a sentence.
+        signal: Number of the signal; None if another process of the team got it.
+    """
+
+    def __init__(self, saved: str, signal: int | None = None) -> None:
+        super().__init__(saved)
+        self.saved = saved
+        self.signal = signal

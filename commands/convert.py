@@ -71,13 +71,15 @@ def convert(
     session = session_of(ctx)
     from ..recipes import load_recipe
     from ..runs import run_conversion
+    from ..runs.work_folder import WorkFolder
     from .progress import conversion_progress
     from .tables import show_conversion
 
     session.silence_libraries()
     loaded = load_recipe(recipe, overrides or ())
     if loaded.stages:
-        session.resume_hint = "run the same command with --resume to go on from the last saved step"
+        session.resume_hint = "run the same command with --resume to go on"
+        session.saved = WorkFolder((resume_from or output).expanduser()).saved
     with conversion_progress(quiet=session.quiet) as progress:
         result = run_conversion(
             model,

@@ -6,7 +6,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import AttnConvError
+from ..errors import AttnConvError, InterruptedRun
 
 FAILED = 1
+SIGNALLED = 128
 INTERRUPTED = 130
 VERBOSITY_FLAGS = ("-v", "--verbose", "-q", "--quiet")
 
@@ -41,11 +42,13 @@ class Session:
         verbose: Say what is being done, keep the libraries' own messages, and show tracebacks.
         quiet: Say only results and errors: no warnings, no progress.
         resume_hint: What to do after an interrupt, as the second half of a sentence; empty if nothing was begun.
+        saved: Says what of a run is saved, with a semicolon behind it; empty if there is nothing to say.
     """
 
     verbose: bool = False
     quiet: bool = False
     resume_hint: str = ""
+    saved: Callable[[], str] = str
 
     def configure_logging(self) -> None:
         """Send this package's messages to stderr, and other packages' warnings nowhere unless they were asked for."""
@@ -139,10 +142,13 @@ def one_sentence_errors(ctx: typer.Context) -> Iterator[None]:
     except AttnConvError as error:
         _explain(ctx, str(error), error)
         raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        hint = session_of(ctx).resume_hint
-        typer.echo(f"\nInterrupted; {hint}." if hint else "\nInterrupted.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as interrupt:
+        session = session_of(ctx)
+        saved = f"{interrupt.saved}; " if isinstance(interrupt, InterruptedRun) else session.saved()
+        hint = session.resume_hint
+        typer.echo(f"\nInterrupted; {saved}{hint}." if hint else "\nInterrupted.", err=True)
+        number = getattr(interrupt, "signal", None)
+        raise typer.Exit(INTERRUPTED if number is None else SIGNALLED + number) from None
     # A defect of ours or of a library underneath: the user gets a sentence all the same, and -v shows where.
     except Exception as error:
         # Typer's own exceptions (wrong usage, exit) and a closed pipe are for Typer to answer.

@@ -56,6 +56,14 @@ class Team:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), 0)
 
+    def agree(self, wish: bool) -> bool:
+        """Whether any process wishes something; the same answer in all of them."""
+        if self.size == 1:
+            return wish
+        wishes = torch.tensor(float(wish), device=self.device)
+        self.add_up([wishes])
+        return bool(wishes)
+
     def wait(self) -> None:
         """Go on only when all processes have come here."""
         if self.size > 1:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..errors import TrainingError
+from ..errors import InterruptedRun, TrainingError
 from ..recipes import Stage
 from .batches import StepData, step_data
 from .data import TokenStream
@@ -22,9 +22,13 @@ from .images import ImageStream, unit_of
 from .metrics import MetricsFile, Record
 from .objective import Figures, Objective
 from .progress import Progress
+from .stopping import listening
 from .team import Team
 from .trainee import Trainee
 from .work_folder import StageState, WorkFolder
+
+# However slow the steps are, no more than this is lost when the process is killed.
+SECONDS_BETWEEN_CHECKPOINTS = 180
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     Raises:
         TrainingError: The loss or a gradient is not finite.
         DataError: The data cannot be read, or are too short.
+        InterruptedRun: A signal asked to stop; the step that it came in is done and saved.
     """
     groups = job.objective.parameter_groups()
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
@@ -106,10 +111,11 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
         weight_decay=job.stage.weight_decay,
     )
     _set_moments(optimizer, parameters, moments)
-    state, meter = start, Meter()
+    state, meter, saved = start, Meter(), time.monotonic()
     metrics = MetricsFile(job.work.metrics)
     job.progress.begin(f"Stage {job.index + 1}: {job.stage.kind}", job.num_steps, state.step, unit_of(job.stream))
-    with torch.random.fork_rng(devices=[job.team.device] if job.team.device.type == "cuda" else []):
+    devices = [job.team.device] if job.team.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), listening() as request:
         for data in _data(job, state):
             began = time.perf_counter()
             loss, norm, layers = _step(job, optimizer, data, state.step)
@@ -125,16 +131,25 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
             meter.losses.append(loss)
             meter.layers.append(layers)
             meter.tokens, meter.seconds = meter.tokens + tokens, meter.seconds + seconds
-            job.progress.step(loss, meter.tokens_per_second)
+            job.progress.step(meter.mean_loss(), meter.tokens_per_second)
             ends = state.step == job.num_steps
             if job.team.leads and (ends or state.step % job.stage.log_every == 0):
                 metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], norm))
                 meter = Meter()
-            if job.team.leads and (ends or (job.stage.save_every and state.step % job.stage.save_every == 0)):
+            stops = job.team.agree(request.signal is not None)
+            if job.team.leads and (ends or stops or _save_is_due(job.stage, state.step, time.monotonic() - saved)):
                 job.work.save(state, job.trainee.trained_tensors(), {} if ends else _moments(optimizer, parameters))
+                saved = time.monotonic()
+            if stops:
+                raise InterruptedRun(f"step {state.step} of stage {job.index + 1} is saved", request.signal)
     job.progress.end()
     job.team.wait()
     return state
+
+
+def _save_is_due(stage: Stage, step: int, seconds: float) -> bool:
+    """Whether to write a checkpoint after a step, `seconds` after the one before."""
+    return stage.save_every is not None and (step % stage.save_every == 0 or seconds > SECONDS_BETWEEN_CHECKPOINTS)
 
 
 def learning_rate_factor(stage: Stage, step: int, num_steps: int) -> float:

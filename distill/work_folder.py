@@ -190,6 +190,14 @@ class WorkFolder:
             if older != target:
                 shutil.rmtree(older, ignore_errors=True)
 
+    def saved(self) -> str:
+        """What of the run is saved, for a sentence that goes on."""
+        checkpoints = self._checkpoints() if self.path.is_dir() else []
+        if not checkpoints:
+            return "no step of it is saved yet; "
+        stage, step = max(checkpoints)[0]
+        return f"step {step} of stage {stage + 1} is saved; "
+
     def latest(self) -> Snapshot | None:
         """The last checkpoint; None if there is none yet.
 

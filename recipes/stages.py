@@ -31,7 +31,8 @@ class StageBase(Section):
         precision: dtype of the forward pass; weights that are trained stay fp32.
         data: text of this stage, if it is not that of the recipe.
         log_every: optimizer steps between lines of metrics.
-        save_every: optimizer steps between checkpoints from which a run resumes; null = none.
+        save_every: optimizer steps between checkpoints from which a run resumes, with one every three minutes besides;
+            null = only when a signal stops the run.
     """
 
     tokens: Count | None = None
