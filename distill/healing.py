@@ -1,6 +1,6 @@
 """All stages of a recipe on one model, from wherever an earlier run left them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,8 +29,9 @@ from .metrics import MetricsFile
 from .objective import Objective
 from .packing import Position
 from .progress import Progress
+from .targets import find_targets
 from .team import Team
-from .trainee import LoraSettings, Trainee, check_targets
+from .trainee import LoraSettings, Trainee
 from .training import StageJob, run_stage
 from .transfer import AttentionTransfer
 from .work_folder import StageState, WorkFolder, fingerprint
@@ -138,10 +139,14 @@ def check_data(run: Run) -> None:
     _ = run.evaluation_tokens
 
 
-def heal(run: Run) -> Trainee:
+def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
     """Run the recipe's stages, or those that are left, and measure before and after each.
 
     What was measured is kept in the run's work folder.
+
+    Args:
+        run: The run.
+        prepare: Called with the converted model before anything of it is trained.
 
     Returns:
         The healed model with its adapters.
@@ -156,7 +161,10 @@ def heal(run: Run) -> Trainee:
     stages = run.recipe.stages
     trainee = _fresh_trainee(run, stages[state.stage])
     for stage in stages:
-        check_targets(trainee.model, getattr(lora_settings(stage), "targets", ()))
+        settings = lora_settings(stage)
+        if settings is not None:
+            find_targets(trainee.model, settings.targets, rank=settings.rank)
+    prepare(trainee.model)
     if snapshot is not None:
         _add_adapters(run, trainee, state.stage + 1)
         trainee.load_trained(snapshot.trained)

@@ -18,12 +18,11 @@ from ..attention_modules import AttentionModule
 from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..convert.surgery.swap import converted_modules
 from ..errors import TrainingError
+from .targets import ALL_LINEAR, CORES, find_targets
 
 FIRST_ADAPTER = "default"
 # Queries of all heads and layers in a micro-batch; each keeps about 4 KB for its gradients if nothing is recomputed.
 RECOMPUTE_ABOVE = 50_000
-# Adapters go onto the model's own projections, never into the converted attention.
-CORES = r".*\.attnconv(\..*)?"
 
 
 class LoraSettings(Protocol):
@@ -79,11 +78,11 @@ class Trainee:
             seed: Of the random start.
 
         Raises:
-            TrainingError: A target names no linear module of the model.
+            TrainingError: A target names no linear module of the model, or the rank is beyond theirs.
         """
         from peft import LoraConfig, get_peft_model
 
-        check_targets(self.model, settings.targets)
+        modules = find_targets(self.model, settings.targets, rank=settings.rank)
         name = FIRST_ADAPTER if self.peft is None else f"adapter_{len(self.adapters) + 1}"
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -91,7 +90,7 @@ class Trainee:
             # peft declares whole numbers and takes any.
             lora_alpha=cast(int, settings.alpha),
             lora_dropout=settings.dropout,
-            target_modules=list(settings.targets),
+            target_modules=modules if ALL_LINEAR in settings.targets else list(settings.targets),
             exclude_modules=CORES,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -210,31 +209,3 @@ class Trainee:
 def _recomputed(call: AttentionCall) -> torch.Tensor:
     output: torch.Tensor = checkpoint(call.converted, use_reentrant=False, preserve_rng_state=False)
     return output
-
-
-def check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Refuse target names that no linear module of the model has.
-
-    Args:
-        model: The converted model.
-        targets: Last parts of module names, such as `q_proj`.
-
-    Raises:
-        TrainingError: A name fits no module outside the converted attention; says which there are.
-    """
-    outside = re.compile(CORES)
-    head = model.get_output_embeddings()
-    names = {
-        name
-        for name, module in model.named_modules()
-        if not outside.fullmatch(name) and module is not head and getattr(_weight(module), "ndim", 0) == 2
-    }
-    for target in targets:
-        if target != "all-linear" and not any(name == target or name.endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-            raise TrainingError(f'The model has no module "{target}" for LoRA to update; it has: {known}.')
-
-
-def _weight(module: nn.Module) -> Any:
-    # A module that an adapter wraps keeps its own weight one level down.
-    return getattr(getattr(module, "base_layer", module), "weight", None)

@@ -62,6 +62,31 @@ def atomic_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         lock.release()
 
 
+@contextmanager
+def trial_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `output` for trying what is to be written later; it is removed again.
+
+    Args:
+        output: the folder that will be written; its parents are created.
+        overwrite: it may be an earlier result.
+
+    Raises:
+        OutputError: `output` could not be written, or a folder could not be put in its place.
+    """
+    output = _real(output)
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_output(output, overwrite=overwrite)
+        folder, lock = _new_folder(output)
+    try:
+        with _room_for(output):
+            yield folder
+        _check_replaceable(output, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
 def check_output(output: str | Path, *, overwrite: bool = False) -> None:
     """Check that a conversion may write its result to a folder: a new one, an empty one, or an earlier result.
 
@@ -123,6 +148,23 @@ def _new_folder(output: Path) -> tuple[Path, FolderLock]:
         if lock is not None and folder.exists():
             folder.chmod(0o777 & ~_umask())
             return folder, lock
+
+
+def _check_replaceable(output: Path, full: Path) -> None:
+    """Refuse an output that no folder can take the place of, such as a mount point.
+
+    The system is asked to rename the output to a folder that is not empty, which it never does; that it says so, and
+    nothing else, shows that the output could be renamed.
+    """
+    if not output.exists():
+        return
+    try:
+        output.rename(full)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
+        reason = "it is a mount point" if error.errno == errno.EBUSY else str(error.strerror)
+        raise OutputError(f"{output} cannot be replaced as a whole ({reason}): give a folder inside of it.") from error
 
 
 def _clean_up(output: Path) -> None:

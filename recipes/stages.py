@@ -9,6 +9,8 @@ from typing_extensions import Self
 from .data import DataSection
 from .fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
 
+LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
+
 logger = logging.getLogger(__name__)
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -23,7 +25,7 @@ class StageBase(Section):
         sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
         batch_size: sequences a device takes at once.
         gradient_accumulation: batches of one optimizer step.
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate, in [1e-12, 10].
         schedule: what the learning rate does after the warm-up.
         warmup_steps: optimizer steps over which the learning rate rises from zero.
         max_grad_norm: gradients are scaled down to this norm; null = never.
@@ -40,7 +42,7 @@ class StageBase(Section):
     sequence_length: Annotated[Count, Field(ge=2)] | None = None
     batch_size: Count = 1
     gradient_accumulation: Count = 1
-    learning_rate: Positive
+    learning_rate: LearningRate
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
     max_grad_norm: Positive | None = 1.0
@@ -128,10 +130,10 @@ class LoraPart(Section):
     """Low-rank updates of the model's own weights.
 
     Attributes:
-        rank: rank of each update.
+        rank: rank of each update, at most the smaller side of the largest layer that is updated.
         alpha: updates are scaled by alpha / rank.
         dropout: share of the inputs of each update that is dropped, in [0, 1).
-        targets: names of the linear layers to update.
+        targets: names of the linear layers to update; `all-linear` = all but the output head.
     """
 
     rank: Count = 8
@@ -149,7 +151,7 @@ class CoreTraining(Section):
     """
 
     train_cores: bool = False
-    core_learning_rate: Positive | None = None
+    core_learning_rate: LearningRate | None = None
 
     @model_validator(mode="after")
     def _rate_has_effect(self) -> Self:

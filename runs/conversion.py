@@ -3,13 +3,15 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..convert.planning.plan import Plan, make_plan
 from ..convert.planning.probe import probe
@@ -37,8 +39,9 @@ from ..distill.progress import Progress, Silent
 from ..distill.team import find_team
 from ..distill.trainee import Trainee
 from ..distill.work_folder import WorkFolder
-from ..errors import TrainingError
-from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output
+from ..errors import OutputError, PlanError, TrainingError
+from ..files.foreign_errors import first_line
+from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output, trial_folder
 from ..recipes import Recipe
 from .identity import digest_weights, find_revisions, run_identity
 
@@ -118,6 +121,11 @@ def run_conversion(
     model_class = model_class_of(checkpoint.config, trust_remote_code=trust_remote_code)
     if self_contained:
         check_self_contained(checkpoint.architecture)
+    if getattr(checkpoint.config, "output_attentions", False):
+        raise PlanError(
+            f"The {CONFIG_FILE} of {checkpoint.source} sets output_attentions, which only eager softmax attention "
+            "can give: set it to false"
+        )
     plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
     if not _streams(recipe, checkpoint):
         progress.phase("Taking the weights' digests")
@@ -148,7 +156,7 @@ def run_conversion(
 def _convert(run: Run, output: Path, *, overwrite: bool, self_contained: bool) -> None:
     """Heal the model and put the result in its place."""
     try:
-        trainee = _healed(run)
+        trainee = _healed(run, partial(_rehearse, run, output, overwrite=overwrite, self_contained=self_contained))
     except Exception:
         # Nothing is lost by starting over, perhaps with another recipe.
         if run.recipe.stages and run.team.leads:
@@ -228,11 +236,34 @@ def _begin(run: Run, output: Path, *, resume: bool, elsewhere: bool, overwrite: 
     return False, overwrite
 
 
-def _healed(run: Run) -> Trainee | None:
+def _rehearse(run: Run, output: Path, model: PreTrainedModel, *, overwrite: bool, self_contained: bool) -> None:
+    """Save the model without its weights and throw that away, so that what cannot be saved is not healed in vain."""
+    if not run.team.leads:
+        return
+    name, tensor = next(iter(model.state_dict().items()))
+    with trial_folder(output, overwrite=overwrite) as folder:
+        try:
+            save_converted(
+                model,
+                folder,
+                checkpoint=run.checkpoint,
+                plan=run.plan,
+                shard_size=run.recipe.output.shard_bytes,
+                weights={name: tensor[:1].clone()},
+            )
+        # What transformers refuses to write it refuses with errors of many kinds; a full disk is told by the folder.
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise OutputError(
+                f"The converted model could not be saved after its healing: {first_line(error)}"
+            ) from error
+        _describe(run, folder, output, self_contained, digests=None if run.weights is None else run.weights.digests)
+
+
+def _healed(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee | None:
     """The model after all stages, in the dtype it is saved in; None if it need not be built."""
     dtype = _output_dtype(run.recipe, run.checkpoint)
     if run.recipe.stages:
-        return final_model(run, heal(run), dtype)
+        return final_model(run, heal(run, prepare), dtype)
     if _streams(run.recipe, run.checkpoint):
         return None
     trainee = load_converted(run, dtype, first_time=True)
@@ -266,6 +297,11 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         save_converted(
             model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_bytes
         )
+    _describe(run, folder, output, self_contained, digests=digests)
+
+
+def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, digests: Mapping[str, str] | None) -> None:
+    """Write what tells how the model came about, beside its weights and configuration."""
     if self_contained:
         write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     receipt = make_receipt(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...files.json_files import read_json, write_json
@@ -39,7 +40,13 @@ from attnconv.convert.writing.reload import native_model
 
 
 def save_converted(
-    model: PreTrainedModel, folder: Path, *, checkpoint: Checkpoint, plan: Plan, shard_size: str | int = "5GB"
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    shard_size: str | int = "5GB",
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a converted model with everything its base brought along except the base's weights.
 
@@ -48,9 +55,10 @@ def save_converted(
         folder: an empty folder, such as the one that `atomic_folder` gives.
         checkpoint: the base.
         plan: what was converted.
-        shard_size: largest size of one weight file, such as `"5GB"`.
+        shard_size: largest size of one weight file, such as `"5GB"`, or in bytes.
+        weights: what to write in place of the model's weights.
     """
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    model.save_pretrained(folder, max_shard_size=shard_size, state_dict=None if weights is None else dict(weights))
     mark_weights(folder, plan)
     config = read_json(folder / CONFIG_FILE)
     write_marked(folder, mark_config(config | {"architectures": [checkpoint.architecture]}, plan))

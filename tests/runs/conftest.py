@@ -45,7 +45,7 @@ class ReachedError(Exception):
 def reach_healing(monkeypatch):
     """Ends every run where its healing would begin."""
 
-    def stop(run):
+    def stop(run, prepare):
         raise ReachedError
 
     monkeypatch.setattr(conversion.WorkFolder, "remove_if_empty", lambda folder: None)
