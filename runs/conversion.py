@@ -17,6 +17,7 @@ from ..convert.planning.plan import Plan, make_plan
 from ..convert.planning.probe import probe
 from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
 from ..convert.reading.config_file import CONFIG_FILE
+from ..convert.reading.weight_files import is_new_tensor
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import save_converted, write_companions
@@ -240,7 +241,8 @@ def _rehearse(run: Run, output: Path, model: PreTrainedModel, *, overwrite: bool
     """Save the model without its weights and throw that away, so that what cannot be saved is not healed in vain."""
     if not run.team.leads:
         return
-    name, tensor = next(iter(model.state_dict().items()))
+    # One of the base's own, for which the saved weights have a mark.
+    name, tensor = next(item for item in model.state_dict().items() if not is_new_tensor(item[0]))
     with trial_folder(output, overwrite=overwrite) as folder:
         try:
             save_converted(
