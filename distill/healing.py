@@ -22,6 +22,7 @@ from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
 from .features import FeatureDistillation
+from .health import check_perplexity, warn_if_worse
 from .images import ImageStream, unit_of
 from .logits import LogitDistillation
 from .lora import LoraTuning
@@ -182,6 +183,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         label = stage_label(run.recipe, index)
         run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
         measure(run, trainee.model, label)
+        warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else "swap", label)
         if stage.kind == "attention_transfer":
             measure_distance(run, trainee, label)
     measure_path_use(run, trainee.model, stage_label(run.recipe, len(stages) - 1))
@@ -233,14 +235,26 @@ def final_model(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     return trainee if trainee.model.dtype == dtype else _reloaded(run, trainee, dtype)
 
 
-def measure(run: Run, model: PreTrainedModel, label: str) -> None:
-    """Record the model's perplexity under a label, if the recipe asks for it and it was not done already."""
+def measure(run: Run, model: PreTrainedModel, label: str, *, needed: bool = True) -> None:
+    """Record the model's perplexity under a label, if the recipe asks for it and it was not done already.
+
+    Args:
+        run: The run.
+        model: What to measure.
+        label: The moment of the run.
+        needed: Whether a perplexity that is no number means that the model is of no use.
+
+    Raises:
+        TrainingError: It is.
+    """
     section, tokens = run.recipe.evaluate, run.evaluation_tokens
     if section is None or tokens is None or f"perplexity/{label}" in run.measured:
         return
     run.progress.phase(f"Measuring perplexity: {label}")
     result = perplexity(model, tokens, context=section.context, limit=section.tokens, tokenizer=run.tokenizer)
     run.progress.end()
+    if needed:
+        check_perplexity(result.perplexity, label)
     run.record(f"perplexity/{label}", asdict(result))
 
 
@@ -253,7 +267,7 @@ def measure_path_use(run: Run, model: PreTrainedModel, label: str) -> None:
     for path in paths_of(model):
         without = f"{label}, without the {path} path"
         with leaving_out(model, path):
-            measure(run, model, without)
+            measure(run, model, without, needed=False)
         intact, left = (run.measured[f"perplexity/{name}"]["perplexity"] for name in (label, without))
         ratios[path] = left / intact
     run.record("path_use", ratios)

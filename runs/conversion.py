@@ -34,6 +34,7 @@ from ..distill.healing import (
     seeded,
     stage_label,
 )
+from ..distill.health import check_finite, warn_if_not_finite
 from ..distill.metrics import MetricsFile
 from ..distill.plots import plot_layers, plot_losses
 from ..distill.progress import Progress, Silent
@@ -291,11 +292,13 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
     if trainee is None:
         with seeded(run.seed):
             digests = stream_convert(run.checkpoint, run.plan, folder)
+        warn_if_not_finite(run.checkpoint.shards)
     else:
         if run.recipe.output.merge_lora:
             model = trainee.merge_adapters()
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
+        check_finite(model.state_dict().items())
         save_converted(
             model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_bytes
         )

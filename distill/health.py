@@ -1,0 +1,98 @@
+"""Whether a model is still one: perplexities that are no number, weights not finite, stages that did harm."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..convert.reading.shards import Shard
+from ..convert.reading.weight_files import FLOAT_TYPES
+from ..errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+# A stage that ends with more than this times the perplexity it began with has gone wrong.
+WORSE = 1.5
+
+
+def check_perplexity(perplexity: float, label: str) -> None:
+    """Refuse a model that predicts nothing.
+
+    Args:
+        perplexity: what was measured.
+        label: the moment of the run: `teacher`, `swap` or a stage.
+
+    Raises:
+        TrainingError: the perplexity is NaN or infinite.
+    """
+    if math.isfinite(perplexity):
+        return
+    where = "before anything of it was changed" if label == "teacher" else f"after {label}"
+    raise TrainingError(
+        f"The model's perplexity is {perplexity} {where}, so it is not saved: its weights or activations overflow; "
+        "output.dtype bfloat16 or float32, precision: fp32 or a lower learning_rate may help"
+    )
+
+
+def warn_if_worse(measured: Mapping[str, Any], before: str, after: str) -> None:
+    """Warn where a stage left the model worse than it found it.
+
+    Args:
+        measured: what the run measured, perplexities under `perplexity/<label>`.
+        before: label of the moment at which the stage began.
+        after: label of the stage.
+    """
+    first, last = (measured.get(f"perplexity/{label}", {}).get("perplexity") for label in (before, after))
+    if first is None or last is None or last <= WORSE * first:
+        return
+    logger.warning(
+        "THE STAGE %s MADE THE MODEL WORSE: it began at a perplexity of %.4g and ended at %.4g, %.3g x as much. "
+        "Lower its learning_rate, or leave the stage out.",
+        after,
+        first,
+        last,
+        last / first,
+    )
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse to save weights that are not finite.
+
+    Raises:
+        TrainingError: a tensor holds NaN or infinity.
+    """
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise TrainingError(
+                f"{name} holds values that are not finite in {dtype}, so the model is not saved: another output.dtype "
+                "may hold them, if the base's own weights are finite"
+            )
+
+
+def warn_if_not_finite(shards: Iterable[Shard]) -> None:
+    """Say which weight files hold NaN or infinity, which a conversion takes over as they are."""
+    from safetensors import safe_open
+
+    for shard in shards:
+        names = [name for name, tensor in shard.tensors.items() if tensor.dtype in FLOAT_TYPES]
+        with safe_open(shard.path, "pt") as file:
+            bad = [name for name in names if not is_finite(file.get_tensor(name))]
+        if bad:
+            logger.warning(
+                "%s holds values that are not finite in %d tensors, first %s: they are in the converted model, too",
+                shard.path,
+                len(bad),
+                bad[0],
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass over it and no copy."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    # Both take over a NaN, wherever it stands.
+    low, high = tensor.detach().aminmax()
+    return math.isfinite(float(low)) and math.isfinite(float(high))
