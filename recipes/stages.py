@@ -9,7 +9,7 @@ from typing_extensions import Self
 from .data import DataSection
 from .fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
 
-LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
+LearningRate = Annotated[float, Field(ge=1e-12, le=1000)]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class StageBase(Section):
         sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
         batch_size: sequences a device takes at once.
         gradient_accumulation: batches of one optimizer step.
-        learning_rate: peak learning rate, in [1e-12, 10].
+        learning_rate: peak learning rate, in [1e-12, 1000].
         schedule: what the learning rate does after the warm-up.
         warmup_steps: optimizer steps over which the learning rate rises from zero.
         max_grad_norm: gradients are scaled down to this norm; null = never.
