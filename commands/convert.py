@@ -69,9 +69,9 @@ def convert(
     if private and push is None:
         raise typer.BadParameter("--private needs --push REPO")
     session = session_of(ctx)
+    from ..distill.work_folder import WorkFolder
     from ..recipes import load_recipe
     from ..runs import run_conversion
-    from ..runs.work_folder import WorkFolder
     from .progress import conversion_progress
     from .tables import show_conversion
 

@@ -7,9 +7,9 @@ import pytest
 
 from attnconv.distill import Silent, training
 from attnconv.distill.stopping import listening
+from attnconv.distill.work_folder import WorkFolder
 from attnconv.errors import InterruptedRun
 from attnconv.runs import run_conversion
-from attnconv.runs.work_folder import WorkFolder
 
 
 class Signaller(Silent):
