@@ -29,7 +29,7 @@ def main() -> None:
     from attnconv.distill.trainee import Trainee
     from attnconv.distill.transfer import AttentionTransfer
     from attnconv.evaluate import load_tokens
-    from attnconv.recipes import AttentionTransferStage
+    from attnconv.recipes.stages.attention_transfer import AttentionTransferStage
 
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError
-from ..recipes import FeaturesStage
+from ..recipes.stages.features import FeaturesStage
 from .batches import Batch
 from .head import run_layers
 from .lora import core_group

@@ -17,24 +17,20 @@ from ..convert.surgery.swap import apply_plan
 from ..errors import CheckpointError, TrainingError
 from ..evaluate import perplexity
 from ..files.digests import FileDigests
-from ..recipes import DataSection, FeaturesStage, LogitsStage, LoraStage, Recipe, Stage
+from ..recipes import DataSection, Recipe, StageBase
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
-from .features import FeatureDistillation
 from .health import check_perplexity, warn_if_worse
 from .images import ImageStream, unit_of
-from .logits import LogitDistillation
-from .lora import LoraTuning
 from .metrics import MetricsFile
 from .objective import Objective
 from .packing import Position
 from .progress import Progress
 from .targets import find_targets
 from .team import Team
-from .trainee import LoraSettings, Trainee
+from .trainee import Trainee
 from .training import StageJob, run_stage
-from .transfer import AttentionTransfer
 from .work_folder import StageState, WorkFolder, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,7 +62,7 @@ class Run:
     weights: FileDigests | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
-    def stream(self, stage: Stage) -> TokenStream | ImageStream:
+    def stream(self, stage: StageBase) -> TokenStream | ImageStream:
         """The text or images of a stage.
 
         Raises:
@@ -162,9 +158,8 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
     stages = run.recipe.stages
     trainee = _fresh_trainee(run, stages[state.stage])
     for stage in stages:
-        settings = lora_settings(stage)
-        if settings is not None:
-            find_targets(trainee.model, settings.targets, rank=settings.rank)
+        if stage.adapter is not None:
+            find_targets(trainee.model, stage.adapter.targets, rank=stage.adapter.rank)
     prepare(trainee.model)
     if snapshot is not None:
         _add_adapters(run, trainee, state.stage + 1)
@@ -184,7 +179,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
         measure(run, trainee.model, label)
         warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else "swap", label)
-        if stage.kind == "attention_transfer":
+        if stage.measures_layers:
             measure_distance(run, trainee, label)
     measure_path_use(run, trainee.model, stage_label(run.recipe, len(stages) - 1))
     return trainee
@@ -194,13 +189,6 @@ def stage_label(recipe: Recipe, index: int) -> str:
     """What a stage is called in tables: its kind, and its number where it is not the only one of its kind."""
     kinds = [stage.kind for stage in recipe.stages]
     return kinds[index] if kinds.count(kinds[index]) == 1 else f"{kinds[index]} {index + 1}"
-
-
-def lora_settings(stage: Stage) -> LoraSettings | None:
-    """What a stage says about adapters; None if it has none."""
-    if isinstance(stage, LoraStage):
-        return stage
-    return stage.lora if isinstance(stage, LogitsStage) else None
 
 
 def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) -> Trainee:
@@ -283,7 +271,7 @@ def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
     run.record(f"distance/{label}", output_distance(trainee, batch.to(run.team.device)))
 
 
-def _fresh_trainee(run: Run, stage: Stage) -> Trainee:
+def _fresh_trainee(run: Run, stage: StageBase) -> Trainee:
     """The converted model before any healing; measured, if that has not been done."""
     dtype = DTYPES[stage.precision]
     first_time = "distance/swap" not in run.measured
@@ -305,7 +293,7 @@ def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     # Two copies of the weights must not be in memory at once.
     trainee.release()
     renewed = load_converted(run, dtype)
-    settings = [lora_settings(stage) for stage in run.recipe.stages]
+    settings = [stage.adapter for stage in run.recipe.stages]
     for chosen in [setting for setting in settings if setting is not None][:adapters]:
         renewed.add_adapter(chosen, seed=run.seed)
     renewed.load_trained(trained)
@@ -314,20 +302,14 @@ def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
 
 def _add_adapters(run: Run, trainee: Trainee, stages: int) -> None:
     """Put the adapters of the first `stages` stages on the model, as far as they are missing."""
-    settings = [lora_settings(stage) for stage in run.recipe.stages[:stages]]
+    settings = [stage.adapter for stage in run.recipe.stages[:stages]]
     wanted = [setting for setting in settings if setting is not None]
     for number in range(len(trainee.adapters), len(wanted)):
         trainee.add_adapter(wanted[number], seed=run.seed + number)
 
 
-def _objective(trainee: Trainee, stage: Stage) -> Objective:
-    if isinstance(stage, LoraStage):
-        return LoraTuning(trainee, stage, trainee.adapters[-1])
-    if isinstance(stage, LogitsStage):
-        return LogitDistillation(trainee, stage, None if stage.lora is None else trainee.adapters[-1])
-    if isinstance(stage, FeaturesStage):
-        return FeatureDistillation(trainee, stage)
-    return AttentionTransfer(trainee, stage)
+def _objective(trainee: Trainee, stage: StageBase) -> Objective:
+    return stage.objective(trainee, None if stage.adapter is None else trainee.adapters[-1])
 
 
 def _training_figures(run: Run, state: StageState, unit: str) -> dict[str, float]:

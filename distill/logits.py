@@ -3,7 +3,7 @@
 import torch
 
 from ..errors import TrainingError
-from ..recipes import LogitsStage
+from ..recipes.stages.logits import LogitsStage
 from .batches import Batch
 from .head import ModelHead
 from .lora import core_group

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..recipes import LoraStage
+from ..recipes.stages.lora import LoraStage
 from .batches import Batch
 from .head import ModelHead
 from .losses import next_token_loss

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluate.bench import TrainingStep
-from ..recipes import AttentionTransferStage
+from ..recipes.stages.attention_transfer import AttentionTransferStage
 from .batches import Batch
 from .trainee import Trainee
 from .transfer import AttentionTransfer

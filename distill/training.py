@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InterruptedRun, TrainingError
-from ..recipes import Stage
+from ..recipes import StageBase
 from .batches import StepData, step_data
 from .data import TokenStream
 from .images import ImageStream, unit_of
@@ -47,7 +47,7 @@ class StageJob:
     """
 
     index: int
-    stage: Stage
+    stage: StageBase
     objective: Objective
     trainee: Trainee
     stream: TokenStream | ImageStream
@@ -147,12 +147,12 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     return state
 
 
-def _save_is_due(stage: Stage, step: int, seconds: float) -> bool:
+def _save_is_due(stage: StageBase, step: int, seconds: float) -> bool:
     """Whether to write a checkpoint after a step, `seconds` after the one before."""
     return stage.save_every is not None and (step % stage.save_every == 0 or seconds > SECONDS_BETWEEN_CHECKPOINTS)
 
 
-def learning_rate_factor(stage: Stage, step: int, num_steps: int) -> float:
+def learning_rate_factor(stage: StageBase, step: int, num_steps: int) -> float:
     """What the peak learning rate is multiplied by at a step, counted from 0.
 
     It rises in equal parts over the warm-up, then stays (`constant`), falls in equal parts (`linear`) or as half a

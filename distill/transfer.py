@@ -5,7 +5,7 @@ import torch
 from ..attention_modules import Call, Tokens, create
 from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..errors import TrainingError
-from ..recipes import AttentionTransferStage
+from ..recipes.stages.attention_transfer import AttentionTransferStage
 from .batches import Batch
 from .head import run_layers
 from .losses import output_errors, weight_cross_entropy

@@ -4,32 +4,17 @@ from .data import DataSection, EvaluateSection
 from .loading import build_recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 from .schema import AttentionRule, OutputSection, Recipe
 from .selectors import LayerSelector, parse_layers
-from .stages import (
-    AttentionTransferStage,
-    FeaturesStage,
-    LogitsStage,
-    LoraPart,
-    LoraStage,
-    Stage,
-    StageBase,
-    TransferLoss,
-)
+from .stages.base import LoraPart, StageBase
 
 __all__ = [
     "AttentionRule",
-    "AttentionTransferStage",
     "DataSection",
     "EvaluateSection",
-    "FeaturesStage",
     "LayerSelector",
-    "LogitsStage",
     "LoraPart",
-    "LoraStage",
     "OutputSection",
     "Recipe",
-    "Stage",
     "StageBase",
-    "TransferLoss",
     "build_recipe",
     "list_recipes",
     "load_recipe",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
+from .kinds import Kinds
 
 LONGEST_QUOTE = 60
 
@@ -117,7 +118,10 @@ def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[i
 def _members(annotation: Any) -> Iterator[Any]:
     """The alternatives of a type, without what annotates it."""
     origin = get_origin(annotation)
-    if origin is Annotated:
+    kinds = [note for note in get_args(annotation)[1:] if isinstance(note, Kinds)] if origin is Annotated else []
+    if kinds:
+        yield from kinds[0].classes.values()
+    elif origin is Annotated:
         yield from _members(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for member in get_args(annotation):

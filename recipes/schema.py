@@ -10,7 +10,7 @@ from typing_extensions import Self
 from .data import DataSection, EvaluateSection
 from .fields import Section, Text
 from .selectors import LayerSelector, parse_layers
-from .stages import Stage
+from .stages.base import Stage
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

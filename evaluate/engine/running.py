@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..tasks.base import Outcome, Scope, Subject, Task
+from ..tasks.base import Outcome, Scope, Subject, Task, make_task
 from .bootstrap import make_figures
 from .items import Item
 from .jobs import Job, make_jobs, scope_of
@@ -25,7 +25,7 @@ from .results import (
     results_folder,
     write_results,
 )
-from .suite import Suite, make_task
+from .suite import Suite
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Suites: which tasks an evaluation runs, with their settings; those that ship are YAML files beside this one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -10,46 +10,13 @@ from ...errors import DataError, RecipeError
 from ...recipes.fields import Section, Text
 from ...recipes.problems import nearest, problems_of
 from ...recipes.yaml_text import parse_yaml
-from ..tasks.agreement import AgreementSettings, AgreementTask
-from ..tasks.base import Task
-from ..tasks.fidelity import FidelitySettings, FidelityTask
-from ..tasks.generation import GenerationSettings, GenerationTask
-from ..tasks.harness import HarnessSettings, HarnessTask
-from ..tasks.multiple_choice import MultipleChoiceSettings, MultipleChoiceTask
+from ..tasks.base import AnyTask
 from ..tasks.packaged import packaged_names
-from ..tasks.path_use import PathUseSettings, PathUseTask
-from ..tasks.retrieval import RetrievalSettings, RetrievalTask
-from ..tasks.text import PerplexitySettings, PerplexityTask
 
 SHIPPED = Path(__file__).parent / "suites"
 SUFFIXES = (".yaml", ".yml")
 # Keys of a task that name a file or folder.
 PATHS = ("data", "include_path")
-
-_TASKS: Mapping[type[Section], type[Task[Any]]] = {
-    PerplexitySettings: PerplexityTask,
-    RetrievalSettings: RetrievalTask,
-    MultipleChoiceSettings: MultipleChoiceTask,
-    AgreementSettings: AgreementTask,
-    GenerationSettings: GenerationTask,
-    FidelitySettings: FidelityTask,
-    PathUseSettings: PathUseTask,
-    HarnessSettings: HarnessTask,
-}
-
-AnyTask = Annotated[
-    Union[  # noqa: UP007
-        PerplexitySettings,
-        RetrievalSettings,
-        MultipleChoiceSettings,
-        AgreementSettings,
-        GenerationSettings,
-        FidelitySettings,
-        PathUseSettings,
-        HarnessSettings,
-    ],
-    Field(discriminator="kind"),
-]
 
 
 class Suite(Section):
@@ -99,11 +66,6 @@ def load_suite(name_or_path: str | Path) -> Suite:
     except ValidationError as error:
         raise _suite_error(name, [str(problem) for problem in problems_of(error, Suite)]) from None
     return suite.model_copy(update={"tasks": {key: _located(task, path.parent) for key, task in suite.tasks.items()}})
-
-
-def make_task(settings: Section) -> Task[Any]:
-    """The task that runs these settings."""
-    return _TASKS[type(settings)](settings)
 
 
 def _located(task: Any, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import DataError
 from ..bench.cases import Case
 from ..engine.results import FOLDER
+from ..tasks.base import task_classes
 from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
 from .documents import TaskRow
 from .gathering import Report, gather
@@ -16,8 +17,6 @@ from .page import commands
 
 logger = logging.getLogger(__name__)
 
-# Tasks whose first metric stands for them in a comparison.
-HEADLINES = ("perplexity", "retrieval", "multiple_choice", "agreement", "generation", "harness")
 DECODE, PREFILL, CACHE = "decode", "prefill", "cache"
 BASE = "base"
 
@@ -142,17 +141,22 @@ def _names(reports: Sequence[Report]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
+def _headlines() -> list[str]:
+    """Kinds of tasks whose first metric stands for them, in order."""
+    return [kind for kind, task in task_classes().items() if task.headline is not None]
+
+
 def _quality_columns(reports: Sequence[Report]) -> list[Column]:
-    """The first metric of each task that stands for itself, in the order of `HEADLINES`."""
+    """The first metric of each task that stands for itself, in the order of their classes."""
     found: dict[str, tuple[int, Column]] = {}
     for report in reports:
-        for name, task in report.tasks(*HEADLINES).items():
+        for name, task in report.tasks(*_headlines()).items():
             overall = [figure for figure in task.figures if not figure.group and figure.model is not None]
             if overall:
                 first = overall[0]
                 key = f"{name}: {first.metric}"
                 column = Column(key, key, first.better, first.style, name)
-                found.setdefault(key, (HEADLINES.index(task.kind), column))
+                found.setdefault(key, (_headlines().index(task.kind), column))
     return [column for _, column in sorted(found.values(), key=lambda row: row[0])]
 
 
@@ -237,7 +241,7 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
     remarks = []
     tasks: dict[str, list[TaskRow]] = {}
     for report in reports:
-        for name, task in report.tasks(*HEADLINES).items():
+        for name, task in report.tasks(*_headlines()).items():
             tasks.setdefault(name, []).append(task)
     unlike = [name for name, found in tasks.items() if any(not same_settings(task, found[0]) for task in found)]
     if unlike:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ... import __version__
 from ..engine.items import Figure
+from ..tasks.base import task_classes
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
 from .conversion_part import conversion_section, layers_of
 from .documents import BenchmarkFile
@@ -18,15 +19,6 @@ from .receipt_part import receipt_section
 from .speed_part import CACHE, Pair, paired_cases, speed_section
 
 SUITE = "standard"
-# What a full report has, by kind of task.
-WANTED = {
-    "perplexity": "perplexity, by position",
-    "retrieval": "retrieval by length and depth",
-    "multiple_choice": "accuracy on multiple-choice questions",
-    "agreement": "agreement with the base's predictions",
-    "fidelity": "attention maps against the base's",
-    "path_use": "what each path of the method is worth",
-}
 
 
 def make_page(report: Report) -> Page:
@@ -209,7 +201,7 @@ def missing(report: Report) -> list[tuple[str, str]]:
     else:
         if report.evaluation.base is None:
             found.append(("quality of the base, to compare with", evaluate))
-        found += [(words, evaluate) for kind, words in WANTED.items() if _lacks(report, kind)]
+        found += [(words, evaluate) for words in _lacking(report)]
     if report.benchmark is None:
         found.append(("speed and memory", bench))
     elif report.benchmark.base is None:
@@ -239,10 +231,13 @@ def _base_source(report: Report) -> str:
     return next((name for name in named if Path(name).expanduser().exists()), "")
 
 
-def _lacks(report: Report, kind: str) -> bool:
-    if kind == "path_use" and not report.modules:
-        return False
-    return not report.tasks(kind)
+def _lacking(report: Report) -> list[str]:
+    """What a full report would have of tasks that were not run, in words."""
+    return [
+        task.report_words
+        for kind, task in task_classes().items()
+        if task.report_words and not report.tasks(kind) and (report.modules or not task.of_conversions)
+    ]
 
 
 def card_lines(report: Report) -> Sequence[tuple[str, str, str, str]]:

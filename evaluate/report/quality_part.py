@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ..engine.items import Figure
+from ..tasks.base import task_classes
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Dot, Series, dot_chart, line_chart
 from .documents import TaskRow
@@ -12,8 +13,6 @@ from .formats import amount, change, change_span, count_cell, group_label, neutr
 from .gathering import Report
 from .heatmaps import heat_chart
 
-# These have a section of their own.
-INNER = ("fidelity", "path_use")
 # What a group's keys are called where a chart splits by them.
 POSITION, DEPTH = "position", "depth"
 LENGTHS = {"length": "length, tokens", "chars": "length, characters"}
@@ -21,7 +20,8 @@ LENGTHS = {"length": "length, tokens", "chars": "length, characters"}
 
 def quality_section(report: Report) -> Section | None:
     """Overall figures, the chart of changes, and the figures of every group."""
-    tasks = {name: task for name, task in report.tasks().items() if task.kind not in INNER}
+    elsewhere = [kind for kind, task in task_classes().items() if task.own_section]
+    tasks = {name: task for name, task in report.tasks().items() if task.kind not in elsewhere}
     overall = [(name, figure) for name, task in tasks.items() for figure in task.figures if not figure.group]
     blocks: list[Block | None] = []
     if overall:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit
+from .base import Outcome, Scope, Subject, Task, Unit, register_task
 from .perplexity import LOGITS_AT_ONCE, logit_slices
 from .textdata import TextSettings, TwoOrMore, Windows, comparable_base, cut_blocks, window_units
 
@@ -22,9 +22,12 @@ class AgreementSettings(TextSettings):
     tokens: TwoOrMore = 4096
 
 
+@register_task(AgreementSettings)
 class AgreementTask(Task[AgreementSettings]):
     """Compares the next-token distributions of both models after every token of a text."""
 
+    headline = 4
+    report_words = "agreement with the base's predictions"
     needs_base = True
     metrics = (
         Metric("KL divergence", "kl", "tokens", meaning="nats lost by predicting with the model in place of the base"),

@@ -5,27 +5,30 @@ intervals, and the file that reports are made of.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...convert.reading.checkpoint import Checkpoint
 from ...recipes.fields import Count, Section
+from ...recipes.kinds import Kinds
 from ..engine.items import Item, Metric
 
 Settings = TypeVar("Settings", bound="TaskSettings")
 
 
 class TaskSettings(Section):
-    """A task in a suite; each task's own class adds its keys, `kind` among them.
+    """A task in a suite; each task's own class adds its keys.
 
     Attributes:
+        kind: What the task is.
         limit: Items at most; None means all.
     """
 
+    kind: str
     limit: Count | None = None
 
 
@@ -112,6 +115,14 @@ class Task(ABC, Generic[Settings]):
     slices: ClassVar[tuple[tuple[str, ...], ...]] = ()
     # Whether all items together have figures too.
     overall: ClassVar[bool] = True
+    # Its place among the tasks whose first metric stands for them where conversions are compared; None = it does not.
+    headline: ClassVar[int | None] = None
+    # What a full report has of it, in words; empty where a report does not miss it.
+    report_words: ClassVar[str] = ""
+    # Whether a report has a section for it alone, besides that of all figures.
+    own_section: ClassVar[bool] = False
+    # Whether only a converted model can be measured by it.
+    of_conversions: ClassVar[bool] = False
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -132,3 +143,36 @@ class Task(ABC, Generic[Settings]):
     def metrics_of(self, items: Sequence[Item]) -> tuple[Metric, ...]:
         """The metrics of these items; the class's own unless they depend on what was measured."""
         return self.metrics
+
+
+TASKS: Kinds[TaskSettings] = Kinds("evaluation task", __package__ or "")
+AnyTask = Annotated[TaskSettings, TASKS]
+_TASK_CLASSES: dict[type[TaskSettings], type[Task[Any]]] = {}
+AnyTaskClass = TypeVar("AnyTaskClass", bound=type[Task[Any]])
+
+
+def register_task(settings: type[TaskSettings]) -> Callable[[AnyTaskClass], AnyTaskClass]:
+    """Class decorator that makes a task available in suites, under the kind of its settings.
+
+    Raises:
+        ValueError: another task has that kind, or the settings name none.
+    """
+    TASKS.register(settings)
+
+    def decorate(task: AnyTaskClass) -> AnyTaskClass:
+        _TASK_CLASSES[settings] = task
+        return task
+
+    return decorate
+
+
+def make_task(settings: TaskSettings) -> Task[Any]:
+    """The task that runs these settings."""
+    return _TASK_CLASSES[type(settings)](settings)
+
+
+def task_classes() -> Mapping[str, type[Task[Any]]]:
+    """The class of each kind of task; those that stand for themselves in a comparison first, in their order."""
+    found = {kind: _TASK_CLASSES[settings] for kind, settings in TASKS.classes.items()}
+    order = {kind: len(found) if task.headline is None else task.headline for kind, task in found.items()}
+    return {kind: found[kind] for kind in sorted(found, key=order.__getitem__)}

@@ -12,7 +12,7 @@ from ...convert.surgery.recording import AttentionLayer
 from ...recipes.fields import Count, CountOrZero, Text
 from ..diagnose.compare import LayerComparison, comparable_layers, compare_layers
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .perplexity import cut_windows
 from .textdata import TwoOrMore, comparable_base, fitting_context
@@ -45,9 +45,12 @@ class FidelitySettings(TaskSettings):
     map_size: TwoOrMore = 48
 
 
+@register_task(FidelitySettings)
 class FidelityTask(Task[FidelitySettings]):
     """Both models run freely, so that a layer's figures hold what the layers before it did to its input."""
 
+    report_words = "attention maps against the base's"
+    own_section = True
     needs_base = True
     metrics = (
         Metric("attention KL", "kl", "one", meaning="nats between the attention weights of base and model, by query"),

@@ -13,7 +13,7 @@ from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, Text
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .textdata import TwoOrMore, comparable_base
 from .textfile import load_tokens
@@ -56,9 +56,11 @@ class Prompts:
     ids: torch.Tensor
 
 
+@register_task(GenerationSettings)
 class GenerationTask(Task[GenerationSettings]):
     """Lets both models continue the same prompts through their caches, always with the most likely token."""
 
+    headline = 5
     needs_base = True
     metrics = (
         Metric(

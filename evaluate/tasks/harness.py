@@ -24,7 +24,7 @@ from ...errors import DataError
 from ...files.foreign_errors import first_line
 from ...recipes.fields import CountOrZero, Text
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,11 @@ class _Run:
     batch_size: int
 
 
+@register_task(HarnessSettings)
 class HarnessTask(Task[HarnessSettings]):
     """What lm-eval's own tasks score, question by question."""
 
+    headline = 6
     slices: ClassVar[tuple[tuple[str, ...], ...]] = (("task",),)
 
     def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:

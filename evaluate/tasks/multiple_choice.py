@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from ...errors import DataError
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .rows import read_rows
 from .scoring import Continuation, encode_pair, log_likelihoods
@@ -80,9 +80,12 @@ class _Batch:
     batch_size: int
 
 
+@register_task(MultipleChoiceSettings)
 class MultipleChoiceTask(Task[MultipleChoiceSettings]):
     """The share of questions whose right answer gets the highest log-likelihood of all."""
 
+    headline = 3
+    report_words = "accuracy on multiple-choice questions"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("accuracy", "correct", better="higher", style="percent", meaning="the right answer is the likeliest"),
         Metric(

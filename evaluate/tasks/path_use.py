@@ -10,7 +10,7 @@ from ...attention_modules.registry import get_method
 from ...convert.planning.plan import Plan
 from ...convert.reading.config_file import SECTION
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit
+from .base import Outcome, Scope, Subject, Task, Unit, register_task
 from .perplexity import head_takes_slices, token_losses
 from .textdata import TextSettings, TwoOrMore, Windows, cut_blocks, window_units
 
@@ -22,9 +22,13 @@ class PathUseSettings(TextSettings):
     tokens: TwoOrMore = 4096
 
 
+@register_task(PathUseSettings)
 class PathUseTask(Task[PathUseSettings]):
     """Perplexity without a path over perplexity with it; 1 means that the path does nothing."""
 
+    report_words = "what each path of the method is worth"
+    own_section = True
+    of_conversions = True
     counts_tokens = True
     metrics = (
         Metric(

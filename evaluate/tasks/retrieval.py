@@ -14,7 +14,7 @@ from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, CountOrZero
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit
+from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 from .generation import end_tokens, generating_by
 from .haystack import Haystack, fit, make_prompt
 from .packaged import data_file
@@ -89,9 +89,12 @@ class Question:
     group: dict[str, str | int | float]
 
 
+@register_task(RetrievalSettings)
 class RetrievalTask(Task[RetrievalSettings]):
     """The share of hidden facts that a model's greedy continuation contains."""
 
+    headline = 2
+    report_words = "retrieval by length and depth"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("recall", "found", better="higher", style="percent", meaning="hidden facts that the model names"),
     )

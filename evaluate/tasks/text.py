@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...recipes.fields import Count
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit
+from .base import Outcome, Scope, Subject, Task, Unit, register_task
 from .perplexity import characters_before, token_losses
 from .textdata import TextSettings, Windows, cut_blocks, window_units
 
@@ -37,9 +37,12 @@ class PerplexitySettings(TextSettings):
         return self
 
 
+@register_task(PerplexitySettings)
 class PerplexityTask(Task[PerplexitySettings]):
     """How well a model predicts a text; the sum over all items is what `perplexity` finds for the same tokens."""
 
+    headline = 1
+    report_words = "perplexity, by position"
     counts_tokens = True
     metrics = (
         Metric(

@@ -14,7 +14,10 @@ from attnconv.distill.lora import LoraTuning
 from attnconv.distill.objective import Figures
 from attnconv.distill.transfer import AttentionTransfer, attention_weight_loss
 from attnconv.errors import TrainingError
-from attnconv.recipes import AttentionTransferStage, LogitsStage, LoraPart, LoraStage
+from attnconv.recipes import LoraPart
+from attnconv.recipes.stages.attention_transfer import AttentionTransferStage
+from attnconv.recipes.stages.logits import LogitsStage
+from attnconv.recipes.stages.lora import LoraStage
 
 COMMON = {"steps": 1, "sequence_length": 48, "learning_rate": 1e-3}
 TARGETS = ["q_proj", "v_proj"]

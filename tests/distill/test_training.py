@@ -17,7 +17,8 @@ from attnconv.distill.training import StageJob, learning_rate_factor, run_stage
 from attnconv.distill.transfer import AttentionTransfer
 from attnconv.distill.work_folder import StageState, WorkFolder
 from attnconv.errors import TrainingError
-from attnconv.recipes import AttentionTransferStage, DataSection
+from attnconv.recipes import DataSection
+from attnconv.recipes.stages.attention_transfer import AttentionTransferStage
 
 SEQUENCE = 40
 
@@ -219,7 +220,8 @@ from attnconv.distill.trainee import Trainee
 from attnconv.distill.training import StageJob, run_stage
 from attnconv.distill.transfer import AttentionTransfer
 from attnconv.distill.work_folder import StageState, WorkFolder
-from attnconv.recipes import AttentionTransferStage, DataSection
+from attnconv.recipes import DataSection
+from attnconv.recipes.stages.attention_transfer import AttentionTransferStage
 from transformers import AutoTokenizer
 
 folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from attnconv.errors import DataError
-from attnconv.evaluate.engine.suite import Suite, list_suites, load_suite, make_task
+from attnconv.evaluate.engine.suite import Suite, list_suites, load_suite
+from attnconv.evaluate.tasks.base import make_task
 from attnconv.evaluate.tasks.packaged import packaged_names
 
 

@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from attnconv.errors import RecipeError
-from attnconv.recipes import (
-    AttentionTransferStage,
-    DataSection,
-    EvaluateSection,
-    LogitsStage,
-    LoraStage,
-    OutputSection,
-    Recipe,
-    TransferLoss,
-    parse_recipe,
-)
+from attnconv.recipes import DataSection, EvaluateSection, OutputSection, Recipe, parse_recipe
+from attnconv.recipes.stages.attention_transfer import AttentionTransferStage, TransferLoss
+from attnconv.recipes.stages.logits import LogitsStage
+from attnconv.recipes.stages.lora import LoraStage
 
 STAGE = {"tokens": 1000, "sequence_length": 10, "learning_rate": 1e-3}
 HEAD = "name: mine\nattention: [{layers: all, method: softmax}]\n"

@@ -1,13 +1,19 @@
-"""The healing stages a recipe can ask for, told apart by their `kind`."""
+"""What healing stages have in common, and their registry."""
 
 import logging
-from typing import Annotated, Any, Literal
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from .data import DataSection
-from .fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
+from ..data import DataSection
+from ..fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
+from ..kinds import Kinds
+
+if TYPE_CHECKING:
+    from ...distill.objective import Objective
+    from ...distill.trainee import Trainee
 
 LearningRate = Annotated[float, Field(ge=1e-12, le=1000)]
 
@@ -16,10 +22,11 @@ logger = logging.getLogger(__name__)
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class StageBase(Section):
-    """What every stage has.
+class StageBase(Section, ABC):
+    """What every stage has; files of this folder add a `kind`, and are read where recipes are, so without torch.
 
     Attributes:
+        kind: what the stage is.
         tokens: length of the stage in training tokens; either this or `steps`.
         steps: length of the stage in optimizer steps; images need this.
         sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
@@ -37,6 +44,10 @@ class StageBase(Section):
             null = only when a signal stops the run.
     """
 
+    # Whether it brings each layer near the teacher's, so that how near it came is measured at its end.
+    measures_layers: ClassVar[bool] = False
+
+    kind: str
     tokens: Count | None = None
     steps: Count | None = None
     sequence_length: Annotated[Count, Field(ge=2)] | None = None
@@ -56,6 +67,23 @@ class StageBase(Section):
     def _one_length(self) -> Self:
         exactly_one({"tokens": self.tokens is not None, "steps": self.steps is not None})
         return self
+
+    @property
+    def adapter(self) -> "LoraPart | None":
+        """What the stage says about low-rank updates; None if it trains none."""
+        return None
+
+    @abstractmethod
+    def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective":
+        """What the stage trains, and on which loss; this is where torch is imported.
+
+        Args:
+            trainee: the converted model.
+            adapter: name of the stage's own low-rank updates on the model; None if it has none.
+
+        Raises:
+            TrainingError: the stage cannot be run on this model.
+        """
 
     def compact(self) -> dict[str, Any]:
         """As for every section, with the kind in front."""
@@ -83,33 +111,6 @@ class StageBase(Section):
         return None
 
 
-class TransferLoss(Section):
-    """The loss of attention transfer, a weighted sum.
-
-    Attributes:
-        output_mse: weight of the mean squared error of the heads' outputs.
-        weight_cross_entropy: weight of the cross-entropy of the attention weights, which costs memory in L x L.
-        normalize_per_layer: divide each layer's output error by the mean square of the teacher's outputs there.
-    """
-
-    output_mse: NotNegative = 1000.0
-    weight_cross_entropy: NotNegative = 0.0
-    normalize_per_layer: bool = False
-
-    @model_validator(mode="after")
-    def _some_loss(self) -> Self:
-        if self.output_mse == 0 and self.weight_cross_entropy == 0:
-            raise ValueError("output_mse and weight_cross_entropy are both 0, so there is nothing to learn from")
-        return self
-
-
-class AttentionTransferStage(StageBase):
-    """Train the new attention alone to give what softmax attention gives, layer by layer."""
-
-    kind: Literal["attention_transfer"] = "attention_transfer"
-    loss: TransferLoss = TransferLoss()
-
-
 class NextTokenStage(StageBase):
     """A stage whose loss is about the next token."""
 
@@ -118,12 +119,6 @@ class NextTokenStage(StageBase):
         if section.image_field is not None:
             return "learns from the next token, which images do not have: use attention_transfer or features"
         return super().misfit(section)
-
-
-class FeaturesStage(StageBase):
-    """Train the new attention of all layers together on the distance of the model's features from the teacher's."""
-
-    kind: Literal["features"] = "features"
 
 
 class LoraPart(Section):
@@ -160,30 +155,5 @@ class CoreTraining(Section):
         return self
 
 
-class LoraStage(CoreTraining, LoraPart, NextTokenStage):
-    """Train low-rank updates on the next-token loss."""
-
-    kind: Literal["lora"] = "lora"
-
-
-class LogitsStage(CoreTraining, NextTokenStage):
-    """Train on the divergence from the teacher's next-token distribution.
-
-    Attributes:
-        temperature: both distributions are taken at this temperature.
-        lora: low-rank updates to train too; null = the new attention alone.
-    """
-
-    kind: Literal["logits"] = "logits"
-    train_cores: bool = True
-    temperature: Positive = 1.0
-    lora: LoraPart | None = None
-
-    @model_validator(mode="after")
-    def _something_learns(self) -> Self:
-        if self.lora is None and not self.train_cores:
-            raise ValueError("lora is null and train_cores is false, so there is nothing to train")
-        return self
-
-
-Stage = Annotated[AttentionTransferStage | FeaturesStage | LoraStage | LogitsStage, Field(discriminator="kind")]
+STAGES: Kinds[StageBase] = Kinds("healing stage", __package__ or "")
+Stage = Annotated[StageBase, STAGES]

@@ -1,0 +1,1 @@
+"""Methods that choose among experts of attention; each file that registers a method is found by being here."""
