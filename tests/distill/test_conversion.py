@@ -178,7 +178,7 @@ def test_self_contained_writes_the_code_of_the_attention(tmp_path, capsys):
     assert "class SlidingWindowAttention" in (result.output / "modeling_attnconv.py").read_text()
     # Whoever reads of it is not sent to install what it does without.
     assert "import attnconv" not in (result.output / "README.md").read_text()
-    show_conversion(result)
+    show_conversion(result, base="org/base")
     said = capsys.readouterr().out
     assert "trust_remote_code=True" in said
     assert "import attnconv" not in said

@@ -174,7 +174,7 @@ def test_dinov2_is_converted_whole(tmp_path, sources, capsys, method):
     # Images are not called tokens, wherever somebody reads of them.
     assert result.metrics[-1]["images"] == 25 * 4
     assert "tokens" not in (result.output / "README.md").read_text()
-    show_conversion(result)
+    show_conversion(result, base="org/base")
     said = capsys.readouterr()
     assert "images/s" in said.out
     assert "images/s" in said.err
