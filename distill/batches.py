@@ -18,10 +18,12 @@ class Batch:
     Attributes:
         input_ids: `[batch, T]` int64.
         padding_mask: `[batch, T]` bool, True = real token; None means all.
+        position_ids: `[batch, T]` int64, 0 where a document begins, for rows of documents that do not see each other.
     """
 
     input_ids: torch.Tensor
     padding_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -30,8 +32,12 @@ class Batch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """`[batch, T]`: the next token of each position, -100 where there is none."""
-        return next_token_targets(self.input_ids, self.padding_mask)
+        """`[batch, T]`: the next token of each position in its document, -100 where there is none."""
+        targets = next_token_targets(self.input_ids, self.padding_mask)
+        if self.position_ids is None:
+            return targets
+        ends = torch.nn.functional.pad(self.position_ids[:, 1:] == 0, (0, 1), value=True)
+        return targets.masked_fill(ends, IGNORED)
 
     @property
     def num_targets(self) -> int:
@@ -41,12 +47,14 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         mask = None if self.padding_mask is None else self.padding_mask.to(device)
-        return Batch(self.input_ids.to(device), mask)
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.input_ids.to(device), mask, positions)
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a model in a dtype takes."""
         mask = None if self.padding_mask is None else self.padding_mask.long()
-        return {"input_ids": self.input_ids, "attention_mask": mask, "use_cache": False}
+        inputs = {"input_ids": self.input_ids, "attention_mask": mask, "use_cache": False}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def step_data(
     batch_size: int,
     accumulation: int,
     team: Team,
-    collate: Callable[[list[torch.Tensor]], Batch],
+    collate: Callable[[list[PackedSequence]], Batch],
 ) -> Iterator[StepData]:
     """Deal out sequences to steps: each takes `batch_size * accumulation` for every process of the team.
 
@@ -110,7 +118,7 @@ def step_data(
     needed = batch_size * accumulation * team.size
     while True:
         taken = [next(sequences) for _ in range(needed)]
-        own = [sequence.tokens for sequence in taken[team.rank :: team.size]]
+        own = taken[team.rank :: team.size]
         batches = tuple(
             collate(own[start : start + batch_size]).to(team.device) for start in range(0, len(own), batch_size)
         )

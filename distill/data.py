@@ -52,9 +52,13 @@ class TokenStream:
         assert length is not None, "a recipe gives every stage on text a sequence_length"
         return pack(self.token_lists, length, start)
 
-    def collate(self, sequences: list[torch.Tensor]) -> Batch:
-        """A batch of sequences."""
-        return Batch(torch.stack(sequences))
+    def collate(self, sequences: list[PackedSequence]) -> Batch:
+        """A batch of sequences, whose documents see each other or not as the recipe says."""
+        tokens = torch.stack([sequence.tokens for sequence in sequences])
+        if self.section.boundaries == "joined":
+            return Batch(tokens)
+        positions = [sequence.positions for sequence in sequences if sequence.positions is not None]
+        return Batch(tokens, position_ids=torch.stack(positions))
 
     def token_lists(self, epoch: int = 0, skip: int = 0) -> Iterator[list[int]]:
         """The token ids of each document of an epoch, boundary tokens included, without the first `skip` documents."""

@@ -267,7 +267,7 @@ def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
         return
     stage = run.recipe.stages[0]
     stream = run.stream(stage)
-    batch = stream.collate([next(stream.sequences(stage.sequence_length)).tokens])
+    batch = stream.collate([next(stream.sequences(stage.sequence_length))])
     run.record(f"distance/{label}", output_distance(trainee, batch.to(run.team.device)))
 
 

@@ -66,18 +66,19 @@ class ImageStream:
         pixels: torch.Tensor = self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    def collate(self, sequences: list[torch.Tensor]) -> ImageBatch:
+    def collate(self, sequences: list[PackedSequence]) -> ImageBatch:
         """A batch of images.
 
         Raises:
             DataError: The processor left them at different sizes.
         """
-        if len({image.shape for image in sequences}) > 1:
+        images = [sequence.tokens for sequence in sequences]
+        if len({image.shape for image in images}) > 1:
             raise DataError(
                 f"The model's image processor leaves the images of {name_of(self.section)[4:]} at different sizes, so "
                 "they make no batch: set the stage's batch_size to 1."
             )
-        return ImageBatch(pixel_values=torch.stack(sequences))
+        return ImageBatch(pixel_values=torch.stack(images))
 
 
 def unit_of(stream: object) -> str:

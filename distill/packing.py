@@ -3,9 +3,9 @@
 What is kept of the boundaries between documents: documents are never mixed or cut out of order. Each is followed by
 the tokenizer's end-of-sequence token (and preceded by its beginning-of-sequence token where the tokenizer adds one),
 so the model sees where one ends, as it did in pretraining. A sequence is filled with the next document's tokens, and
-what does not fit opens the following sequence. Attention is not cut at a boundary: layers that carry a recurrent
-state cannot take the block-diagonal mask that would do so, and padding each document to the sequence length instead
-would waste three quarters of the compute on paragraphs of 130 tokens at a length of 512.
+what does not fit opens the following sequence. Whether attention is cut at a boundary is the recipe's choice
+(`data.boundaries`): paragraphs of 130 tokens teach more about long contexts when they are joined, documents as long as
+the context more when each is by itself.
 """
 
 import logging
@@ -46,10 +46,12 @@ class PackedSequence:
     Attributes:
         tokens: `[length]` int64; of an image its pixel values `[channels, height, width]`.
         end: The place behind its last token; packing from there goes on with the next sequence.
+        positions: `[length]` int64, each token's place in its document, or in the part of it that is here.
     """
 
     tokens: torch.Tensor
     end: Position
+    positions: torch.Tensor | None = None
 
 
 # (epoch, documents to leave out) -> the token ids of each document from there on, boundary tokens included.
@@ -82,15 +84,18 @@ def pack(documents: TokenizedDocuments, length: int, start: Position | None = No
         while len(buffer) - used >= length:
             sequence = torch.tensor(buffer[used : used + length])
             used += length
-            yield PackedSequence(sequence, _advance(pieces, length))
+            sizes: list[int] = []
+            end = _advance(pieces, length, sizes)
+            yield PackedSequence(sequence, end, torch.cat([torch.arange(size) for size in sizes]))
         del buffer[:used]
 
 
-def _advance(pieces: deque[tuple[Position, int]], length: int) -> Position:
-    """Take `length` tokens off the front of the pieces and return the place behind them."""
+def _advance(pieces: deque[tuple[Position, int]], length: int, sizes: list[int]) -> Position:
+    """Take `length` tokens off the front of the pieces, note how many of each, and return the place behind them."""
     while True:
         origin, size = pieces.popleft()
         end = Position(origin.epoch, origin.document, origin.offset + min(size, length))
+        sizes.append(min(size, length))
         if size > length:
             pieces.appendleft((end, size - length))
             return end

@@ -1,5 +1,7 @@
 """Where text and images come from: the `data` and `evaluate` sections."""
 
+from typing import Literal
+
 from pydantic import model_validator
 from typing_extensions import Self
 
@@ -20,6 +22,8 @@ class DataSection(Section):
         field: field of each row that holds the text.
         image_field: field of each row that holds an image, `image` for a folder; null = the data are text.
         seed: decides the order of the documents.
+        boundaries: whether the documents packed into a training sequence see each other (`joined`) or each is by itself
+            (`apart`), in attention and in what tokens have to predict.
     """
 
     path: Text | None = None
@@ -31,6 +35,7 @@ class DataSection(Section):
     field: Text = "text"
     image_field: Text | None = None
     seed: CountOrZero = 0
+    boundaries: Literal["joined", "apart"] = "joined"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -25,6 +25,7 @@ from attnconv.commands.tables import show_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
+from attnconv.distill.packing import PackedSequence, Position
 from attnconv.errors import DataError, PlanError, TrainingError
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.healing_part import healing_section
@@ -93,13 +94,13 @@ def test_images_come_in_the_order_of_seed_and_epoch_and_go_on_where_they_stopped
 
 def test_a_batch_of_images(sources):
     stream = ImageStream(section(sources["pictures"]), processor())
-    batch = stream.collate([image.tokens for image in itertools.islice(stream.sequences(), 3)])
+    batch = stream.collate(list(itertools.islice(stream.sequences(), 3)))
     assert batch.pixel_values.shape == (3, 3, 24, 24)
     assert (batch.num_tokens, list(batch.inputs(torch.bfloat16))) == (3, ["pixel_values"])
     assert batch.inputs(torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
     assert isinstance(batch.to(torch.device("cpu")), ImageBatch)
     with pytest.raises(DataError, match="at different sizes"):
-        stream.collate([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)])
+        stream.collate([PackedSequence(torch.zeros(3, 4, width), Position()) for width in (4, 5)])
 
 
 def test_what_holds_no_images_is_refused_in_one_sentence(sources, tmp_path):
