@@ -72,6 +72,8 @@ def test_both_stages_heal_on_documents_apart(data: str, tmp_path: object) -> Non
     section = DataSection(path=data, boundaries="apart")
     common = {"data": section, "sequence_length": LENGTH, "batch_size": 2, "tokens": 4 * 2 * LENGTH}
     recipe = Recipe(
+        name="apart",
+        description="Documents apart.",
         attention=[{"layers": "all", "method": "lolcats", "options": {"window": 8}}],
         stages=[AttentionTransferStage(**common, learning_rate=1e-2), LoraStage(**common, learning_rate=1e-4)],
     )

@@ -104,6 +104,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     }
     if recipe.data is not None and recipe.data.image_field is not None:
         alternatives |= {f"stages.{stage.kind}.{key}" for stage in recipe.stages for key in NOT_OF_IMAGES}
+        alternatives.add("data.boundaries")
     assert left_out <= alternatives | {"stages.lora.core_learning_rate"}
 
 
