@@ -11,6 +11,7 @@ from ..errors import RecipeError
 # What a list of layer numbers may be made of; any other text is a regex on module names.
 NUMBERS_ONLY = re.compile(r"[\d\s,;:.+-]*")
 RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+SECONDS_PER_NAME = 1.0
 FORMS = 'all, numbers such as "0-3,7", {every: 4, offset: 3}, {first: 2}, {last: 2}, or a regex on module names'
 
 
@@ -147,8 +148,21 @@ class NamedLayers(LayerSelector):
     pattern: re.Pattern[str]
 
     def matches(self, index: int | None, num_layers: int, module_name: str) -> bool:
-        """Whether the regex is found anywhere in the name."""
-        return self.pattern.search(module_name) is not None
+        """Whether the regex is found anywhere in the name.
+
+        Raises:
+            RecipeError: it needs more than a second for one name, so it would backtrack for ever.
+        """
+        # Python's own engine cannot be stopped; this one takes the same patterns.
+        import regex
+
+        try:
+            return regex.search(self.pattern.pattern, module_name, timeout=SECONDS_PER_NAME) is not None
+        except TimeoutError:
+            raise RecipeError(
+                f"layers: the regex {self.pattern.pattern!r} finds no end on {module_name}: repeat nothing that "
+                "repeats itself, as in (a+)+"
+            ) from None
 
     def __str__(self) -> str:
         """As a recipe writes it."""

@@ -15,6 +15,7 @@ from ...files.foreign_errors import first_line
 from ...files.json_files import read_json
 from ..reading.config_file import CONFIG_FILE, SECTION
 from ..reading.weight_files import INDEX_FILE, read_weights, weight_files
+from .public_text import public_content
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -83,7 +84,8 @@ def push_folder(
 def published_files(folder: Path) -> list[str]:
     """The files of a finished conversion that a push publishes, as sorted POSIX paths relative to the folder.
 
-    Hidden and temporary files stay out, and so do weight files that the index does not name.
+    Hidden and temporary files stay out, and so do weight files that the index does not name. What this package wrote is
+    published without paths of this machine (`public_text`).
 
     Args:
         folder: a resolved folder.
@@ -128,7 +130,7 @@ def _publish(api: HfApi, folder: Path, files: list[str], repo_id: str, revision:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with _explained(f"sending files to {repo_id!r}", repo_id, CONTINUE):
-        additions = [CommitOperationAdd(name, folder / name) for name in files]
+        additions = [CommitOperationAdd(name, public_content(folder, name) or folder / name) for name in files]
         remote = api.list_repo_files(repo_id, revision=revision)
         old = [
             CommitOperationDelete(name)

@@ -161,3 +161,16 @@ def test_plain_data_is_not_changed():
     data = {"name": "mine", "attention": [{"layers": "all", "method": "softmax"}]}
     assert build_recipe(data, ["name=other", "attention.0.layers=0"]).name == "other"
     assert data == {"name": "mine", "attention": [{"layers": "all", "method": "softmax"}]}
+
+
+def test_aliases_inside_of_anchors_are_refused():
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    with pytest.raises(RecipeError, match="alias .a0 stands inside"):
+        parse_recipe("\n".join(lines))
+    with pytest.raises(RecipeError, match="alias .a stands inside"):
+        parse_recipe("name: &a [*a]")
+
+
+def test_yaml_that_is_too_deep_is_one_sentence():
+    with pytest.raises(RecipeError, match="too deep"):
+        parse_recipe("name: " + "[" * 5000)

@@ -152,3 +152,10 @@ def test_a_module_outside_of_the_layers_is_chosen_by_all_and_by_name_only():
     assert matches("all")
     assert matches("pooler")
     assert not any(matches(layers) for layers in ("0-3", {"every": 1}, {"first": 4}, {"last": 4}, "layers"))
+
+
+def test_a_regex_that_backtracks_for_ever_is_stopped(monkeypatch):
+    monkeypatch.setattr(selectors, "SECONDS_PER_NAME", 0.1)
+    selector = parse_layers("(x|xx|xxx)+$")
+    with pytest.raises(RecipeError, match="finds no end on model"):
+        selector.matches(0, num_layers=2, module_name="model." + "x" * 200 + "y")
