@@ -147,6 +147,11 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
     if result.metrics:
         console.print(_metrics_table(result.metrics))
         console.print()
+    if result.plan.is_native:
+        console.print(f"Done in {result.seconds:.1f} s: {', '.join(result.plan.rewrites)}.")
+        console.print(f"The model is in {result.output}: an ordinary one, which transformers loads by itself.")
+        console.print(f"Next: {command_line('eval', result.output, '--against', base)}", soft_wrap=True)
+        return
     counts = Counter(entry.method for entry in result.plan.converted)
     what = ", ".join(
         f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()

@@ -1,6 +1,6 @@
 """All stages of a recipe on one model, from wherever an earlier run left them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -50,6 +50,8 @@ class Run:
         progress: Whom to tell.
         weights: Digests of the teacher's weight files, None where they are taken while the files are copied.
         measured: What was measured so far, under the names that the work folder keeps it by.
+        origin: What the user named, where the teacher is a rewritten form of that.
+        origin_digests: Digests of the origin's weight files.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +63,8 @@ class Run:
     progress: Progress
     weights: FileDigests | None = None
     measured: dict[str, Any] = field(default_factory=dict)
+    origin: Checkpoint | None = None
+    origin_digests: Mapping[str, str] | None = None
 
     def stream(self, stage: StageBase) -> TokenStream | ImageStream:
         """The text or images of a stage.

@@ -63,6 +63,28 @@ def atomic_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 
 @contextmanager
+def scratch_folder(output: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `output`, and so on its file system, that is removed again in any case.
+
+    What a killed run left there is removed by the next.
+
+    Raises:
+        OutputError: the parent of `output` cannot be written, or the disk is full.
+    """
+    output = _real(output)
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(output)
+        folder, lock = _new_folder(output)
+    try:
+        with _room_for(output):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+@contextmanager
 def trial_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `output` for trying what is to be written later; it is removed again.
 

@@ -84,7 +84,7 @@ def build_recipe(
         RecipeError: anything in it is wrong.
     """
     if data is None:
-        raise RecipeError(f"{source} is empty; it needs at least the keys name and attention")
+        raise RecipeError(f"{source} is empty; it needs at least the keys name and attention, or rewrite")
     if not isinstance(data, Mapping):
         raise RecipeError(
             f"{source} holds a {type(data).__name__} at its top, but a recipe is a mapping of keys such as name, "

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from .data import DataSection, EvaluateSection
 from .fields import Section, Text
+from .rewrites.base import Rewrite
 from .selectors import LayerSelector, parse_layers
 from .stages.base import Stage
 
@@ -102,7 +103,9 @@ class Recipe(Section):
         name: short name: letters, digits, `.`, `_` and `-`.
         description: one sentence.
         paper: URL of the paper.
-        attention: rules, the first that matches a layer wins; layers without a match keep their softmax.
+        rewrite: what is done to the weights before anything else, in order; the result is an ordinary model.
+        attention: rules, the first that matches a layer wins; layers without a match keep their softmax. May be empty
+            beside `rewrite`; the result is then the rewritten model, which loads without attnconv.
         stages: healing stages in order; none = swap only.
         data: training text or images of the stages that name none of their own.
         evaluate: text on which perplexity is measured; null = no measurement.
@@ -112,7 +115,8 @@ class Recipe(Section):
     name: str
     description: str = ""
     paper: str | None = None
-    attention: Annotated[list[AttentionRule], Field(min_length=1)]
+    rewrite: list[Rewrite] = Field(default_factory=list)
+    attention: list[AttentionRule] = Field(default_factory=list)
     data: DataSection | None = None
     stages: list[Stage] = Field(default_factory=list)
     evaluate: EvaluateSection | None = None
@@ -131,6 +135,18 @@ class Recipe(Section):
         if value is not None and not LINK.fullmatch(value):
             raise ValueError(f"{value!r} is no link; write the URL of the paper, https://...")
         return value
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.attention:
+            return self
+        if not self.rewrite:
+            raise ValueError("there is nothing to do: give attention rules, or a rewrite")
+        idle = {"stages": self.stages, "evaluate": self.evaluate, "output.dtype": self.output.dtype}
+        for key, value in idle.items():
+            if value:
+                raise ValueError(f"{key} is about new attention, and there are no attention rules: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _stages_have_data(self) -> Self:

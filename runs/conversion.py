@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ..files.foreign_errors import first_line
 from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output, trial_folder
 from ..recipes import Recipe
 from .identity import digest_weights, find_revisions, run_identity
+from .rewriting import Base, rewritten_base, write_native
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,9 @@ def run_conversion(
 ) -> ConversionResult:
     """Convert a model by a recipe, heal it, and save it.
 
-    A recipe without stages never builds the model: the weights are copied as files. Otherwise what is needed to go on
-    after an interruption is kept in a folder beside `output` until that is complete.
+    A recipe that only rewrites weights gives an ordinary model. With attention rules and without stages the model is
+    never built: the weights are copied as files. Otherwise what is needed to go on after an interruption is kept in a
+    folder beside `output` until that is complete.
 
     Args:
         source: A folder, a `.gguf` file or a Hub id.
@@ -119,40 +121,65 @@ def run_conversion(
     output = Path(output).expanduser()
     progress = progress or Silent()
     progress.phase("Reading the model's headers")
-    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
-    model_class = model_class_of(checkpoint.config, trust_remote_code=trust_remote_code)
-    if self_contained:
-        check_self_contained(checkpoint.architecture)
+    opened = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    if not recipe.attention:
+        if self_contained:
+            raise PlanError(
+                "The result is an ordinary model, which needs no code of its own: leave --self-contained out"
+            )
+        plan = write_native(opened, recipe, output, team=find_team(device), overwrite=overwrite, progress=progress)
+        return ConversionResult(output, plan, (), {}, time.monotonic() - began)
+    if recipe.rewrite and not (resume or resume_from):
+        # Before gigabytes are written; a run that goes on may replace what the one before was allowed to.
+        check_output(output, overwrite=overwrite)
+    with rewritten_base(opened, recipe, output, progress) as base:
+        work = WorkFolder(output if resume_from is None else Path(resume_from).expanduser())
+        if self_contained:
+            check_self_contained(base.checkpoint.architecture)
+        run = _make_run(base, recipe, work, allow_lossy=allow_lossy, device=device, progress=progress)
+        # Only a run with stages has a work folder, and one process of a team keeps it.
+        with run.work.claimed() if recipe.stages and run.team.leads else nullcontext():
+            elsewhere = resume_from is not None
+            resume = resume or elsewhere
+            finished, overwrite = _begin(run, output, resume=resume, elsewhere=elsewhere, overwrite=overwrite)
+            if not finished:
+                _convert(run, output, overwrite=overwrite, self_contained=self_contained)
+            if run.team.leads:
+                run.work.remove()
+        run.team.wait()
+    seconds = time.monotonic() - began
+    return ConversionResult(output, run.plan, metric_rows(run), start_distance(run), seconds, self_contained)
+
+
+def _make_run(
+    base: Base, recipe: Recipe, work: WorkFolder, *, allow_lossy: bool, device: str | None, progress: Progress
+) -> Run:
+    """Plan the conversion of a base, and put together all that it works with."""
+    checkpoint = base.checkpoint
     if getattr(checkpoint.config, "output_attentions", False):
         raise PlanError(
             f"The {CONFIG_FILE} of {checkpoint.source} sets output_attentions, which only eager softmax attention "
             "can give: set it to false"
         )
+    model_class = model_class_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
     plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
-    if not _streams(recipe, checkpoint):
+    streams = _streams(recipe, checkpoint)
+    if not streams:
         progress.phase("Taking the weights' digests")
     run = Run(
         checkpoint=checkpoint,
-        plan=plan,
+        plan=replace(plan, rewrites=base.rewrites),
         recipe=recipe,
         tokenizer=load_tokenizer(checkpoint) if recipe.stages or recipe.evaluate else None,
         team=find_team(device),
-        work=WorkFolder(output if resume_from is None else Path(resume_from).expanduser()),
+        work=work,
         progress=progress,
-        weights=None if _streams(recipe, checkpoint) else digest_weights(checkpoint),
+        weights=None if streams else digest_weights(checkpoint),
+        origin=base.origin,
+        origin_digests=base.digests,
     )
     progress.end()
-    # Only a run with stages has a work folder, and one process of a team keeps it.
-    with run.work.claimed() if recipe.stages and run.team.leads else nullcontext():
-        elsewhere = resume_from is not None
-        finished, overwrite = _begin(run, output, resume=resume or elsewhere, elsewhere=elsewhere, overwrite=overwrite)
-        if not finished:
-            _convert(run, output, overwrite=overwrite, self_contained=self_contained)
-        if run.team.leads:
-            run.work.remove()
-    run.team.wait()
-    seconds = time.monotonic() - began
-    return ConversionResult(output, plan, metric_rows(run), start_distance(run), seconds, self_contained)
+    return run
 
 
 def _convert(run: Run, output: Path, *, overwrite: bool, self_contained: bool) -> None:
@@ -309,10 +336,11 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
     """Write what tells how the model came about, beside its weights and configuration."""
     if self_contained:
         write_self_contained(folder, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    base = run.origin or run.checkpoint
     receipt = make_receipt(
-        run.checkpoint,
+        base,
         run.plan,
-        inputs=digests,
+        inputs=run.origin_digests or digests,
         start_distance=start_distance(run),
         metrics=metric_rows(run),
         path_use=run.measured.get("path_use"),
@@ -320,7 +348,7 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
     recipe_yaml = run.recipe.to_yaml()
     card = make_card(
         output.name,
-        checkpoint=run.checkpoint,
+        checkpoint=base,
         plan=run.plan,
         receipt=receipt,
         recipe_name=run.recipe.name,

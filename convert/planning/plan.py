@@ -70,14 +70,25 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """All entries of a model, in the order in which the model calls them."""
+    """What is done to a model.
+
+    Attributes:
+        entries: its attention modules, in the order in which it calls them; empty if none was looked at.
+        rewrites: what was done to its weights before that, a clause each.
+    """
 
     entries: tuple[PlanEntry, ...]
+    rewrites: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[PlanEntry, ...]:
         """Entries whose attention is replaced."""
         return tuple(entry for entry in self.entries if entry.converted)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the result is an ordinary model, which loads without this package."""
+        return not self.converted
 
     def require(self, *, allow_lossy: bool = False) -> None:
         """Insist that the plan can be carried out as asked.
@@ -130,7 +141,7 @@ class Plan:
 
     def rename(self, names: dict[str, str]) -> "Plan":
         """The same plan for a model in which modules are called differently."""
-        return Plan(tuple(replace(entry, name=names[entry.name]) for entry in self.entries))
+        return replace(self, entries=tuple(replace(entry, name=names[entry.name]) for entry in self.entries))
 
     def new_tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Freshly initialised parameters of all cores, `<module>.attnconv.<parameter>`."""

@@ -67,7 +67,7 @@ class Checkpoint:
     def name(self) -> str:
         """What to call it in public: of a folder or file its name without its place, else the Hub id."""
         if Path(self.source).expanduser().exists():
-            return self.gguf_file or self.path.resolve().name
+            return self.gguf_file or Path(self.source).expanduser().resolve().name
         return self.source
 
     @cached_property

@@ -22,11 +22,13 @@ class TensorInfo:
         dtype: safetensors' name of the type, such as `"BF16"`.
         shape: the sizes.
         nbytes: bytes of data.
+        start: where in the file the data begin, which safetensors' own reader does not tell.
     """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_shard(path: Path, name: str) -> Shard:
     if len(start) < LENGTH_BYTES or len(header) < length:
         raise CheckpointError(f"{path} is truncated inside its header ({size} bytes in all): download it again.")
     table = _parse(header, path)
-    tensors, end = _tensors(table, path)
+    tensors, end = _tensors(table, path, LENGTH_BYTES + length)
     expected = LENGTH_BYTES + length + end
     if size < expected:
         raise CheckpointError(
@@ -93,8 +95,8 @@ def _parse(header: bytes, path: Path) -> dict[str, Any]:
     return table
 
 
-def _tensors(table: dict[str, Any], path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a header, and where the last of their data ends."""
+def _tensors(table: dict[str, Any], path: Path, start: int) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a header whose data begin at `start`, and where behind that the last of them ends."""
     tensors = {}
     last = 0
     for name, entry in table.items():
@@ -102,7 +104,9 @@ def _tensors(table: dict[str, Any], path: Path) -> tuple[dict[str, TensorInfo], 
             continue
         try:
             begin, end = (int(offset) for offset in entry["data_offsets"])
-            tensors[name] = TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin)
+            tensors[name] = TensorInfo(
+                str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin, start + begin
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: its header's entry for {name!r} cannot be read.") from error
         if not 0 <= begin <= end:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...errors import PlanError
 from ..planning.plan import make_plan
 from ..planning.probe import probe
 from .swap import apply_plan
@@ -35,6 +36,8 @@ def convert_model(model: PreTrainedModel, recipe: Any, *, allow_lossy: bool = Fa
         PlanError: the conversion cannot be carried out as asked.
         ValueError: unknown method or option.
     """
+    if not isinstance(recipe, str) and recipe.rewrite:
+        raise PlanError("a recipe with a rewrite is about files: convert the model's folder by run_conversion")
     rules = [_EveryLayer(recipe, options)] if isinstance(recipe, str) else recipe.attention
     plan = make_plan(rules, probe(model.config, type(model)), allow_lossy=allow_lossy)
     apply_plan(model, plan)

@@ -80,7 +80,7 @@ def make_card(
         f"# {name}",
         _summary(checkpoint, plan, methods),
         "## Load it",
-        _loading(name, auto_class, self_contained),
+        _native_loading(name, auto_class) if plan.is_native else _loading(name, auto_class, self_contained),
         *_measured(receipt),
         HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",
@@ -164,8 +164,12 @@ def _arxiv_tags(addresses: Sequence[str]) -> list[str]:
 def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> str:
     local = f"`{checkpoint.gguf_file or checkpoint.path.name}`"
     base = f"[{checkpoint.repo_id}](https://huggingface.co/{checkpoint.repo_id})" if checkpoint.repo_id else local
+    rewritten = f"its weights rewritten ({', '.join(plan.rewrites)})"
+    if plan.is_native:
+        return f"This is {base} with {rewritten}, made with `attnconv`. It is an ordinary model of its kind."
+    before = f"{rewritten} and " if plan.rewrites else ""
     lines = [
-        f"This is {base} with another attention, made with `attnconv`; everything besides attention is the base's own.",
+        f"This is {base} with {before}another attention, made with `attnconv`; everything else is the base's own.",
         "",
         "| attention | layers | what it is |",
         "|---|---|---|",
@@ -188,6 +192,11 @@ def _loading(name: str, auto_class: str, self_contained: bool) -> str:
         "```sh\npip install attnconv\n```\n\n"
         f"{snippet}With `trust_remote_code=True` the import is not needed, the package is."
     )
+
+
+def _native_loading(name: str, auto_class: str) -> str:
+    code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{name}")'
+    return f"```python\n{code}\n```\n\ntransformers alone suffices: nothing of `attnconv` is needed to load or run it."
 
 
 def _snippet(name: str, auto_class: str, self_contained: bool) -> str:

@@ -13,6 +13,7 @@ from ...errors import AttnConvError, CheckpointError, HubError
 from ...files.containment import inside
 from ...files.foreign_errors import first_line
 from ...files.json_files import read_json
+from ...files.output_folder import RECEIPT_FILE, is_ours
 from ..reading.config_file import CONFIG_FILE, SECTION
 from ..reading.weight_files import INDEX_FILE, read_weights, weight_files
 from .public_text import public_content
@@ -47,7 +48,7 @@ def push_folder(
     and a repeated one sends only what is missing.
 
     Args:
-        folder: a folder written by a conversion.
+        folder: a folder written by a conversion, or by a rewrite.
         repo_id: `"user/name"`, or `"name"` for a repository of the user who is logged in.
         private: create the repository as a private one; an existing public one is then refused.
         revision: branch to commit to, created if needed; the default is `main`.
@@ -93,10 +94,7 @@ def published_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the folder is not a complete converted model, or a link leads out of it.
     """
-    if not isinstance(read_json(folder / CONFIG_FILE).get(SECTION), dict):
-        raise CheckpointError(
-            f"{folder} is not a model converted with attnconv: its {CONFIG_FILE} has no {SECTION!r} section."
-        )
+    _check_ours(folder)
     weights = weight_files(folder)
     read_weights(folder, weights)
     files = []
@@ -110,6 +108,22 @@ def published_files(folder: Path) -> list[str]:
         inside(folder, name)
         files.append(name)
     return files
+
+
+def _check_ours(folder: Path) -> None:
+    """Insist that a folder is a finished result: a converted model with its section, or a native one by its receipt."""
+    if isinstance(read_json(folder / CONFIG_FILE).get(SECTION), dict):
+        return
+    if not is_ours(folder):
+        raise CheckpointError(
+            f"{folder} is not a model converted with attnconv: it has neither a {RECEIPT_FILE} of ours nor an "
+            f"{SECTION!r} section in its {CONFIG_FILE}."
+        )
+    if read_json(folder / RECEIPT_FILE).get("plan"):
+        raise CheckpointError(
+            f"{folder} is damaged: its {RECEIPT_FILE} tells of converted attention, and its {CONFIG_FILE} has no "
+            f"{SECTION!r} section any more; convert again"
+        )
 
 
 def _check_card(folder: Path) -> None:

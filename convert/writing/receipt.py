@@ -28,7 +28,8 @@ class Receipt:
         repo_id: its Hub repository, if known.
         revision: the commit of that repository.
         inputs: digest of each weight file that was read.
-        plan: the `attnconv` section of config.json.
+        plan: the `attnconv` section of config.json; empty for a model that needs no attnconv.
+        rewrites: what was done to the weights before anything else, a clause each.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
         path_use: perplexity without each path of the methods over perplexity with it, at the end; 1 means that the
@@ -43,6 +44,7 @@ class Receipt:
     revision: str | None
     inputs: Mapping[str, str]
     plan: Mapping[str, Any]
+    rewrites: Sequence[str] = ()
     start_distance: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
     path_use: Mapping[str, float] = field(default_factory=dict)
@@ -77,7 +79,8 @@ def make_receipt(
         repo_id=checkpoint.repo_id,
         revision=checkpoint.revision,
         inputs=digest_inputs(checkpoint) if inputs is None else inputs,
-        plan=plan.to_config(),
+        plan={} if plan.is_native else plan.to_config(),
+        rewrites=plan.rewrites,
         start_distance=start_distance or {},
         metrics=tuple(metrics),
         path_use=path_use or {},

@@ -102,6 +102,7 @@ class ReceiptFile(Document):
     revision: str | None = None
     inputs: dict[str, str] = {}
     plan: dict[str, Any] = {}
+    rewrites: list[str] = []
     start_distance: dict[str, Number] = {}
     metrics: list[dict[str, Any]] = []
     path_use: dict[str, Number] = {}

@@ -232,7 +232,7 @@ def test_only_finished_conversions_are_published(hub: HubServer, folder: Path, t
     config = folder / "config.json"
     converted = config.read_text()
     config.write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="no 'attnconv' section"):
+    with pytest.raises(CheckpointError, match="nor an 'attnconv' section"):
         push_folder(folder, REPO)
     config.write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):

@@ -117,7 +117,7 @@ def test_the_error_belongs_to_both_trees():
         ("name: \x00", "is no valid YAML"),
         ("name: !!python/object/apply:os.getcwd []", "is no valid YAML: could not determine a constructor"),
         ("attention: 5\nname: x", "attention: input should be a valid list, got 5"),
-        ("attention: []\nname: x", "attention: list should have at least 1 item"),
+        ("attention: []\nname: x", "there is nothing to do: give attention rules, or a rewrite"),
         ("attention: [5]\nname: x", "attention.0: input should be a valid dictionary"),
     ],
 )

@@ -14,6 +14,7 @@ from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, re
 
 SHIPPED = [
     "agent",
+    "cast-bf16",
     "gated",
     "gated-delta",
     "hedgehog",
@@ -98,7 +99,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     for stage, written in zip(recipe.stages, data["stages"], strict=True):
         left_out.update(written_keys(stage, written, f"stages.{stage.kind}."))
     alternatives = {"data", "data.path", "data.hub", "data.embedded", "data.name", "data.revision", "data.field"}
-    alternatives |= {"data.image_field", "evaluate.path", "evaluate.field"}
+    alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
         f"stages.{kind}.{key}" for kind in ("attention_transfer", "lora", "logits") for key in ("steps", "data")
     }

@@ -1,0 +1,33 @@
+"""What rewrites of a checkpoint have in common, and their registry."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..fields import Section
+from ..kinds import Kinds
+
+if TYPE_CHECKING:
+    from ...convert.rewriting.steps import Step
+
+
+class RewriteBase(Section, ABC):
+    """A rewrite of the weights before anything else; files of this folder add a `kind`, and are read without torch.
+
+    Attributes:
+        kind: what the rewrite does.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def step(self) -> "Step":
+        """What carries it out; this is where torch is imported."""
+
+    def compact(self) -> dict[str, Any]:
+        """As for every section, with the kind in front."""
+        plain = super().compact()
+        return {"kind": plain.pop("kind"), **plain}
+
+
+REWRITES: Kinds[RewriteBase] = Kinds("rewrite", __package__ or "")
+Rewrite = Annotated[RewriteBase, REWRITES]

@@ -1,0 +1,111 @@
+"""Rewrites of a recipe: the ordinary model that is the result, or the base of what follows."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..convert.planning.plan import Plan
+from ..convert.reading.checkpoint import Checkpoint, open_checkpoint
+from ..convert.rewriting.plan import RewritePlan, plan_rewrite, write_rewritten
+from ..convert.writing.card import make_card
+from ..convert.writing.receipt import make_receipt
+from ..convert.writing.save import write_companions
+from ..distill.progress import Progress
+from ..distill.team import Team
+from ..files.output_folder import atomic_folder, scratch_folder
+from ..recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    """What attention is converted in.
+
+    Attributes:
+        checkpoint: the model, rewritten if the recipe says so.
+        rewrites: what was done to it, a clause each.
+        origin: what it was rewritten from; None if it was not.
+        digests: digests of the origin's weight files.
+    """
+
+    checkpoint: Checkpoint
+    rewrites: tuple[str, ...] = ()
+    origin: Checkpoint | None = None
+    digests: Mapping[str, str] | None = None
+
+
+@contextmanager
+def rewritten_base(opened: Checkpoint, recipe: Recipe, output: Path, progress: Progress) -> Iterator[Base]:
+    """Rewrite a model into a temporary folder beside the output, where it stays for as long as the context lasts.
+
+    The same model gives the same files, so a run that goes on makes them again.
+
+    Args:
+        opened: the model that the user named.
+        recipe: the recipe; without a rewrite the model is taken as it is.
+        output: the folder that the run will write.
+        progress: whom to tell.
+
+    Raises:
+        PlanError: the model cannot be rewritten so.
+    """
+    if not recipe.rewrite:
+        yield Base(opened)
+        return
+    plan = _plan(opened, recipe)
+    with scratch_folder(output) as folder:
+        digests = _write(plan, folder, recipe, progress)
+        checkpoint = open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
+        # In messages and receipts it is still the model that the user named.
+        named = replace(checkpoint, source=opened.source, repo_id=opened.repo_id, revision=opened.revision)
+        yield Base(named, plan.summaries, opened, digests)
+
+
+def write_native(
+    opened: Checkpoint, recipe: Recipe, output: Path, *, team: Team, overwrite: bool, progress: Progress
+) -> Plan:
+    """Rewrite a model into the output, which is an ordinary model that transformers alone loads.
+
+    Args:
+        opened: the model.
+        recipe: a recipe with a rewrite and without attention rules.
+        output: the folder to write; it appears when all is done.
+        team: the processes of the run, one of which writes.
+        overwrite: replace an earlier result.
+        progress: whom to tell.
+
+    Raises:
+        PlanError: the model cannot be rewritten so.
+        OutputError: the output cannot be written.
+    """
+    plan = _plan(opened, recipe)
+    done = Plan((), plan.summaries)
+    if team.leads:
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            digests = _write(plan, folder, recipe, progress)
+            # Whatever cannot be opened again must not take the output's place.
+            open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
+            receipt = make_receipt(opened, done, inputs=digests)
+            recipe_yaml = recipe.to_yaml()
+            card = make_card(
+                output.name,
+                checkpoint=opened,
+                plan=done,
+                receipt=receipt,
+                recipe_name=recipe.name,
+                recipe_yaml=recipe_yaml,
+                papers=[recipe.paper] if recipe.paper else [],
+            )
+            write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
+    team.wait()
+    return done
+
+
+def _plan(opened: Checkpoint, recipe: Recipe) -> RewritePlan:
+    return plan_rewrite(opened, [rewrite.step() for rewrite in recipe.rewrite])
+
+
+def _write(plan: RewritePlan, folder: Path, recipe: Recipe, progress: Progress) -> dict[str, str]:
+    digests = write_rewritten(plan, folder, shard_bytes=recipe.output.shard_bytes, tell=progress.phase)
+    progress.end()
+    return digests
