@@ -63,6 +63,11 @@ paper: https://arxiv.org/abs/1706.03762
 attention: [{layers: all, method: toy, options: {}}]
 stages: []
 """
+TOY_ROWS = """from matrix_row import Row
+
+ROWS = [Row("toy", no_degenerate_because="each token is by itself")]
+"""
+TOY_LINE = "| `toy` | [Toy](https://arxiv.org/abs/1706.03762) | each token by itself | `toy` |"
 TOY_STAGE = '''"""A stage that does nothing new."""
 
 from typing import Literal
@@ -119,6 +124,8 @@ assert parse_recipe("name: a\\nattention: [{layers: all, method: toy}]\\ndata: {
 assert load_recipe("toy").attention[0].method == "toy"
 suite = Suite(name="a", tasks={"mine": {"kind": "toy"}})
 assert type(make_task(suite.tasks["mine"])).__name__ == "ToyTask"
+from invariants import ROWS
+assert "toy" in [row.method for row in ROWS]
 LIST_FILE.write_text(method_list_text(make_method_list()), encoding="utf-8")
 """
 
@@ -172,7 +179,7 @@ def test_every_file_that_says_so_has_registered(repository, mark, folders):
 def missing_rows(method: str, *, rows: set[str], recipes: set[str], readme: list[str]) -> list[str]:
     """A sentence for each thing that a method needs beside its file and does not have."""
     needs = {
-        "needs a row in ROWS of tests/support/invariants.py": method in rows,
+        "needs a file with its rows in tests/support/method_rows": method in rows,
         "needs a recipe in recipes/shipped that uses it": method in recipes or method == "softmax",
         "needs a line in the README's table of methods": method in readme or method == "softmax",
     }
@@ -222,23 +229,30 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_adding_a_method_touches_five_files_and_edits_no_list(repository, tmp_path):
-    """Two of the five are written by commands: the list that `attnconv methods` reads, and the README's table."""
+    """Three are new, `attnconv.commands.method_list` writes the fourth, and the README gets one more line."""
     package = tmp_path / "attnconv"
     left_out = shutil.ignore_patterns(
         ".*", "__pycache__", "out", "build", "dist", "venv", "results", "assets", "tests", "benchmarks"
     )
     shutil.copytree(repository, package, ignore=left_out)
+    support = package / "tests" / "support"
+    shutil.copytree(repository / "tests" / "support", support, ignore=shutil.ignore_patterns("__pycache__"))
     before = snapshot(package)
     new = {
         "attention_modules/sparse/toy.py": TOY_METHOD,
         "recipes/shipped/toy.yaml": TOY_RECIPE,
+        "tests/support/method_rows/toy.py": TOY_ROWS,
         "recipes/stages/toy.py": TOY_STAGE,
         "evaluate/tasks/toy.py": TOY_TASK,
     }
     for name, text in new.items():
         (package / name).write_text(text, encoding="utf-8")
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    softmax = "\n\n`softmax` keeps a layer as it is."
+    assert softmax in readme
+    (package / "README.md").write_text(readme.replace(softmax, f"\n{TOY_LINE}{softmax}"), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{USES_TOYS}"],
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(support)!r}]\n{USES_TOYS}"],
         cwd=tmp_path,
         env={"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -249,9 +263,15 @@ def test_adding_a_method_touches_five_files_and_edits_no_list(repository, tmp_pa
     after = snapshot(package)
     touched = {name for name in after if after[name] != before.get(name)}
     of_method = touched - {"recipes/stages/toy.py", "evaluate/tasks/toy.py"}
-    assert of_method == {"attention_modules/sparse/toy.py", "recipes/shipped/toy.yaml", "commands/methods.json"}
+    assert of_method == {
+        "attention_modules/sparse/toy.py",
+        "recipes/shipped/toy.yaml",
+        "tests/support/method_rows/toy.py",
+        "commands/methods.json",
+        "README.md",
+    }
     described = json.loads(after["commands/methods.json"])
     assert [method["name"] for method in described if method["name"] == "toy"] == ["toy"]
-    # The other two, as `missing_rows` asks for them.
-    beside = missing_rows("toy", rows=set(), recipes={"toy"}, readme=[])
-    assert len(of_method) + len(beside) == 5
+    lines = after["README.md"].decode().splitlines()
+    readme_names = [line.split("`")[1] for line in lines if line.startswith("| `") and "https://" in line]
+    assert not missing_rows("toy", rows={"toy"}, recipes={"toy"}, readme=readme_names)

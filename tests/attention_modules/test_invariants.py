@@ -1,7 +1,7 @@
 """The invariant matrix: every method times everything that must hold for it.
 
-A new method joins by adding rows to `ROWS` in `tests/support/invariants.py`; `test_every_method_has_a_row` fails until
-it does. What must hold for states is in `test_state_invariants.py`.
+A new method joins by a file with its rows in `tests/support/method_rows`; `test_every_method_has_a_row` fails until it
+does. What must hold for states is in `test_state_invariants.py`.
 """
 
 from dataclasses import replace

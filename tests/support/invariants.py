@@ -1,111 +1,18 @@
 """The methods and options that the invariants are tested on, and what those tests draw and compare."""
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix_row import Row
 
 from attnconv.attention_modules import AttentionModule, Geometry, create
+from attnconv.files.discovery import import_folder
 
-
-@dataclass(frozen=True)
-class Row:
-    """One method with one set of options.
-
-    `degenerate` holds the options under which the method is softmax attention (None: there are none, with the reason).
-    A row that is not `bidirectional` is refused for layers that look both ways, one that is not `causal` for others.
-    """
-
-    method: str
-    options: dict[str, Any] = field(default_factory=dict)
-    degenerate: dict[str, Any] | None = None
-    no_degenerate_because: str = ""
-    bidirectional: bool = True
-    causal: bool = True
-
-    @property
-    def directions(self) -> list[bool]:
-        """Whether a layer is causal, as far as the method can serve it."""
-        return [causal for causal in (True, False) if (self.causal if causal else self.bidirectional)]
-
-    @property
-    def id(self) -> str:
-        return "-".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
-
-
-PURE = "a linear method has no setting in which it is softmax"
-AGENTS = "weights are a product of two softmaxes, whatever the number of agents"
-WIDE = {"window": 4096}
-ROWS = [
-    Row("softmax", degenerate={}),
-    Row("sliding_window", {"window": 5, "num_sinks": 0}, degenerate=WIDE),
-    Row("sliding_window", {"window": 7, "num_sinks": 3}, degenerate=WIDE),
-    Row("sliding_window", {"window": 80, "num_sinks": 4}, degenerate=WIDE),
-    Row("hedgehog", no_degenerate_because=PURE),
-    Row("hedgehog", {"feature_map": "hedgehog_fla", "state_per": "kv_head"}, no_degenerate_because=PURE),
-    Row("lolcats", {"window": 5}, degenerate=WIDE),
-    Row("lolcats", {"window": 64, "state_per": "kv_head", "mixing": 0.5}, degenerate=WIDE),
-    Row("lolcats", {"window": 1, "feature_map": "hedgehog_fla"}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "feature_map": "t2r", "feature_dim": 24}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "feature_map": "elu", "initialization": "kaiming"}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "feature_map": "exp", "state_per": "kv_head"}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "feature_map": "taylor", "feature_dim": 5}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "window_terms": "absolute", "mixing": 0.01}, degenerate=WIDE),
-    Row("lolcats", {"window": 5, "num_sinks": 3}, degenerate=WIDE),
-    Row("lolcats", {"window": 9, "num_sinks": 2, "window_terms": "absolute", "state_per": "kv_head"}, degenerate=WIDE),
-    Row("lola", {"window": 5, "cache_size": 3}, degenerate=WIDE, bidirectional=False),
-    Row(
-        "lola",
-        {"window": 40, "cache_size": 9, "feature_map": "elu", "state_per": "kv_head", "mixing": 0.5},
-        degenerate=WIDE,
-        bidirectional=False,
-    ),
-    Row("lola", {"window": 1, "cache_size": 40, "window_terms": "absolute"}, degenerate=WIDE, bidirectional=False),
-    Row("linear", no_degenerate_because=PURE),
-    Row("linear", {"feature_map": "elu", "projection": "none"}, no_degenerate_because=PURE),
-    Row("linear", {"feature_map": "relu", "normalizer": False, "state_per": "kv_head"}, no_degenerate_because=PURE),
-    Row("linear", {"feature_map": "dpfp", "state_per": "kv_head"}, no_degenerate_because=PURE),
-    Row("linear", {"feature_map": "taylor", "feature_dim": 7}, no_degenerate_because=PURE),
-    Row("agent", {"num_agents": 6}, no_degenerate_because=AGENTS, causal=False),
-    Row("agent", {"num_agents": 80, "kernel_size": 0}, no_degenerate_because=AGENTS, causal=False),
-    Row("agent", {"num_agents": 1, "kernel_size": 7}, no_degenerate_because=AGENTS, causal=False),
-    Row("lightning", no_degenerate_because=PURE, bidirectional=False),
-    Row(
-        "lightning",
-        {"decay": "learned", "activation": "none", "state_per": "kv_head", "output_gate": False},
-        no_degenerate_because=PURE,
-        bidirectional=False,
-    ),
-    Row("gated", no_degenerate_because=PURE, bidirectional=False),
-    Row(
-        "gated",
-        {"gate": "scalar", "activation": "softmax", "normalizer": True, "state_per": "kv_head"},
-        no_degenerate_because=PURE,
-        bidirectional=False,
-    ),
-    Row(
-        "gated",
-        {"gate_from": "keys", "gate": "vector", "activation": "softmax", "normalizer": True, "output_gate": False},
-        no_degenerate_because=PURE,
-        bidirectional=False,
-    ),
-    Row(
-        "gated",
-        {"gate_from": "keys", "gate": "scalar", "gate_temperature": 1.0, "activation": "silu", "output_gate_rank": 3},
-        no_degenerate_because=PURE,
-        bidirectional=False,
-    ),
-    Row("gated_delta", no_degenerate_because=PURE, bidirectional=False),
-    Row(
-        "gated_delta",
-        {"activation": "none", "output_norm": False, "output_gate": False, "state_per": "kv_head"},
-        no_degenerate_because=PURE,
-        bidirectional=False,
-    ),
-]
+ROWS: list[Row] = [row for name in import_folder("method_rows") for row in sys.modules[name].ROWS]
 HIDDEN_SIZE = 12
 GEOMETRIES = [
     Geometry(1, 1, 16, 16),
@@ -118,8 +25,7 @@ GEOMETRIES = [
 ]
 # The first row of each method is drawn longer than two whole segments, unless its oracle walks from token to token; all
 # others are drawn shorter, with segments that are as much shorter.
-WALKS = {"lola", "gated", "gated_delta"}
-FIRST_ROWS = {row.method: row for row in reversed(ROWS) if row.method not in WALKS}
+FIRST_ROWS = {row.method: row for row in reversed(ROWS) if not row.walks}
 LONG, SHORTER = 1100, 300
 BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
 LENGTHS = [1, 7, 63, 123]

@@ -1,0 +1,5 @@
+from matrix_row import Row
+
+ROWS = [
+    Row("softmax", degenerate={}),
+]
