@@ -51,7 +51,8 @@ class ModuleSection(BaseModel):
     method: str
     options: dict[str, Any]
     geometry: dict[str, Any]
-    layer_idx: int | None = Field(ge=0, le=LARGEST_SIZE)
+    # A module that several layers share (Zamba2) counts as -1 and is told its layer at each call.
+    layer_idx: int | None = Field(ge=-1, le=LARGEST_SIZE)
 
 
 def section_digest(section: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ attention must have run in the core, which must have taken over all tokens that 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +22,7 @@ from ...errors import PlanError
 from .cache_layer import AttnConvCacheLayer, layer_of, self_attention_cache
 from .surroundings import embeddings_among
 
-_PLAIN = (Tensor, str, int, float, tuple, list, dict, type(None))
+_PLAIN = (Tensor, str, int, float, tuple, list, Mapping, type(None))
 _RUNNING = threading.local()
 
 

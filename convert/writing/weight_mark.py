@@ -47,9 +47,11 @@ def marks(plan: Plan, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The tensors of the mark, which have no bytes and the shape of no parameter.
 
     Args:
-        plan: what is converted.
+        plan: what is converted; nothing needs no mark.
         names: names of the base's tensors as they are on disk.
     """
+    if not plan.converted:
+        return {}
     return {MARK_NAME: torch.zeros(0), marked_tensor(plan, names): torch.zeros(0)}
 
 

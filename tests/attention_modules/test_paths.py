@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from attnconv.attention_modules import AttentionModule, Geometry, create
 from attnconv.attention_modules.paths import leaving_out, paths_of
+from attnconv.attention_modules.tokens import Call, Tokens
 
 WINDOW, LENGTH, SCALING = 5, 40, 0.25
 
@@ -35,7 +36,7 @@ def by_hand(module: AttentionModule, path: str, causal: bool) -> Tensor:
         logits = SCALING * query @ key.repeat_interleave(2, 1).transpose(-1, -2)
         weights = logits.masked_fill(~inside, -torch.inf).softmax(-1)
     else:
-        products = module.naive_products(query, key, None)[1]
+        products = module.naive_products(Call(query, Tokens(key, value), SCALING))[1]
         weights = products * (~inside & (gap > 0 if causal else gap.abs() > 0))
         weights = (weights / weights.sum(-1, keepdim=True)).nan_to_num(0.0)
     return weights @ value.repeat_interleave(2, 1)

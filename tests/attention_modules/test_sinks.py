@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnconv.attention_modules import AttentionModule, AttentionState, Geometry, create
+from attnconv.attention_modules.tokens import Call, Tokens
 from attnconv.attention_modules.window import LOG2E
 
 SCALING, WINDOW = 0.25, 5
@@ -42,7 +43,7 @@ def test_they_are_softmax_terms_and_never_linear_ones(causal: bool, window_terms
         gamma = module.mixing.sigmoid()[:, None, None]
     else:
         gamma = (module._gamma(torch.float64) / LOG2E).exp()[:, None, None]
-    weights = gamma * logits.exp() + module.naive_products(query, key, None)[1] * (seen & ~near)
+    weights = gamma * logits.exp() + module.naive_products(Call(query, Tokens(key, value), SCALING))[1] * (seen & ~near)
     expected = weights / weights.sum(-1, keepdim=True) @ value.repeat_interleave(2, 1)
     for implementation in ("naive", "torch"):
         out = core(implementation, causal=causal, window_terms=window_terms)(query, key, value, scaling=SCALING)

@@ -32,11 +32,12 @@ else:
     sys.modules["attnconv"] = None
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.compat
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] == "trust")
 save_file({"logits": model(torch.arange(1, 41)[None]).logits}, sys.argv[2])
 print(sum(hasattr(module, "attnconv") for module in model.modules()))
 """
+
+pytestmark = pytest.mark.compat
 
 
 @pytest.fixture

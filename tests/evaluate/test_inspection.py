@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, DiffLlamaConfig, Gemma2Config, GPTJConfig, LlamaConfig, PreTrainedConfig, T5Config
+from transformers import (
+    BertConfig,
+    DiffLlamaConfig,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    T5Config,
+)
 
 from attnconv.attention_modules import Geometry, create
 from attnconv.errors import CheckpointError, PlanError, RecipeError
@@ -142,9 +150,9 @@ def test_what_cannot_be_inspected(tmp_path: Path) -> None:
         inspect_model(str(tmp_path / "none"))
     with pytest.raises(RecipeError):
         inspect_model(llama(tmp_path), recipe=recipe({"layers": "7", "method": "hedgehog"}))
-    config = GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
-    with pytest.raises(PlanError, match="GPTJForCausalLM"):
-        inspect_model(folder(tmp_path, config, "GPTJForCausalLM"))
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    with pytest.raises(PlanError, match="FalconForCausalLM"):
+        inspect_model(folder(tmp_path, config, "FalconForCausalLM"))
 
 
 def test_footprints_add_up() -> None:

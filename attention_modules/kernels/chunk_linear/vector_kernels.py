@@ -23,8 +23,8 @@ def fading(later, earlier):
 def gates_before(gates, row, end, columns, K: tl.constexpr):
     """`[1, columns]` gates of the token before `row`."""
     # Triton 3.9 interprets no mask that is a vector and a number.
-    known = tl.where(row <= end, columns, K) < K
-    return tl.load(gates + (row - 1) * K + columns, mask=known, other=0.0)[None, :]
+    limit = tl.where(row <= end, K, 0)
+    return tl.load(gates + (row - 1) * K + columns, mask=columns < limit, other=0.0)[None, :]
 
 
 @triton.jit
