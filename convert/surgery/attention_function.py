@@ -186,7 +186,9 @@ def attnconv_attention(
     _refuse_lost_tokens(context, kwargs.get("position_ids"), length, seen)
     sizes = query.shape[0], length, seen
     padding_mask = new_token_mask(attention_mask, *sizes)
-    documents = packed_documents(kwargs, attention_mask, padding_mask, *sizes)
+    # Chunks of attention (Llama 4) are no documents, though their masks look alike.
+    is_chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None
+    documents = packed_documents(kwargs, None if is_chunked else attention_mask, padding_mask, *sizes)
     around = surroundings(module, core, query, key, kwargs.get("position_ids"), context.embeddings)
     tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
