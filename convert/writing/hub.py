@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def push_folder(
     with _explained(f"preparing {repo_id!r}", repo_id, CONTINUE):
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         repo_id = url.repo_id
-        _check_card(folder)
+        _check_card(api, folder)
         if private and not api.model_info(repo_id).private:
             raise HubError(
                 f"{repo_id!r} exists already and is public, but a private push was asked for: "
@@ -126,17 +127,21 @@ def _check_ours(folder: Path) -> None:
         )
 
 
-def _check_card(folder: Path) -> None:
-    """Let the Hub check the card's metadata before anything large is sent."""
-    from huggingface_hub import ModelCard
+def _check_card(api: HfApi, folder: Path) -> None:
+    """Let the Hub check the card's metadata before anything large is sent.
+
+    `ModelCard.validate` does the same, but before huggingface_hub 2 it asks huggingface.co whatever the endpoint is.
+    """
+    from huggingface_hub import ModelCard, get_session
+    from huggingface_hub.utils import hf_raise_for_status
 
     if (folder / "README.md").is_file():
-        try:
-            ModelCard.load(folder / "README.md").validate()
-        except ValueError as error:
-            raise HubError(
-                f"The metadata of {folder / 'README.md'} is not accepted by the Hub: {first_line(error)}."
-            ) from error
+        body = {"repoType": "model", "content": str(ModelCard.load(folder / "README.md"))}
+        answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+        if answer.status_code == HTTPStatus.BAD_REQUEST:
+            reason = first_line(ValueError(answer.text))
+            raise HubError(f"The metadata of {folder / 'README.md'} is not accepted by the Hub: {reason}.")
+        hf_raise_for_status(answer)
 
 
 def _publish(api: HfApi, folder: Path, files: list[str], repo_id: str, revision: str | None, message: str) -> None:

@@ -1,6 +1,6 @@
 """A Hugging Face Hub on 127.0.0.1, small but spoken to by the real client: create, upload, commit, list, download.
 
-Large files are kept by a second port, as on the real Hub, so that the client meets a redirect to another origin.
+Large files are kept by a second host and port, as on the real Hub, so that the client meets a redirect elsewhere.
 The Xet protocol is never offered. `HubServer.fail` makes chosen requests go wrong.
 """
 
@@ -56,7 +56,9 @@ class HubServer:
         self.lock = threading.RLock()
         handler = type("Handler", (HubHandler,), {"hub": self})
         self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        # Another host by name too: some clients follow a redirect, with the token, that stays on the same host.
+        self.url, self.storage_url = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
