@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .session import AsJson, examples, print_json
+from .session import AsJson, AsMarkdown, examples, print_json
 
 if TYPE_CHECKING:
     from .method_list import MethodDescription
@@ -24,10 +24,13 @@ def methods(
         str | None, typer.Argument(metavar="NAME", help="Only this method.", autocompletion=_complete_methods)
     ] = None,
     as_json: AsJson = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """List the attention methods with their options: values, defaults and meanings."""
     from .method_list import read_method_list
 
+    if as_json and as_markdown:
+        raise typer.BadParameter("--json and --markdown exclude each other")
     found = read_method_list()
     if name is not None:
         known = ", ".join(method.name for method in found)
@@ -36,6 +39,11 @@ def methods(
             raise typer.BadParameter(f"there is no method {name}; the methods are {known}")
     if as_json:
         print_json([method.model_dump() for method in found])
+    elif as_markdown:
+        from ..recipes import list_recipes, load_recipe
+        from .markdown import methods_markdown
+
+        typer.echo(methods_markdown(found, [load_recipe(each, check_methods=False) for each in list_recipes()]))
     else:
         _show_methods(found)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import complete_recipes
-from .session import AsJson, HelpfulGroup, examples, print_json
+from .session import AsJson, AsMarkdown, HelpfulGroup, examples, print_json
 
 ShippedRecipe = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", autocompletion=complete_recipes)
@@ -22,14 +22,20 @@ recipes_app = typer.Typer(
 
 
 @recipes_app.command("list", epilog=examples("attnconv recipes list", "attnconv recipes list --json"))
-def list_command(as_json: AsJson = False) -> None:
+def list_command(as_json: AsJson = False, as_markdown: AsMarkdown = False) -> None:
     """List the shipped recipes."""
+    if as_json and as_markdown:
+        raise typer.BadParameter("--json and --markdown exclude each other")
     from ..recipes import list_recipes, load_recipe
     from .tables import show_recipes
 
     recipes = [load_recipe(name, check_methods=False) for name in list_recipes()]
     if as_json:
         print_json([{"name": recipe.name, "description": recipe.description} for recipe in recipes])
+    elif as_markdown:
+        from .markdown import recipes_markdown
+
+        typer.echo(recipes_markdown(recipes))
     else:
         show_recipes(recipes)
 

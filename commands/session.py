@@ -22,6 +22,7 @@ INTERRUPTED = 130
 VERBOSITY_FLAGS = ("-v", "--verbose", "-q", "--quiet")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table, as the README has it.")]
 
 
 def examples(*lines: str) -> str:

@@ -26,7 +26,7 @@ class HedgehogOptions(LinearOptions):
     name="hedgehog",
     options=HedgehogOptions,
     paper="https://arxiv.org/abs/2402.04347",
-    summary="pure linear attention with learned softmax feature maps",
+    summary="pure linear attention with learned softmax-like feature maps",
 )
 class HedgehogAttention(PureLinearModule):
     """`y_i = φ(q_i)·Σ φ(k_j) v_jᵀ / (φ(q_i)·Σ φ(k_j) + ε)` over `j ≤ i`, or over all j when not causal.

@@ -64,7 +64,7 @@ class LolcatsOptions(HybridOptions):
     name="lolcats",
     options=LolcatsOptions,
     paper="https://arxiv.org/abs/2410.10254",
-    summary="softmax in a sliding window, linear attention before it",
+    summary="exact softmax in a sliding window, linear attention before it, one normaliser",
 )
 class LolcatsAttention(LinearAttentionModule):
     """Sliding form: softmax terms of the window W (the last w tokens) and linear terms of all tokens P before it.

@@ -31,7 +31,7 @@ class SlidingWindowOptions(AttentionOptions):
     name="sliding_window",
     options=SlidingWindowOptions,
     paper="https://arxiv.org/abs/2309.17453",
-    summary="the first tokens and a sliding window, exact inside",
+    summary="the first tokens and a sliding window, exact softmax inside; training-free",
 )
 class SlidingWindowAttention(AttentionModule):
     """Softmax over the first `num_sinks` real tokens and the last `window` ones; positions stay as the model made them.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from typer.testing import Result
@@ -40,3 +41,13 @@ def test_methods(run: Run) -> None:
     assert options["output_norm"]["values"] == "true or false"
     assert options["output_norm"]["default"] == "true"
     assert options["output_gate_rank"]["default"] == "null"
+
+
+def test_the_readme_has_the_tables_that_the_commands_print(run: Run, repository: Path) -> None:
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    for command in (["methods"], ["recipes", "list"]):
+        printed = run(*command, "--markdown")
+        assert printed.exit_code == 0
+        again = f"put what `attnconv {' '.join(command)} --markdown` prints into README.md"
+        assert f"\n\n{printed.stdout}\n" in readme, again
+        assert run(*command, "--markdown", "--json").exit_code == 2
