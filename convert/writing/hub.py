@@ -133,7 +133,9 @@ def _check_card(api: HfApi, folder: Path) -> None:
     `ModelCard.validate` does the same, but before huggingface_hub 2 it asks huggingface.co whatever the endpoint is.
     """
     from huggingface_hub import ModelCard, get_session
-    from huggingface_hub.utils import hf_raise_for_status
+
+    # It is documented there, but its newest module lists no names.
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     if (folder / "README.md").is_file():
         body = {"repoType": "model", "content": str(ModelCard.load(folder / "README.md"))}
