@@ -30,6 +30,7 @@ def inspect(
     if overrides and recipe is None:
         raise typer.BadParameter("--set needs --recipe")
     session_of(ctx).silence_libraries()
+    from ..errors import PlanError
     from ..evaluate.diagnose.inspection import inspect_model
     from ..recipes import load_recipe
     from .tables import show_inspection
@@ -40,6 +41,9 @@ def inspect(
         print_json(inspection.to_dict())
     else:
         show_inspection(inspection)
+    if inspection.unmatched:
+        # The model and what the recipe does to it have been shown; a conversion would stop here.
+        raise PlanError("; ".join(inspection.unmatched))
 
 
 @inspection_app.command(

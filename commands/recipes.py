@@ -67,7 +67,7 @@ def copy(
 
 @recipes_app.command(epilog=examples("attnconv recipes validate my-recipe.yaml", "attnconv recipes validate *.yaml"))
 def validate(paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recipes to check.")]) -> None:
-    """Check recipes; all problems of all files are reported."""
+    """Check recipes; all problems of all files are reported. Whether a model has their layers is what inspect says."""
     from ..errors import RecipeError
     from ..recipes import load_recipe
 

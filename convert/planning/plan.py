@@ -170,27 +170,47 @@ def make_plan(
     layers = [module for module in probed if module.self_attention]
     if check and not layers:
         raise PlanError("no self-attention of this model goes through transformers' attention interface")
-    matching = [
-        [position for position, rule in enumerate(rules) if rule.matches(index, len(layers), module.name)]
-        for index, module in enumerate(layers)
-    ]
+    matching = _matching(rules, layers)
     chosen = {module.name: rules[positions[0]] for module, positions in zip(layers, matching, strict=True) if positions}
     plan = Plan(tuple(_entry(module, chosen.get(module.name)) for module in probed))
     if check:
-        _check_rules_are_used(rules, matching, layers)
+        for sentence in unmatched_rules(rules, probed):
+            raise PlanError(sentence)
+        for position, rule in enumerate(rules):
+            if not any(positions and positions[0] == position for positions in matching):
+                which = _called(position, rule)
+                logger.warning("%s has no effect: earlier rules take all layers that it matches", which)
         plan.require(allow_lossy=allow_lossy)
     return plan
 
 
-def _check_rules_are_used(rules: Sequence[Rule], matching: list[list[int]], layers: list[ProbedModule]) -> None:
-    for position, rule in enumerate(rules):
-        which = f"attention rule {position + 1} (layers: {getattr(rule, 'layers', 'all')}, method: {rule.method})"
-        if not any(position in positions for positions in matching):
-            raise PlanError(
-                f"{which} matches none of the {len(layers)} attention layers, which are named like {layers[0].name}"
-            )
-        if not any(positions and positions[0] == position for positions in matching):
-            logger.warning("%s has no effect: earlier rules take all layers that it matches", which)
+def unmatched_rules(rules: Sequence[Rule], probed: Sequence[ProbedModule]) -> tuple[str, ...]:
+    """A sentence for each rule that matches no layer of a model.
+
+    Args:
+        rules: attention rules of a recipe.
+        probed: what `probe` found.
+    """
+    layers = [module for module in probed if module.self_attention]
+    matched = {position for positions in _matching(rules, layers) for position in positions}
+    names = f", which are named like {layers[0].name}" if layers else ""
+    return tuple(
+        f"{_called(position, rule)} matches none of the {len(layers)} attention layers{names}"
+        for position, rule in enumerate(rules)
+        if position not in matched
+    )
+
+
+def _matching(rules: Sequence[Rule], layers: Sequence[ProbedModule]) -> list[list[int]]:
+    """The places of the rules that match each layer."""
+    return [
+        [position for position, rule in enumerate(rules) if rule.matches(index, len(layers), module.name)]
+        for index, module in enumerate(layers)
+    ]
+
+
+def _called(position: int, rule: Rule) -> str:
+    return f"attention rule {position + 1} (layers: {getattr(rule, 'layers', 'all')}, method: {rule.method})"
 
 
 def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:

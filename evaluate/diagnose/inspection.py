@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...attention_modules import AttentionModule, Geometry, create
-from ...convert.planning.plan import Plan, PlanEntry, make_plan
+from ...convert.planning.plan import Plan, PlanEntry, make_plan, unmatched_rules
 from ...convert.planning.probe import ProbedModule, probe
 from ...convert.reading.checkpoint import model_class_of
 from ...convert.reading.config_file import CONFIG_FILE, SECTION, check_config, read_config
@@ -61,6 +61,7 @@ class Inspection:
         already_converted: Whether the model carries a conversion, which is then what the groups show.
         groups: The attention modules in order.
         footprints: Bytes per sequence at several lengths; empty for a model that generates nothing.
+        unmatched: A sentence for each attention rule of the recipe that matches no layer.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Inspection:
     already_converted: bool
     groups: tuple[ModuleGroup, ...]
     footprints: tuple[Footprint, ...]
+    unmatched: tuple[str, ...] = ()
 
     @property
     def num_modules(self) -> int:
@@ -122,10 +124,12 @@ def inspect_model(
     probed = probe(config, model_class)
     carried = getattr(config, SECTION, None)
     entries: Iterable[PlanEntry] = ()
+    unmatched: tuple[str, ...] = ()
     if carried is not None:
         entries = Plan.from_config(carried).entries
     elif recipe is not None:
         entries = make_plan(recipe.attention, probed, check=False).entries
+        unmatched = unmatched_rules(recipe.attention, probed)
     by_name = {entry.name: entry for entry in entries}
     cores = {module.name: _build(module, by_name.get(module.name)) for module in probed}
     layers = [
@@ -142,6 +146,7 @@ def inspect_model(
         already_converted=carried is not None,
         groups=group_modules(probed, by_name, cores),
         footprints=footprints(layers, dtype, lengths) if layers else (),
+        unmatched=unmatched,
     )
 
 

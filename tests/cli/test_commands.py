@@ -182,6 +182,20 @@ def test_inspect(run: Run, teacher: str) -> None:
     assert [row["tokens"] for row in document["footprints"]] == [4096, 32768, 131072]
 
 
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
+def test_inspect_fails_for_a_rule_that_matches_no_layer(run: Run, teacher: str, tmp_path: Path, as_json: list) -> None:
+    rules = "{layers: 'model.layer.0', method: lolcats}, {layers: all, method: sliding_window}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: mine\nattention: [{rules}]\n")
+    result = run("inspect", teacher, "--recipe", recipe, *as_json)
+    assert result.exit_code == 1
+    sentence = "attention rule 1 (layers: model.layer.0, method: lolcats) matches none of the 5 attention layers"
+    assert result.stderr == f"Error: {sentence}, which are named like model.layers.0.self_attn\n"
+    assert "model.layers.0-4.self_attn" in result.stdout
+    if as_json:
+        assert json.loads(result.stdout)["unmatched"][0].startswith(sentence)
+
+
 def test_what_is_piped_is_plain(run: Run, teacher: str) -> None:
     output = run("inspect", teacher, "--recipe", "hybrid").stdout
     assert "\x1b" not in output
