@@ -30,6 +30,7 @@ SHIPPED = [
     "lolcats-vision",
     "quickstart",
     "sliding-window",
+    "upcycle-mixtral",
 ]
 
 
