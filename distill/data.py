@@ -136,6 +136,8 @@ def _embedded_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase
 
 def name_of(section: DataSection) -> str:
     """What messages call the source of a data section."""
+    if section.embedded:
+        return "The packaged sample"
     if section.path is None:
         return f'The data set "{section.hub}"'
     return f"The data {'folder' if Path(section.path).expanduser().is_dir() else 'file'} {section.path}"
@@ -174,7 +176,8 @@ def read_rows(section: DataSection) -> Iterator[dict[str, Any]]:
         raise
     # `datasets` and what it reads with raise errors of a dozen kinds, most of them for a wrong name or no network.
     except Exception as error:
-        raise DataError(f"{source} cannot be opened: {first_line(error)}.") from error
+        advice = "" if section.hub is None else "; a file of your own can be named instead with data.path"
+        raise DataError(f"{source} cannot be opened: {first_line(error)}{advice}.") from error
     while True:
         try:
             row = next(rows)

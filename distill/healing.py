@@ -21,7 +21,7 @@ from ..recipes import DataSection, Recipe, StageBase
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
-from .health import check_perplexity, warn_if_worse
+from .health import check_perplexity, warn_if_beyond_positions, warn_if_worse
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile
 from .objective import Objective
@@ -135,8 +135,11 @@ def check_data(run: Run) -> None:
         raise TrainingError(
             f"{run.checkpoint.source} is an encoder-decoder, which no stage can train: use a recipe without."
         )
-    for stage in run.recipe.stages:
+    positions = getattr(run.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    for index, stage in enumerate(run.recipe.stages):
         next(run.stream(stage).sequences(stage.sequence_length))
+        if run.team.leads:
+            warn_if_beyond_positions(f"Stage {index + 1} ({stage.kind})", stage.sequence_length, positions)
     _ = run.evaluation_tokens
 
 

@@ -10,11 +10,14 @@ import torch
 from ..convert.reading.shards import Shard
 from ..convert.reading.weight_files import FLOAT_TYPES
 from ..errors import TrainingError
+from .packing import Position
 
 logger = logging.getLogger(__name__)
 
 # A stage that ends with more than this times the perplexity it began with has gone wrong.
 WORSE = 1.5
+# So many rounds through the same data mostly teach them by heart.
+MANY_EPOCHS = 10
 
 
 def check_perplexity(perplexity: float, label: str) -> None:
@@ -55,6 +58,41 @@ def warn_if_worse(measured: Mapping[str, Any], before: str, after: str) -> None:
         last,
         last / first,
     )
+
+
+def warn_if_repeated(stage: str, source: str, before: Position, after: Position) -> None:
+    """Say, once, that a stage has used its data up many times.
+
+    Args:
+        stage: What messages call the stage.
+        source: What messages call its data.
+        before: Place in the data before a step.
+        after: Place behind it.
+    """
+    if before.epoch < MANY_EPOCHS <= after.epoch:
+        logger.warning(
+            "%s has read %s %d times: from here on it mostly learns them by heart; give it more data or fewer tokens",
+            stage,
+            source[0].lower() + source[1:],
+            MANY_EPOCHS,
+        )
+
+
+def warn_if_beyond_positions(stage: str, length: int | None, positions: int | None) -> None:
+    """Say that a stage trains on sequences longer than the positions that the model was made for.
+
+    Args:
+        stage: What messages call the stage.
+        length: tokens of its sequences, None for images.
+        positions: `max_position_embeddings` of the model, None if it does not say.
+    """
+    if length is not None and positions is not None and length > positions:
+        logger.warning(
+            "%s trains on sequences of %d tokens, but the model was made for %d positions: lower its sequence_length",
+            stage,
+            length,
+            positions,
+        )
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

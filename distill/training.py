@@ -17,7 +17,8 @@ from torch import nn
 from ..errors import InterruptedRun, TrainingError
 from ..recipes import StageBase
 from .batches import StepData, step_data
-from .data import TokenStream
+from .data import TokenStream, name_of
+from .health import warn_if_repeated
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile, Record
 from .objective import Figures, Objective
@@ -121,6 +122,9 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
             loss, norm, layers = _step(job, optimizer, data, state.step)
             seconds = time.perf_counter() - began
             tokens = job.stage.tokens_per_step * job.team.size
+            if job.team.leads:
+                source = name_of(job.stream.section)
+                warn_if_repeated(f"Stage {job.index + 1} ({job.stage.kind})", source, state.position, data.end)
             state = replace(
                 state,
                 step=state.step + 1,

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class ConversionResult:
     """
 
     output: Path
-    plan: Plan
-    metrics: tuple[Mapping[str, Any], ...]
+    plan: Plan = field(repr=False)
+    metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     start_distance: Mapping[str, float]
     seconds: float
     self_contained: bool = False
@@ -112,7 +112,7 @@ def run_conversion(
         trust_remote_code: Let the checkpoint's own Python code define the model.
         self_contained: Write a modeling file that loads the result without attnconv.
         device: Where to compute, as torch names it; None means the accelerator if there is one.
-        progress: Whom to tell; None means nobody.
+        progress: Whom to tell; None means nobody, and `attnconv.distill.TerminalProgress` draws bars on stderr.
 
     Raises:
         AttnConvError: One of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.

@@ -214,11 +214,14 @@ def test_a_foreign_output_is_refused_before_anything_is_done(tmp_path):
 
 
 def test_resuming_nothing_starts_at_the_beginning(tmp_path, caplog):
-    recipe = make_recipe(TRANSFER | {"steps": 1}, evaluate=None)
+    longer = {"steps": 1, "sequence_length": 520, "batch_size": 1}
+    recipe = make_recipe(TRANSFER | longer, evaluate=None)
     with caplog.at_level(logging.WARNING):
         result = run_conversion(embedded_model_path(), recipe, tmp_path / "model", resume=True)
     assert result.output.is_dir()
+    assert len(repr(result)) < 300
     assert "There is no unfinished run" in caplog.text
+    assert "sequences of 520 tokens, but the model was made for 512 positions" in caplog.text
 
 
 def test_stages_refuse_an_encoder_decoder(tmp_path, tokenizer):

@@ -264,3 +264,14 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert_equal(first, second)
     for name, tensor in alone.items():
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_data_used_up_many_times_are_said_once(make_job, tokenizer, tmp_path, caplog):
+    text = tmp_path / "short.txt"
+    text.write_text(2 * "Once upon a time there was a little dog who liked to run in the park with his friend. ")
+    stream = TokenStream(DataSection(path=str(text)), tokenizer)
+    job = make_job(transfer_stage(steps=24, save_every=None), stream=stream)
+    run_stage(job, StageState(0), {})
+    said = [record.getMessage() for record in caplog.records if "by heart" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"Stage 1 (attention_transfer) has read the data file {text} 10 times: ")
