@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..convert.reading.config_file import CONFIG_FILE, SECTION
 from ..errors import CheckpointError, OutputError
 from .json_files import read_json
 from .locks import FolderLock, lock_folder
+from .own_files import strange_files
 from .swap_folders import exchange
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 RECEIPT_FILE = "receipt.json"
 TOOL = "attnconv"
 """What a receipt names as the tool that wrote it."""
+
+SHOWN_NAMES = 3
+"""How many files an error names."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system answers when a disk, a quota or the largest allowed file is full."""
@@ -117,7 +122,8 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
         overwrite: allow an earlier result to be replaced.
 
     Raises:
-        OutputError: it is a file, or holds something else, or an earlier result without `overwrite`.
+        OutputError: it is a file, or holds something else, or an earlier result without `overwrite`, or one beside
+            which somebody put files of another kind.
     """
     output = _real(output)
     if not output.exists():
@@ -130,6 +136,13 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{output} exists and is not the result of a conversion, so it is not touched: give another.")
     if not overwrite:
         raise OutputError(f"{output} exists: add --overwrite to replace this earlier result, or give another output.")
+    strange = strange_files(output, _receipt(output))
+    if strange:
+        more = f" and {len(strange) - SHOWN_NAMES} more" if len(strange) > SHOWN_NAMES else ""
+        raise OutputError(
+            f"{output} holds files that attnconv did not write and --overwrite would delete "
+            f"({', '.join(strange[:SHOWN_NAMES])}{more}): move them away, or give another output"
+        )
 
 
 def is_ours(folder: Path) -> bool:
@@ -137,9 +150,7 @@ def is_ours(folder: Path) -> bool:
     with suppress(CheckpointError):
         if SECTION in read_json(folder / CONFIG_FILE):
             return True
-    with suppress(CheckpointError):
-        return read_json(folder / RECEIPT_FILE).get("tool") == TOOL
-    return False
+    return _receipt(folder).get("tool") == TOOL
 
 
 def is_full(error: BaseException) -> bool:
@@ -151,6 +162,13 @@ def is_full(error: BaseException) -> bool:
             return True
         link = link.__cause__ or link.__context__
     return False
+
+
+def _receipt(folder: Path) -> dict[str, Any]:
+    """The receipt of a folder, empty if it has none that can be read."""
+    with suppress(CheckpointError):
+        return read_json(folder / RECEIPT_FILE)
+    return {}
 
 
 def _real(output: str | Path) -> Path:

@@ -13,6 +13,7 @@ from ...files.containment import inside
 from ...files.fast_copy import digest_of
 from ...files.json_files import write_json
 from ...files.output_folder import RECEIPT_FILE, TOOL
+from ...files.own_files import KEY, list_files
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 
@@ -97,8 +98,9 @@ def digest_inputs(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def write_receipt(folder: Path, receipt: Receipt) -> None:
-    """Write `receipt.json`."""
-    write_json(folder / RECEIPT_FILE, {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt)})
+    """Write `receipt.json`, which lists the files that are there already: a later run may replace them."""
+    content = {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt), KEY: list_files(folder)}
+    write_json(folder / RECEIPT_FILE, content)
 
 
 def _public(command: Sequence[str]) -> str:

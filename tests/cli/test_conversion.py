@@ -34,6 +34,11 @@ def test_a_recipe_without_training(run: Run, teacher: str, tmp_path: Path) -> No
     again = run("convert", teacher, "--recipe", "sliding-window", "--output", output)
     assert again.exit_code == 1
     assert "--overwrite" in again.stderr
+    (output / "notes.txt").write_text("mine")
+    kept = run("-q", "convert", teacher, "-r", "sliding-window", "-o", output, "--overwrite")
+    assert (kept.exit_code, (output / "notes.txt").read_text()) == (1, "mine")
+    assert "(notes.txt)" in kept.stderr
+    (output / "notes.txt").unlink()
     assert run("-q", "convert", teacher, "-r", "sliding-window", "-o", output, "--overwrite").exit_code == 0
     assert "converted already" in run("inspect", output).stdout
     twice = run("-q", "convert", output, "-r", "sliding-window", "-o", tmp_path / "twice")

@@ -20,6 +20,7 @@ from attnconv.errors import OutputError
 from attnconv.files import output_folder as files
 from attnconv.files.locks import lock_folder
 from attnconv.files.output_folder import atomic_folder, is_full, is_ours
+from attnconv.files.own_files import list_files
 
 NAMES = ("a.txt", "b.txt", "folder/c.txt")
 
@@ -155,6 +156,29 @@ class TestRefusals:
     def test_a_file(self, output: Path) -> None:
         output.write_text("notes")
         with pytest.raises(OutputError, match="exists and is not a folder"):
+            write(output, "new", overwrite=True)
+
+    @pytest.mark.parametrize("name", ["notes.txt", "results/notes.md", "runs/a.txt", ".git/HEAD"])
+    def test_files_of_the_user_beside_an_earlier_result(self, output: Path, name: str) -> None:
+        write(output, "old")
+        (output / "receipt.json").write_text(json.dumps({"tool": "attnconv", "files": list_files(output)}))
+        ours = ["results/eval.json", "results/report.html", "metrics.jsonl", "README.md"]
+        for path in (*ours, name):
+            (output / path).parent.mkdir(exist_ok=True)
+            (output / path).write_text("words")
+        with pytest.raises(OutputError, match=rf"did not write and --overwrite would delete \({name}\): move them"):
+            write(output, "new", overwrite=True)
+        assert (output / name).read_text() == "words"
+        (output / name).unlink()
+        write(output, "new", overwrite=True)
+        assert version(output) == "new"
+
+    def test_of_many_files_of_the_user_some_are_named(self, output: Path) -> None:
+        write(output, "old")
+        (output / "receipt.json").write_text(json.dumps({"tool": "attnconv", "files": list_files(output)}))
+        for index in range(5):
+            (output / f"{index}.log").symlink_to(output.parent)
+        with pytest.raises(OutputError, match=r"delete \(0\.log, 1\.log, 2\.log and 2 more\)"):
             write(output, "new", overwrite=True)
 
     def test_an_earlier_result_without_overwrite(self, output: Path) -> None:
