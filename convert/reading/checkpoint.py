@@ -220,7 +220,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     has_tokenizer = any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES)
     auto_class: Any = transformers.AutoTokenizer
     if checkpoint.gguf_file is not None:
-        options = {"gguf_file": checkpoint.gguf_file}
+        options["gguf_file"] = checkpoint.gguf_file
     elif any((checkpoint.path / name).is_file() for name in PROCESSOR_FILES):
         auto_class = transformers.AutoProcessor if has_tokenizer else _processor_class(checkpoint.path)
     elif not has_tokenizer:

@@ -1,5 +1,6 @@
 """GGUF files as input: dequantised on loading, refused where they are damaged."""
 
+import contextlib
 import subprocess
 import sys
 import zipfile
@@ -116,3 +117,23 @@ def test_a_real_quantised_model(tmp_path: Path) -> None:
     assert model.num_parameters() == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+
+
+def test_code_of_a_tokenizer_beside_it_neither_runs_nor_is_asked_about(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, asked = file.with_name("it-ran"), []
+    file.with_name("tokenization_odd.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(ran)!r}).touch()\nclass Odd(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file.with_name("tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [null, "tokenization_odd.Odd"]}}'
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    # Which tokenizer stands in for it, if any does, is up to transformers.
+    with contextlib.suppress(CheckpointError):
+        load_tokenizer(open_checkpoint(file))
+    assert (asked, ran.exists()) == ([], False)
+    load_tokenizer(open_checkpoint(file, trust_remote_code=True))
+    assert (asked, ran.exists()) == ([], True)
