@@ -12,6 +12,7 @@ from ...files.foreign_errors import first_line
 from ..planning.section import read_section
 
 CONFIG_FILE = "config.json"
+LONGEST_QUOTE = 60
 SECTION = "attnconv"
 """The key under which a converted model keeps its plan."""
 
@@ -28,9 +29,16 @@ def check_config(
         allow_converted: let it be the output of a conversion.
 
     Raises:
-        CheckpointError: the model is converted already, brings its own code, or is of an unknown type.
+        CheckpointError: the model is converted already, brings its own code, is of an unknown type, or names its
+            class in no list.
         PlanError: it is the output of a conversion whose section is damaged.
     """
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(
+            f"{source} has a damaged {CONFIG_FILE}: its 'architectures' must be a list of class names, and is "
+            f"{_shortened(classes)}."
+        )
     if SECTION in config or config.get("attn_implementation") == SECTION:
         if not allow_converted:
             raise CheckpointError(f"{source} is converted already: convert the model that it was made from instead.")
@@ -51,6 +59,13 @@ def check_config(
             f"{source} has the model_type {model_type!r}, which transformers {transformers.__version__} does not know: "
             f"check its {CONFIG_FILE}, or upgrade transformers."
         )
+
+
+def _shortened(value: object) -> str:
+    # Anything else may be nested so deeply that it cannot be printed.
+    if not isinstance(value, str):
+        return f"a {type(value).__name__}" if not isinstance(value, list) else "a list of something else"
+    return repr(value if len(value) <= LONGEST_QUOTE else f"{value[:LONGEST_QUOTE]}...")
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

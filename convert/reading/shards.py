@@ -88,7 +88,8 @@ def read_shard(path: Path, name: str) -> Shard:
 def _parse(header: bytes, path: Path) -> dict[str, Any]:
     try:
         table = json.loads(header)
-    except ValueError as error:
+    # A header nested thousands of levels deep is none that a writer of tensors makes.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not valid JSON.") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a table of tensors.")

@@ -222,6 +222,20 @@ def test_refuses_what_is_no_safetensors_file(folder: Path, content: bytes) -> No
     assert "is not a safetensors file" in refusal(folder)
 
 
+def test_refuses_a_header_that_is_nested_without_end(folder: Path) -> None:
+    header = b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "is not a safetensors file: its header is not valid JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("classes", ["LlamaForCausalLM", {"a": 1}, 7, [7], [["LlamaForCausalLM"]], "x" * 500])
+def test_refuses_architectures_that_are_no_list_of_names(folder: Path, classes: Any) -> None:
+    tiny_models.edit_config(folder, architectures=classes)
+    message = refusal(folder)
+    assert "its 'architectures' must be a list of class names, and is " in message
+    assert len(message) < 300 + len(str(folder))
+
+
 @pytest.mark.parametrize("offsets", [[8, 4], [-8, 4], ["a", "b"], [1], None])
 def test_refuses_a_header_with_impossible_offsets(folder: Path, offsets: Any) -> None:
     def change(header: dict[str, Any]) -> None:
