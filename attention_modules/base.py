@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .calls import check_shapes, exact_tokens, layer_input, new_tokens
 from .contract import AttentionContract, Memory
+from .counting import current_counter
 from .padding import restore_tokens, right_align_order, take_tokens
 from .state import AttentionState, Mixed
 from .tokens import Call, Surroundings, Tokens
@@ -60,7 +61,12 @@ class AttentionModule(AttentionContract):
         Raises:
             ValueError: shapes do not fit the geometry, or something that the method reads is missing.
         """
-        return self._run(query, key, value, scaling, padding_mask, state, hidden_states, around, finish=True)
+        counter = current_counter()
+        places = None if counter is None else counter.places(self, query, key, padding_mask, state)
+        out = self._run(query, key, value, scaling, padding_mask, state, hidden_states, around, finish=True)
+        if counter is not None and places is not None:
+            counter.add(self, places, state)
+        return out
 
     def _run(
         self,

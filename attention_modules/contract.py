@@ -185,6 +185,28 @@ class AttentionContract(nn.Module, ABC):
         """The same as one kernel, on a query too in the dtype it came in; None where the torch path is to serve."""
         return None
 
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        """How many tokens each query attends one by one, whatever it sees through a state; for `counting`.
+
+        All that it may see, or what is in the tail together with the query's own token.
+
+        Args:
+            rank: `[batch, T]` int64, real tokens of the row up to each query, itself included.
+            total: `[batch, 1]` int64, real tokens of the row.
+
+        Returns:
+            `[batch, T]` int64; where a query is padding, anything.
+        """
+        seen = rank if self.geometry.causal else total.expand_as(rank)
+        return seen if self.tail_tokens is None else seen.clamp_max(self.tail_tokens + 1)
+
+    def state_multiply_adds(self) -> int:
+        """Multiply-adds of a query, all heads, that reads what stands for other tokens, and of its token's entering it.
+
+        0 where nothing stands for them, so that a token which is not attended is not seen at all.
+        """
+        return 0
+
     def statistics(
         self,
         query: Tensor,

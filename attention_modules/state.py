@@ -61,6 +61,8 @@ class AttentionState:
         # Newest tokens that can be taken back with the tail staying as long as the method needs it.
         self._recoverable = 0
         self._padded = False
+        # `[batch, seen]`: which tokens were real, as far as somebody counts; see `note_real`.
+        self._real: Tensor | None = None
 
     @property
     def tail_length(self) -> int:
@@ -156,6 +158,32 @@ class AttentionState:
         with torch.no_grad():
             return self._summaries[name].update(held.detach(), self._count(), size, summarize)
 
+    def note_real(self, real: Tensor, *, is_padded: bool) -> Tensor:
+        """How many real tokens went in so far, and note for the next time which of a call to come are; for `counting`.
+
+        Args:
+            real: `[batch, T]` bool, tokens of the call to come.
+            is_padded: whether that call has a padding mask.
+
+        Returns:
+            `[batch]` int64.
+
+        Raises:
+            ValueError: earlier calls had padding, and were not noted.
+        """
+        batch = len(real)
+        self._check_batch(batch)
+        if not (self._padded or is_padded):
+            return torch.full((batch,), self.seen, device=real.device)
+        noted = self._real
+        if not self._padded:
+            noted = torch.ones(batch, self.seen, dtype=torch.bool, device=real.device)
+        if noted is None or noted.shape[1] < self.seen:
+            raise ValueError("a state with padding has to be counted from its first call on, but this one was not")
+        noted = noted[:, : self.seen]
+        self._real = torch.cat([noted, real], 1)
+        return noted.sum(-1)
+
     def _count(self) -> Tensor:
         """`[batch]` real tokens of every row in the tail."""
         return self._tail["valid"].sum(-1)
@@ -222,6 +250,7 @@ class AttentionState:
                 "set record_past before the call that adds them"
             )
         self.seen -= num_tokens
+        self._real = None if self._real is None else self._real[:, : self.seen]
         self._recoverable -= num_tokens
         if self._padded:
             valid = self._tail["valid"] & (self._tail["arrival"] < self.seen)
@@ -242,7 +271,7 @@ class AttentionState:
     def reset(self) -> None:
         """Forget everything."""
         self.seen = self._recorded = self._recoverable = 0
-        self.memory, self._ring, self._summaries = {}, None, {}
+        self.memory, self._ring, self._summaries, self._real = {}, None, {}, None
         self._replace({})
         self._padded = False
 
@@ -259,6 +288,7 @@ class AttentionState:
         self._replace({name: function(t) for name, t in self._tail.items()})
         self._summaries = {name: s.map(function) for name, s in self._summaries.items()}
         self._ring = None if self._ring is None else self._ring.map(function)
+        self._real = None if self._real is None else function(self._real)
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 

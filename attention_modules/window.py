@@ -45,6 +45,26 @@ def window_mask(num_queries: int, num_keys: int, window: int, *, causal: bool, d
     return inside & (key <= query) if causal else inside & (key - query < window)
 
 
+def tokens_in_window(rank: Tensor, total: Tensor, window: int, kept: int, *, causal: bool) -> Tensor:
+    """Tokens inside each query's window, and others that stay visible outside of it.
+
+    Args:
+        rank: see `AttentionContract.tokens_attended`.
+        total: likewise.
+        window: tokens seen back from the query, itself included; when not causal, as many ahead.
+        kept: most tokens that stay visible although the window does not hold them: of a causal layer any that it has
+            left behind, of others the first of the row.
+        causal: whether tokens after the query are hidden.
+
+    Returns:
+        `[batch, T]` int64.
+    """
+    behind = (rank - window).clamp_min(0)
+    last = rank if causal else torch.minimum(rank + window - 1, total)
+    ahead = 0 if causal else (total.clamp_max(kept) - last).clamp_min(0)
+    return last - behind + behind.clamp_max(kept) + ahead
+
+
 def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> SoftmaxTerms:
     """Terms of a masked softmax.
 

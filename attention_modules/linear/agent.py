@@ -140,6 +140,14 @@ class AgentAttention(AttentionModule):
             out = out + self._from_grid(convolved, values.shape[2])
         return out
 
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        return torch.zeros_like(rank)
+
+    def state_multiply_adds(self) -> int:
+        """Each token is seen by the agents, and sees them."""
+        agents = 0 if "agents" in self.left_out else 2 * self.options.num_agents
+        return agents * self.geometry.num_heads * (self.geometry.head_dim + self.geometry.value_dim)
+
     def attention_weights(self, *args: Any, **kwargs: Any) -> Tensor:
         """Those of the agents; a convolution has other weights for each channel."""
         if self.kernel is None:

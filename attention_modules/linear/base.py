@@ -68,6 +68,15 @@ class LinearAttentionModule(AttentionModule):
             "normalizer": (self.key_heads, features),
         }
 
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        return torch.zeros_like(rank)
+
+    def state_multiply_adds(self) -> int:
+        if "linear" in self.left_out:
+            return 0
+        sums = self.key_map.output_dim * (self.geometry.value_dim + 1)
+        return sums * (self.geometry.num_heads + self.key_heads)
+
     def key_features(self, tokens: Tokens) -> Tensor:
         """φ(k) `[batch, key_heads, S, feature_dim]`, zero where padding stands."""
         keys, valid = tokens.keys, tokens.valid

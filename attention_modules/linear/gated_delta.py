@@ -95,6 +95,10 @@ class GatedDeltaAttention(RecurrentModule):
         x = F.silu(x) if self.options.activation == "silu" else x
         return x * (x.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
+    def state_multiply_adds(self) -> int:
+        """Besides what a sum needs, the state is asked what it knew under the key."""
+        return super().state_multiply_adds() + self.key_heads * self.geometry.head_dim * self.geometry.value_dim
+
     def query_scaling(self, scaling: float) -> float:
         """The model's own, which a norm would undo anyway, or none."""
         return scaling if self.options.output_norm else 1.0

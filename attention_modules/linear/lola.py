@@ -150,6 +150,10 @@ class LolaAttention(LolcatsAttention):
         weights = weights.masked_fill(~padding_mask[:, None, :, None], 0.0)
         return restore_tokens(restore_tokens(weights, order).transpose(-1, -2), order).transpose(-1, -2)
 
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        cached = (rank - self.window).clamp(0, self.options.cache_size)
+        return super().tokens_attended(rank, total) + (0 if "cache" in self.left_out else cached)
+
     def statistics(self, *args: Any, **kwargs: Any) -> Mapping[str, Statistic]:
         """Nothing that could be told without values; `paths` show what window, cache and state are worth."""
         return {}

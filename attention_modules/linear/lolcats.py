@@ -22,7 +22,15 @@ from ..sinks import Sinks, filled_sinks, first_tokens, sink_shapes, sink_tokens
 from ..state import AttentionState, Mixed
 from ..tokens import Call, Tokens
 from ..weights import Statistic, share_outside
-from ..window import LOG2E, SoftmaxTerms, absolute_factors, softmax_terms, window_mask, windowed_softmax
+from ..window import (
+    LOG2E,
+    SoftmaxTerms,
+    absolute_factors,
+    softmax_terms,
+    tokens_in_window,
+    window_mask,
+    windowed_softmax,
+)
 from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 
@@ -243,6 +251,11 @@ class LolcatsAttention(LinearAttentionModule):
             start=padding_before(tokens.valid),
             memory=(memory["key_values"], memory["normalizer"]) if memory else None,
         )
+
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        if "window" in self.left_out:
+            return torch.zeros_like(rank)
+        return tokens_in_window(rank, total, self.window, self.num_sinks, causal=self.geometry.causal)
 
     def statistics(
         self,

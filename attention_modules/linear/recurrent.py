@@ -234,6 +234,12 @@ class RecurrentModule(AttentionModule):
             if part is not None:
                 part.reset_parameters()
 
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        return torch.zeros_like(rank)
+
+    def state_multiply_adds(self) -> int:
+        return math.prod(self.memory_shapes()["state"][1:]) * (self.geometry.num_heads + self.key_heads)
+
     def statistics(
         self,
         query: Tensor,

@@ -12,7 +12,7 @@ from ..registry import register
 from ..sinks import Sinks, filled_sinks, first_tokens, sink_shapes, sink_tokens
 from ..tokens import Call, Tokens
 from ..weights import Statistic, share_outside
-from ..window import LOG2E, softmax_terms, window_mask, windowed_softmax
+from ..window import LOG2E, softmax_terms, tokens_in_window, window_mask, windowed_softmax
 
 
 class SlidingWindowOptions(AttentionOptions):
@@ -54,6 +54,10 @@ class SlidingWindowAttention(AttentionModule):
         """Keep the first real tokens, let the rest go."""
         sinks = self._sinks(tokens, memory)
         return memory if sinks is None else sinks.to_memory()
+
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        window, kept = self.options.window, self.options.num_sinks
+        return tokens_in_window(rank, total, window, kept, causal=self.geometry.causal)
 
     def statistics(
         self,

@@ -1,0 +1,173 @@
+"""What attention modules really did, counted while they run: tokens attended, state, multiply-adds.
+
+Counts come from the number of real tokens before each query, so that they cost time in proportion to the length, and
+nothing at all where nobody counts. Modules that are traced by torch.compile do not count.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from .contract import AttentionContract
+from .state import AttentionState
+
+
+@dataclass
+class Counts:
+    """Sums over the calls of one attention module, or of several.
+
+    Pairs are those of a real query and a real token, counted once for all heads.
+
+    Attributes:
+        calls: times that a module ran.
+        queries: real tokens that attended.
+        exact_pairs: pairs with a weight of the token's own.
+        summarized_pairs: pairs in which the token is seen through a state or other summary.
+        dense_pairs: pairs that softmax attention would have had.
+        head_queries: queries times the heads that served them.
+        state_bytes: bytes of the largest state after a call, room for more tokens included.
+        multiply_adds: products of attention by its definition, token by token, without projections and feature maps;
+            forms in chunks or blocks do more.
+    """
+
+    calls: int = 0
+    queries: int = 0
+    exact_pairs: int = 0
+    summarized_pairs: int = 0
+    dense_pairs: int = 0
+    head_queries: int = 0
+    state_bytes: int = 0
+    multiply_adds: int = 0
+
+    @property
+    def density(self) -> float:
+        """Pairs attended exactly over those of softmax attention; 0 where there are none."""
+        return self.exact_pairs / self.dense_pairs if self.dense_pairs else 0.0
+
+    @property
+    def tokens_per_query(self) -> float:
+        """Tokens that a query attends exactly, on average."""
+        return self.exact_pairs / self.queries if self.queries else 0.0
+
+    @property
+    def heads(self) -> float:
+        """Heads that serve a query, on average."""
+        return self.head_queries / self.queries if self.queries else 0.0
+
+
+@dataclass
+class Counter:
+    """Counts of some attention modules by their names.
+
+    Attributes:
+        by_module: those of each module; all zero as long as it has not run.
+    """
+
+    by_module: dict[str, Counts]
+    _counts: dict[AttentionContract, Counts] = field(repr=False)
+
+    @property
+    def total(self) -> Counts:
+        """All modules together; states add up, for they are there at the same time."""
+        sums = {f.name: sum(getattr(counts, f.name) for counts in self.by_module.values()) for f in fields(Counts)}
+        return Counts(**sums)
+
+    def places(
+        self, core: AttentionContract, query: Tensor, key: Tensor, valid: Tensor | None, state: AttentionState | None
+    ) -> "Places | None":
+        """Where the queries of a call stand, to be asked before it runs; None for a module that is not counted."""
+        return Places.of(query, key, valid, state) if core in self._counts else None
+
+    def add(self, core: AttentionContract, places: "Places", state: AttentionState | None) -> None:
+        """Count a call that ran."""
+        counts, geometry = self._counts[core], core.geometry
+        seen = places.rank if geometry.causal else places.total.expand_as(places.rank)
+        attended = core.tokens_attended(places.rank, places.total)
+        rest, through_state = seen - attended, core.state_multiply_adds()
+        at = places.real
+        queries, exact = int(at.sum()), int(attended[at].sum())
+        counts.calls += 1
+        counts.queries += queries
+        counts.exact_pairs += exact
+        counts.dense_pairs += int(seen[at].sum())
+        counts.head_queries += queries * geometry.num_heads
+        counts.multiply_adds += exact * geometry.num_heads * (geometry.head_dim + geometry.value_dim)
+        if through_state:
+            counts.summarized_pairs += int(rest[at].sum())
+            counts.multiply_adds += int((rest[at] > 0).sum()) * through_state
+        if state is not None:
+            counts.state_bytes = max(counts.state_bytes, state.nbytes)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the queries of a call stand among the real tokens of their rows.
+
+    Attributes:
+        rank: `[batch, T]` int64, real tokens up to each query, itself included.
+        total: `[batch, 1]` int64, real tokens of each row.
+        real: `[batch, T]` bool, False for queries that are padding.
+    """
+
+    rank: Tensor
+    total: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, valid: Tensor | None, state: AttentionState | None) -> "Places":
+        """Those of a call; arguments as for `AttentionModule.forward`."""
+        batch, length = query.shape[0], query.shape[2]
+        real = torch.ones(batch, key.shape[2], dtype=torch.bool, device=query.device) if valid is None else valid
+        rank = real.cumsum(1)
+        if state is not None:
+            rank = rank + state.note_real(real, is_padded=valid is not None)[:, None]
+        start = key.shape[2] - length
+        return cls(rank[:, start:], rank[:, -1:], real[:, start:])
+
+
+_COUNTER: ContextVar[Counter | None] = ContextVar("counter", default=None)
+
+
+def current_counter() -> Counter | None:
+    """The counter of the innermost `counting`; None outside, and under torch.compile."""
+    return None if torch.compiler.is_compiling() else _COUNTER.get()
+
+
+@contextmanager
+def counting(modules: nn.Module | Iterable[nn.Module]) -> Iterator[Counter]:
+    """Inside, attention modules count what they do.
+
+    A state with padding has to be counted from its first call on. Layers that a plan leaves as they are do not count.
+
+    Args:
+        modules: a converted model, an attention module, or several of either.
+
+    Returns:
+        the counter, to be read at any time.
+
+    Raises:
+        ValueError: there is no attention module among them.
+    """
+    if isinstance(modules, nn.Module):
+        named = dict(modules.named_modules())
+    else:
+        named = {
+            f"{number}.{name}".rstrip("."): module
+            for number, part in enumerate(modules)
+            for name, module in part.named_modules()
+        }
+    cores = {name: module for name, module in named.items() if isinstance(module, AttentionContract)}
+    if not cores:
+        raise ValueError("there is no attention module to count: give a converted model or an attention module")
+    by_module = {name: Counts() for name in cores}
+    token = _COUNTER.set(Counter(by_module, {core: by_module[name] for name, core in cores.items()}))
+    try:
+        counter = _COUNTER.get()
+        assert counter is not None
+        yield counter
+    finally:
+        _COUNTER.reset(token)
