@@ -87,7 +87,8 @@ def test_the_conversion_is_described_from_its_files(measured):
     files, folder = measured
     page = read_page(files.html)
     rows = page.tables["Methods"]
-    assert rows[1][:4] == ["lolcats", "softmax in a sliding window, linear attention before it", "0-4", "5"]
+    summary = "exact softmax in a sliding window, linear attention before it, one normaliser"
+    assert rows[1][:4] == ["lolcats", summary, "0-4", "5"]
     from safetensors import safe_open
 
     with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as file:
