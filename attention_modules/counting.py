@@ -164,10 +164,9 @@ def counting(modules: nn.Module | Iterable[nn.Module]) -> Iterator[Counter]:
     if not cores:
         raise ValueError("there is no attention module to count: give a converted model or an attention module")
     by_module = {name: Counts() for name in cores}
-    token = _COUNTER.set(Counter(by_module, {core: by_module[name] for name, core in cores.items()}))
+    counter = Counter(by_module, {core: by_module[name] for name, core in cores.items()})
+    token = _COUNTER.set(counter)
     try:
-        counter = _COUNTER.get()
-        assert counter is not None
         yield counter
     finally:
         _COUNTER.reset(token)

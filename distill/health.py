@@ -10,6 +10,8 @@ import torch
 from ..convert.reading.shards import Shard
 from ..convert.reading.weight_files import FLOAT_TYPES
 from ..errors import TrainingError
+from ..recipes import DataSection
+from .data import name_of
 from .packing import Position
 
 logger = logging.getLogger(__name__)
@@ -60,16 +62,17 @@ def warn_if_worse(measured: Mapping[str, Any], before: str, after: str) -> None:
     )
 
 
-def warn_if_repeated(stage: str, source: str, before: Position, after: Position) -> None:
+def warn_if_repeated(stage: str, section: DataSection, before: Position, after: Position) -> None:
     """Say, once, that a stage has used its data up many times.
 
     Args:
         stage: What messages call the stage.
-        source: What messages call its data.
+        section: Its data.
         before: Place in the data before a step.
         after: Place behind it.
     """
     if before.epoch < MANY_EPOCHS <= after.epoch:
+        source = name_of(section)
         logger.warning(
             "%s has read %s %d times: from here on it mostly learns them by heart; give it more data or fewer tokens",
             stage,

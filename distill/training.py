@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import InterruptedRun, TrainingError
 from ..recipes import StageBase
 from .batches import StepData, step_data
-from .data import TokenStream, name_of
+from .data import TokenStream
 from .health import warn_if_repeated
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile, Record
@@ -55,6 +55,11 @@ class StageJob:
     team: Team
     work: WorkFolder
     progress: Progress
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"Stage {self.index + 1} ({self.stage.kind})"
 
     @property
     def num_steps(self) -> int:
@@ -123,8 +128,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
             seconds = time.perf_counter() - began
             tokens = job.stage.tokens_per_step * job.team.size
             if job.team.leads:
-                source = name_of(job.stream.section)
-                warn_if_repeated(f"Stage {job.index + 1} ({job.stage.kind})", source, state.position, data.end)
+                warn_if_repeated(job.label, job.stream.section, state.position, data.end)
             state = replace(
                 state,
                 step=state.step + 1,
@@ -222,8 +226,7 @@ def _gradients(job: StageJob, optimizer: torch.optim.Optimizer) -> list[torch.Te
     """The step's gradients in this process, the same parameters' in all processes."""
     if all(parameter.grad is None for parameter in _trained(optimizer)):
         raise TrainingError(
-            f"Stage {job.index + 1} ({job.stage.kind}) has nothing to learn from sequences that are no longer than "
-            "the window of the new attention."
+            f"{job.label} has nothing to learn from sequences that are no longer than the window of the new attention."
         )
     if job.team.size > 1:
         for parameter in _trained(optimizer):
@@ -239,7 +242,7 @@ def _not_finite(job: StageJob, step: int, loss: float, norm: float) -> TrainingE
         place = f"step {snapshot.state.step} of stage {snapshot.state.stage + 1}"
         kept = f"the last good checkpoint, {place}, is kept in {job.work.path}"
     return TrainingError(
-        f"Stage {job.index + 1} ({job.stage.kind}) stopped at step {step + 1} because {what}; {kept}; "
+        f"{job.label} stopped at step {step + 1} because {what}; {kept}; "
         "a lower learning_rate or precision: fp32 may help."
     )
 
