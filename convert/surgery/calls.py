@@ -7,7 +7,8 @@ attention must have run in the core, which must have taken over all tokens that 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -22,7 +23,9 @@ from ...errors import PlanError
 from .cache_layer import AttnConvCacheLayer, layer_of, self_attention_cache
 from .surroundings import embeddings_among
 
-_PLAIN = (Tensor, str, int, float, tuple, list, Mapping, type(None))
+_PLAIN = (Tensor, str, int, float, tuple, list, type(None))
+# What `update` is in a mapping that is no more than one; a cache has another.
+_MAPPING_UPDATES = (dict.update, OrderedDict.update, MutableMapping.update)
 _RUNNING = threading.local()
 
 
@@ -112,13 +115,18 @@ def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Ca
             found = value
         elif isinstance(value, (tuple, list)) and any(isinstance(part, Cache) for part in value):
             raise foreign_call(name, f"receives its cache inside a {type(value).__name__}")
-        elif not isinstance(value, _PLAIN) and callable(getattr(type(value), "update", None)):
+        elif not isinstance(value, _PLAIN) and _may_be_cache(value):
             raise PlanError(
                 f"{name} receives a {type(value).__name__}, but converted layers keep a state, which paged caches "
                 "(continuous batching) and other caches that are not transformers' own Cache cannot hold; "
                 f"use `generate` (transformers {transformers.__version__})"
             )
     return found
+
+
+def _may_be_cache(value: Any) -> bool:
+    update = getattr(type(value), "update", None)
+    return callable(update) and not (isinstance(value, Mapping) and update in _MAPPING_UPDATES)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import threading
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,9 +54,15 @@ def embeddings_among(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if EMBEDDINGS in kwargs:
         return kwargs[EMBEDDINGS]
     original: Any = type(module).__dict__["_attnconv_original"]
+    place = _place_of_embeddings(original)
+    return args[place] if place is not None and place < len(args) else None
+
+
+@cache
+def _place_of_embeddings(original: type[nn.Module]) -> int | None:
+    """Where they stand among the arguments of a class's forward (`self` not counted), None if it does not name them."""
     names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
-    place = names.index(EMBEDDINGS) if EMBEDDINGS in names else len(args)
-    return args[place] if place < len(args) else None
+    return names.index(EMBEDDINGS) if EMBEDDINGS in names else None
 
 
 def _unrotated(module: nn.Module, method: str, query: Tensor, key: Tensor, embeddings: Any) -> tuple[Tensor, Tensor]:

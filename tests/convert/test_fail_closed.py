@@ -1,6 +1,7 @@
 """However a version of transformers hands over a cache, a converted model is exact or stops: it never writes on without
 what came before."""
 
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BatchEncoding,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from attnconv.compat import cache_argument
@@ -145,16 +154,33 @@ def test_what_cannot_be_found_stops_at_the_first_token(
         first_token(model_calling(attention, calling))
 
 
-def test_a_cache_of_another_kind_stops_at_the_first_token() -> None:
-    class Paged:
-        def update(self, key: Any, value: Any, *args: Any) -> tuple[Any, Any]:
-            return key, value
+class Paged:
+    """Stores keys in a way of its own."""
 
+    def update(self, key: Any, value: Any, *args: Any) -> tuple[Any, Any]:
+        return key, value
+
+
+class PagedMapping(Paged, dict[str, Any]):
+    """The same, as a mapping of its pages."""
+
+
+@pytest.mark.parametrize("pages", [Paged, PagedMapping])
+@pytest.mark.parametrize("name", ["pages", CACHE])
+def test_a_cache_of_another_kind_stops_at_the_first_token(pages: type[Any], name: str) -> None:
     def paged(module: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), {**kwargs, "pages": Paged(), CACHE: None}
+        return (), {**kwargs, CACHE: None, name: pages()}
 
-    with pytest.raises(PlanError, match=r"receives a Paged.*paged caches"):
+    with pytest.raises(PlanError, match=rf"receives a {pages.__name__}.*paged caches"):
         first_token(model_calling(LlamaAttention, paged))
+
+
+@pytest.mark.parametrize("mapping", [dict, OrderedDict, UserDict, BatchEncoding])
+def test_a_mapping_that_is_no_cache_goes_through(mapping: type[Any]) -> None:
+    def with_mapping(module: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {**kwargs, "shapes": mapping({"height": 3})}
+
+    assert_cache_is_without(model_calling(LlamaAttention, with_mapping))
 
 
 def test_a_token_in_the_middle_of_nothing_is_refused() -> None:

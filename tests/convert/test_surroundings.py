@@ -1,5 +1,6 @@
 """Small methods that ask for more than queries, keys and values get it from real models, or are refused."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GlmConfig, LlamaCon
 from attnconv.attention_modules import AttentionOptions, Call, Geometry, create, registry
 from attnconv.attention_modules.softmax import SoftmaxAttention
 from attnconv.convert import convert_model
+from attnconv.convert.surgery.surroundings import embeddings_among
 from attnconv.errors import PlanError
 
 # Names that transformers changed, which the releases before it do not know yet.
@@ -130,3 +132,12 @@ def test_no_board_outside_of_a_pass() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(PlanError, match="outside of one; turn gradient checkpointing off"):
         model(IDS, labels=IDS).loss.backward()
+
+
+def test_where_embeddings_stand_is_looked_up_once_for_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = convert_model(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval(), "unrotated")
+    layer, embeddings = module.model.layers[0].self_attn, object()
+    assert embeddings_among(layer, (IDS, embeddings), {}) is embeddings
+    monkeypatch.setattr(inspect, "signature", None)
+    assert embeddings_among(layer, (IDS, embeddings), {}) is embeddings
+    assert embeddings_among(layer, (IDS,), {}) is None
