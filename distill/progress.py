@@ -4,9 +4,21 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichBars
+from rich.table import Column
 from typing_extensions import Self
+
+# Columns of a terminal from which on a bar has room beside the figures.
+WIDE = 128
 
 
 def format_rate(per_second: float) -> str:
@@ -56,14 +68,17 @@ class TerminalProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        bar: list[ProgressColumn] = [BarColumn(bar_width=30)] if console.width >= WIDE else []
         self.bars = RichBars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console or Console(stderr=True),
+            # What a narrow terminal has no room for goes on in the next line; no figure is ever cut.
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
+            *bar,
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+            console=console,
         )
         self.task: TaskID | None = None
         self.unit = "tokens"

@@ -73,6 +73,19 @@ def test_bars_show_loss_speed_and_time():
         assert expected in shown, expected
 
 
+@pytest.mark.parametrize("width", [80, 110, 160])
+def test_no_figure_is_cut_however_narrow_the_terminal_is(width):
+    stream = io.StringIO()
+    with TerminalProgress(Console(file=stream, force_terminal=True, color_system=None, width=width)) as progress:
+        progress.phase("Measuring perplexity: attention_transfer, without the window path")
+        progress.begin("Stage 1: attention_transfer", 1200, 1100)
+        progress.step(0.03349, 19330)
+    shown = stream.getvalue()
+    for expected in ("1/1", "path", "Stage 1: attention_transfer", "1101/1200", "loss 0.03349  19,330 tokens/s", "0:0"):
+        assert expected in shown, expected
+    assert "…" not in shown
+
+
 def test_silence_is_silent(capsys):
     progress = Silent()
     progress.phase("a")
