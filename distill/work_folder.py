@@ -29,7 +29,8 @@ from ..errors import OutputError, TrainingError
 from ..files.fast_copy import digest_of
 from ..files.foreign_errors import first_line
 from ..files.locks import FolderLock, lock_folder
-from ..files.output_folder import RECEIPT_FILE, is_full
+from ..files.output_folder import is_full
+from ..files.own_files import METRICS_FILE, RECEIPT_FILE
 from .packing import Position
 
 FORMAT = 2
@@ -101,7 +102,7 @@ class WorkFolder:
     @property
     def metrics(self) -> Path:
         """Where the run's metrics are collected."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     def exists(self) -> bool:
         """Whether a run was begun and not finished."""

@@ -11,16 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..convert.reading.config_file import CONFIG_FILE, SECTION
+from ..convert.reading.config_file import SECTION
 from ..errors import CheckpointError, OutputError
 from .json_files import read_json
 from .locks import FolderLock, lock_folder
-from .own_files import strange_files
+from .own_files import CONFIG_FILE, RECEIPT_FILE, strange_files
 from .swap_folders import exchange
 
 logger = logging.getLogger(__name__)
 
-RECEIPT_FILE = "receipt.json"
 TOOL = "attnconv"
 """What a receipt names as the tool that wrote it."""
 

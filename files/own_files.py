@@ -1,4 +1,4 @@
-"""Which files of a result are ours: those that its receipt lists, and those that come beside it later."""
+"""What the files of a result are called, and which are ours: listed in its receipt, or written beside it later."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -6,17 +6,29 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+CONFIG_FILE = "config.json"
+RECEIPT_FILE = "receipt.json"
+RECIPE_FILE = "recipe.yaml"
+CARD_FILE = "README.md"
+METRICS_FILE = "metrics.jsonl"
+LOSS_PICTURE = "losses.png"
+LAYER_PICTURE = "layer_errors.png"
+
 KEY = "files"
 """The key of a receipt under which the files stand that were there when it was written."""
 
 LATER = (
     # Written together with the receipt.
-    *("config.json", "recipe.yaml", "receipt.json", "README.md", "metrics.jsonl", "losses.png", "layer_errors.png"),
+    *(CONFIG_FILE, RECIPE_FILE, RECEIPT_FILE, CARD_FILE, METRICS_FILE, LOSS_PICTURE, LAYER_PICTURE),
     # Measurements and reports; the files of ours that an interruption leaves half written.
     *("results/eval.*", "results/bench.*", "results/report.*", "results/images/*.png", "results/.*.tmp", ".*.tmp"),
     # What Python makes of the modeling file.
     "__pycache__/*.pyc",
+    # What a download of a published result brings along.
+    ".gitattributes",
 )
+DOWNLOAD_NOTES = ".cache/huggingface/"
+"""Where the Hub's client notes what it downloaded into a folder."""
 
 
 def list_files(folder: Path) -> list[str]:
@@ -41,7 +53,9 @@ def strange_files(folder: Path, receipt: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in list_files(folder)
-        if name not in known and not any(_matches(name, pattern) for pattern in LATER)
+        if name not in known
+        and not name.startswith(DOWNLOAD_NOTES)
+        and not any(_matches(name, pattern) for pattern in LATER)
     ]
 
 

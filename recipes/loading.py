@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
+from ..files.own_files import RECIPE_FILE
 from .methods import method_problems
 from .overrides import apply_overrides
 from .problems import Problem, nearest, problems_of, recipe_error
@@ -111,7 +112,7 @@ def _without_echoes(problems: Sequence[Problem]) -> list[Problem]:
 def _read_file(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = path / "recipe.yaml"
+        inside = path / RECIPE_FILE
         hint = f"; did you mean {inside}?" if inside.is_file() else ""
         raise RecipeError(f"{name} is a folder, not a recipe{hint}")
     if not path.exists():

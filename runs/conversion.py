@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..convert.planning.plan import Plan, make_plan
 from ..convert.planning.probe import probe
 from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
-from ..convert.reading.config_file import CONFIG_FILE
 from ..convert.reading.weight_files import is_new_tensor
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
@@ -43,7 +42,8 @@ from ..distill.trainee import Trainee
 from ..distill.work_folder import WorkFolder
 from ..errors import OutputError, PlanError, TrainingError
 from ..files.foreign_errors import first_line
-from ..files.output_folder import RECEIPT_FILE, atomic_folder, check_output, trial_folder
+from ..files.output_folder import atomic_folder, check_output, trial_folder
+from ..files.own_files import CONFIG_FILE, LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE, RECEIPT_FILE
 from ..recipes import Recipe
 from .identity import digest_weights, find_revisions, run_identity
 from .rewriting import Base, rewritten_base, write_native
@@ -51,9 +51,6 @@ from .rewriting import Base, rewritten_base, write_native
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
-METRICS_FILE = "metrics.jsonl"
-LOSS_PICTURE = "losses.png"
-LAYER_PICTURE = "layer_errors.png"
 
 
 @dataclass(frozen=True)
@@ -193,11 +190,25 @@ def _convert(run: Run, output: Path, *, overwrite: bool, self_contained: bool) -
         raise
     if run.team.leads:
         run.progress.phase("Saving")
-        with atomic_folder(output, overwrite=overwrite) as folder:
+        with _keeping_work(run), atomic_folder(output, overwrite=overwrite) as folder:
             _write(run, trainee, folder, output, self_contained)
             if run.recipe.stages:
                 run.work.finishing(folder / RECEIPT_FILE)
         run.progress.end()
+
+
+@contextmanager
+def _keeping_work(run: Run) -> Iterator[None]:
+    """Say of an output that cannot be put in its place after the healing how to do so without healing again."""
+    try:
+        yield
+    except OutputError as error:
+        if not run.recipe.stages:
+            raise
+        raise OutputError(
+            f"{str(error).rstrip('.')}; the healing is kept: run the same command with --resume when that is done, "
+            f"or with --resume-from {run.work.output} and another --output"
+        ) from error
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:

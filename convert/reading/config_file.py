@@ -9,9 +9,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import CheckpointError
 from ...files.foreign_errors import first_line
+from ...files.own_files import CONFIG_FILE
 from ..planning.section import read_section
 
-CONFIG_FILE = "config.json"
 LONGEST_QUOTE = 60
 SECTION = "attnconv"
 """The key under which a converted model keeps its plan."""

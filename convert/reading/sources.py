@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ...files.foreign_errors import first_line
+from ...files.own_files import CARD_FILE, CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", CARD_FILE]
 """What is downloaded of a repository before it is known to be one that can be converted."""
 CODE = ["*.py"]
 
@@ -80,7 +81,7 @@ def fetch(location: Location, names: Sequence[str]) -> None:
 
 def _only_gguf(folder: Path) -> str | None:
     """The GGUF file of a folder that holds nothing else to load."""
-    if (folder / "config.json").exists():
+    if (folder / CONFIG_FILE).exists():
         return None
     files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
     if len(files) > 1:

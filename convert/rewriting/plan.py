@@ -10,8 +10,8 @@ from ...errors import CheckpointError, PlanError
 from ...files.containment import inside
 from ...files.digests import digest_files
 from ...files.json_files import write_json
+from ...files.own_files import CONFIG_FILE
 from ..reading.checkpoint import Checkpoint
-from ..reading.config_file import CONFIG_FILE
 from ..writing.companion_files import copy_companions
 from .steps import Step
 from .tensors import Target, stored_tensors

@@ -12,10 +12,11 @@ from yaml import YAMLError
 
 from ...attention_modules.registry import get_method
 from ...files.foreign_errors import first_line
+from ...files.own_files import CARD_FILE
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 from .receipt import Receipt
-from .save import CARD_FILE, auto_classes
+from .save import auto_classes
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ...files.containment import inside
+from ...files.own_files import CONFIG_FILE, RECEIPT_FILE
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "*TERMS*", "USE_POLICY*")
 TAKEN_OVER = (
@@ -15,7 +16,7 @@ TAKEN_OVER = (
 )
 LEFT_BEHIND = (
     # Written anew, or about the weights of the base.
-    *("config.json", "*.index.json", "receipt.json", "adapter_*.json"),
+    *(CONFIG_FILE, "*.index.json", RECEIPT_FILE, "adapter_*.json"),
     # About how the base was trained or exported.
     *("trainer_state.json", "all_results.json", "*_results.json", "training_args*", "SOURCE.json"),
 )

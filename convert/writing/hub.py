@@ -14,8 +14,9 @@ from ...errors import AttnConvError, CheckpointError, HubError
 from ...files.containment import inside
 from ...files.foreign_errors import first_line
 from ...files.json_files import read_json
-from ...files.output_folder import RECEIPT_FILE, is_ours
-from ..reading.config_file import CONFIG_FILE, SECTION
+from ...files.output_folder import is_ours
+from ...files.own_files import CARD_FILE, CONFIG_FILE, RECEIPT_FILE
+from ..reading.config_file import SECTION
 from ..reading.weight_files import INDEX_FILE, read_weights, weight_files
 from .public_text import public_content
 
@@ -137,12 +138,12 @@ def _check_card(api: HfApi, folder: Path) -> None:
     # It is documented there, but its newest module lists no names.
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    if (folder / "README.md").is_file():
-        body = {"repoType": "model", "content": str(ModelCard.load(folder / "README.md"))}
+    if (folder / CARD_FILE).is_file():
+        body = {"repoType": "model", "content": str(ModelCard.load(folder / CARD_FILE))}
         answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
         if answer.status_code == HTTPStatus.BAD_REQUEST:
             reason = first_line(ValueError(answer.text))
-            raise HubError(f"The metadata of {folder / 'README.md'} is not accepted by the Hub: {reason}.")
+            raise HubError(f"The metadata of {folder / CARD_FILE} is not accepted by the Hub: {reason}.")
         hf_raise_for_status(answer)
 
 

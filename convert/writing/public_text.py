@@ -7,7 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-OURS = ("recipe.yaml", "receipt.json", "README.md", "metrics.jsonl", "results/*", "adapter/*.json", "adapter/*.md")
+from ...files.own_files import CARD_FILE, METRICS_FILE, RECEIPT_FILE, RECIPE_FILE
+
+OURS = (RECIPE_FILE, RECEIPT_FILE, CARD_FILE, METRICS_FILE, "results/*", "adapter/*.json", "adapter/*.md")
 TEXT = (".yaml", ".json", ".jsonl", ".md", ".html")
 # A whole value, and a path inside of a longer text, which begins where a word may begin.
 WHOLE = re.compile(r"(?:[/~]|[A-Za-z]:[\\/])[^\n]*[\\/][^\n]*")

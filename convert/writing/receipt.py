@@ -12,8 +12,8 @@ from typing import Any
 from ...files.containment import inside
 from ...files.fast_copy import digest_of
 from ...files.json_files import write_json
-from ...files.output_folder import RECEIPT_FILE, TOOL
-from ...files.own_files import KEY, list_files
+from ...files.output_folder import TOOL
+from ...files.own_files import KEY, RECEIPT_FILE, list_files
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 

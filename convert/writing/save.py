@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...files.json_files import read_json, write_json
+from ...files.own_files import CARD_FILE, CONFIG_FILE, RECIPE_FILE
 from ...files.whole_files import write_atomically
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint, load_tokenizer
-from ..reading.config_file import CONFIG_FILE, SECTION
+from ..reading.config_file import SECTION
 from ..surgery.attention_function import ATTENTION
 from .companion_files import copy_companions
 from .receipt import Receipt, write_receipt
@@ -26,8 +27,6 @@ from .reload import CLASS_PREFIX
 from .weight_mark import mark_weights
 
 MODELING_MODULE = "modeling_attnconv"
-RECIPE_FILE = "recipe.yaml"
-CARD_FILE = "README.md"
 
 MODELING_HEADER = '''"""Lets `trust_remote_code=True` load this model, which attnconv made; needs: pip install attnconv.
 

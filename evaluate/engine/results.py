@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ...convert.reading.checkpoint import Checkpoint
-from ...convert.reading.config_file import CONFIG_FILE
 from ...convert.writing.receipt import digest_inputs
 from ...errors import CheckpointError, DataError, OutputError
 from ...files.containment import inside
 from ...files.fast_copy import digest_of
 from ...files.json_files import json_text, read_json
 from ...files.output_folder import TOOL, is_ours
+from ...files.own_files import CONFIG_FILE
 from ...files.whole_files import refuse_link, write_atomically
 
 FOLDER = "results"

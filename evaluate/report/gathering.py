@@ -11,14 +11,14 @@ import torch
 from ...attention_modules import create
 from ...convert.planning.plan import Plan, PlanEntry
 from ...convert.reading.checkpoint import open_checkpoint
-from ...convert.reading.config_file import CONFIG_FILE, SECTION
+from ...convert.reading.config_file import SECTION
 from ...convert.writing.receipt import digest_inputs
-from ...convert.writing.save import CARD_FILE
 from ...distill.metrics import Record
 from ...errors import CheckpointError, DataError, PlanError
 from ...files.containment import inside
 from ...files.json_files import read_json
-from ...files.output_folder import RECEIPT_FILE, is_ours
+from ...files.output_folder import is_ours
+from ...files.own_files import CARD_FILE, CONFIG_FILE, METRICS_FILE, RECEIPT_FILE, RECIPE_FILE
 from ...files.whole_files import refuse_link
 from ..engine.results import BENCHMARK, EVALUATION, FOLDER, read_results
 from .documents import (
@@ -34,8 +34,6 @@ from .documents import (
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
 UNCHANGED = "unchanged"
 
 

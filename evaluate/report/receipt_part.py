@@ -4,6 +4,7 @@ from typing import Any
 
 from ...convert.writing.card import loading
 from ...convert.writing.self_contained import is_self_contained
+from ...files.own_files import RECIPE_FILE
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
 from .formats import number, size
 from .gathering import Report
@@ -13,7 +14,7 @@ def receipt_section(report: Report) -> Section | None:
     """What is needed to repeat and to check everything."""
     blocks: list[Block | None] = [_receipt(report), *_setups(report)]
     if report.recipe:
-        blocks.append(Listing("recipe.yaml", "yaml", report.recipe.strip(), collapsed=True))
+        blocks.append(Listing(RECIPE_FILE, "yaml", report.recipe.strip(), collapsed=True))
     if report.receipt is not None and report.receipt.command:
         blocks.append(Listing("Command", "sh", report.receipt.command))
     if report.is_conversion and report.config:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...convert.writing.card import with_report
-from ...convert.writing.save import CARD_FILE
 from ...errors import DataError, OutputError
+from ...files.own_files import CARD_FILE
 from ...files.whole_files import refuse_link, write_atomically
 from .gathering import Report, gather
 from .html import render_html

@@ -2,6 +2,8 @@
 
 import pytest
 
+from attnconv.distill import training
+from attnconv.distill.progress import Silent
 from attnconv.distill.work_folder import WorkFolder
 from attnconv.errors import OutputError, TrainingError
 from attnconv.runs import conversion, run_conversion
@@ -70,3 +72,31 @@ def test_an_overwriting_run_that_was_killed_early_can_go_on(left_over, base, rec
         run_conversion(base, recipe(), left_over, overwrite=True, resume=True, device="cpu")
     with pytest.raises(TrainingError, match="go on with --resume"):
         run_conversion(base, recipe(), left_over, device="cpu")
+
+
+class Visitor(Silent):
+    """Somebody who puts a file where the output will be, while the run heals."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def step(self, loss, per_second):
+        self.output.mkdir(exist_ok=True)
+        (self.output / "notes.txt").write_text("mine")
+
+
+def test_files_put_into_the_output_while_a_run_heals_cost_no_healing(base, recipe, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    kept = r"is not touched: .*the healing is kept: run the same command with --resume .*--resume-from .*/out and"
+    with pytest.raises(OutputError, match=kept):
+        run_conversion(base, recipe(), output, device="cpu", progress=Visitor(output))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    (output / "notes.txt").unlink()
+
+    def trained(*args):
+        pytest.fail("what was healed is healed again")
+
+    monkeypatch.setattr(training, "_step", trained)
+    run_conversion(base, recipe(), tmp_path / "other", resume_from=output, device="cpu")
+    assert (tmp_path / "other" / "config.json").is_file()
+    assert not WorkFolder(output).path.exists()
