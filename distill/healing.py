@@ -30,7 +30,7 @@ from .progress import Progress
 from .targets import find_targets
 from .team import Team
 from .trainee import Trainee
-from .training import StageJob, run_stage
+from .training import StageJob, run_stage, stage_name
 from .work_folder import StageState, WorkFolder, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,7 +139,7 @@ def check_data(run: Run) -> None:
     for index, stage in enumerate(run.recipe.stages):
         next(run.stream(stage).sequences(stage.sequence_length))
         if run.team.leads:
-            warn_if_beyond_positions(f"Stage {index + 1} ({stage.kind})", stage.sequence_length, positions)
+            warn_if_beyond_positions(stage_name(index, stage), stage.sequence_length, positions)
     _ = run.evaluation_tokens
 
 

@@ -32,6 +32,11 @@ from .work_folder import StageState, WorkFolder
 SECONDS_BETWEEN_CHECKPOINTS = 180
 
 
+def stage_name(index: int, stage: StageBase) -> str:
+    """What messages call the stage of a recipe that has this index."""
+    return f"Stage {index + 1} ({stage.kind})"
+
+
 @dataclass(frozen=True)
 class StageJob:
     """A stage and all it needs.
@@ -59,7 +64,7 @@ class StageJob:
     @property
     def label(self) -> str:
         """What messages call it."""
-        return f"Stage {self.index + 1} ({self.stage.kind})"
+        return stage_name(self.index, self.stage)
 
     @property
     def num_steps(self) -> int:

@@ -142,8 +142,9 @@ def _check_card(api: HfApi, folder: Path) -> None:
         body = {"repoType": "model", "content": str(ModelCard.load(folder / CARD_FILE))}
         answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
         if answer.status_code == HTTPStatus.BAD_REQUEST:
-            reason = first_line(ValueError(answer.text))
-            raise HubError(f"The metadata of {folder / CARD_FILE} is not accepted by the Hub: {reason}.")
+            raise HubError(
+                f"The metadata of {folder / CARD_FILE} is not accepted by the Hub: {first_line(answer.text)}."
+            )
         hf_raise_for_status(answer)
 
 
