@@ -30,7 +30,7 @@ def inspect(
     if overrides and recipe is None:
         raise typer.BadParameter("--set needs --recipe")
     session_of(ctx).silence_libraries()
-    from ..errors import PlanError
+    from ..errors import CheckpointError, PlanError
     from ..evaluate.diagnose.inspection import inspect_model
     from ..recipes import load_recipe
     from .tables import show_inspection
@@ -41,6 +41,8 @@ def inspect(
         print_json(inspection.to_dict())
     else:
         show_inspection(inspection)
+    if inspection.overwritten is not None:
+        raise CheckpointError(inspection.overwritten)
     if inspection.unmatched:
         # The model and what the recipe does to it have been shown; a conversion would stop here.
         raise PlanError("; ".join(inspection.unmatched))

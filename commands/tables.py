@@ -163,6 +163,10 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
         )
     else:
         console.print(f"The model is in {result.output}: import attnconv, then from_pretrained as ever.")
+    if result.linked:
+        console.print(
+            "Its weights are linked to the base's, which takes no room; overwriting those in place changes both."
+        )
     console.print(f"Next: {command_line('eval', result.output, '--against', base)}", soft_wrap=True)
 
 

@@ -67,6 +67,7 @@ class ConversionResult:
             stage has text to measure it on.
         seconds: Wall time.
         self_contained: Whether the output brings all its code along.
+        linked: Whether weight files of the output are hard links to the base's: who overwrites those changes both.
     """
 
     output: Path
@@ -75,6 +76,7 @@ class ConversionResult:
     start_distance: Mapping[str, float]
     seconds: float
     self_contained: bool = False
+    linked: bool = False
 
 
 def run_conversion(
@@ -145,7 +147,8 @@ def run_conversion(
                 run.work.remove()
         run.team.wait()
     seconds = time.monotonic() - began
-    return ConversionResult(output, run.plan, metric_rows(run), start_distance(run), seconds, self_contained)
+    linked = bool(run.measured.get("links"))
+    return ConversionResult(output, run.plan, metric_rows(run), start_distance(run), seconds, self_contained, linked)
 
 
 def _make_run(
@@ -329,7 +332,10 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
     digests = None if run.weights is None else run.weights.digests
     if trainee is None:
         with seeded(run.seed):
-            digests = stream_convert(run.checkpoint, run.plan, folder)
+            streamed = stream_convert(run.checkpoint, run.plan, folder)
+        digests = streamed.digests
+        # Links to a rewritten base are its only name when the run is over.
+        run.record("links", streamed.links if run.origin is None else {})
         warn_if_not_finite(run.checkpoint.shards)
     else:
         if run.recipe.output.merge_lora:
@@ -352,6 +358,7 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         base,
         run.plan,
         inputs=run.origin_digests or digests,
+        links=run.measured.get("links"),
         start_distance=start_distance(run),
         metrics=metric_rows(run),
         path_use=run.measured.get("path_use"),

@@ -17,6 +17,7 @@ from ...files.json_files import read_json
 from ...files.output_folder import is_ours
 from ...files.own_files import CARD_FILE, CONFIG_FILE, RECEIPT_FILE
 from ..reading.config_file import SECTION
+from ..reading.links import refuse_overwritten
 from ..reading.weight_files import INDEX_FILE, read_weights, weight_files
 from .public_text import public_content
 
@@ -94,9 +95,11 @@ def published_files(folder: Path) -> list[str]:
         folder: a resolved folder.
 
     Raises:
-        CheckpointError: the folder is not a complete converted model, or a link leads out of it.
+        CheckpointError: the folder is not a complete converted model, a link leads out of it, or its weights are no
+            longer those that were converted.
     """
     _check_ours(folder)
+    refuse_overwritten(folder, read_all=True)
     weights = weight_files(folder)
     read_weights(folder, weights)
     files = []

@@ -30,6 +30,7 @@ class Receipt:
         revision: the commit of that repository.
         inputs: digest of each weight file that was read.
         plan: the `attnconv` section of config.json; empty for a model that needs no attnconv.
+        links: size, time and digest of each weight file that is a hard link to the base's (`reading.links`).
         rewrites: what was done to the weights before anything else, a clause each.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
@@ -45,6 +46,7 @@ class Receipt:
     revision: str | None
     inputs: Mapping[str, str]
     plan: Mapping[str, Any]
+    links: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
     start_distance: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
@@ -59,6 +61,7 @@ def make_receipt(
     plan: Plan,
     *,
     inputs: Mapping[str, str] | None = None,
+    links: Mapping[str, Mapping[str, Any]] | None = None,
     start_distance: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     path_use: Mapping[str, float] | None = None,
@@ -70,6 +73,7 @@ def make_receipt(
         checkpoint: the base.
         plan: what was converted.
         inputs: digests of the base's weight files; the default reads the files once more.
+        links: weight files that the conversion shares with its base.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: what was measured, one row per moment, each with its `"stage"`.
         path_use: perplexity without each path of the methods over perplexity with it.
@@ -81,6 +85,7 @@ def make_receipt(
         revision=checkpoint.revision,
         inputs=digest_inputs(checkpoint) if inputs is None else inputs,
         plan={} if plan.is_native else plan.to_config(),
+        links=links or {},
         rewrites=plan.rewrites,
         start_distance=start_distance or {},
         metrics=tuple(metrics),

@@ -1,7 +1,8 @@
 """Conversions without training, made on disk: the base's shards are taken over, what is new goes beside them."""
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,15 +13,27 @@ from ...files.fast_copy import copy_files
 from ...files.json_files import write_json
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
+from ..reading.links import note_file
 from ..reading.weight_files import INDEX_FILE
 from .companion_files import copy_companions
 from .save import mark_config, write_marked
 from .weight_mark import MARK_NAME, marks, shard_name
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Streamed:
+    """What was taken over.
+
+    Attributes:
+        digests: the digest of each of the base's shards by name.
+        links: size, time and digest of each file that is shared with the base, by its name in the conversion.
+    """
+
+    digests: dict[str, str]
+    links: dict[str, dict[str, Any]]
 
 
-def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bool = True) -> dict[str, str]:
+def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bool = True) -> Streamed:
     """Write a converted checkpoint without building the model or reading a tensor of it.
 
     New tensors, and the mark by which transformers without attnconv refuses the weights, go into one more shard, for
@@ -28,18 +41,16 @@ def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bo
     them even where the base's own tensors have other names (without the base model's prefix, or from before a
     renaming).
 
-    With `link` the base's files get a second name in the output and are not copied, which takes no time and no room;
-    deleting either folder leaves the other whole. But whoever writes into such a file in place, instead of putting a
-    new one in its stead as safetensors from 0.8 on and the Hub's client do, changes both models.
+    Where the file system can share blocks until one side changes, files are copied so. Elsewhere, with `link`, the
+    base's files get a second name in the output, which takes no time and no room either; deleting either folder leaves
+    the other whole. But whoever writes into such a file in place, instead of putting a new one in its stead as
+    safetensors from 0.8 on and the Hub's client do, changes both models, which `reading.links` notices.
 
     Args:
         checkpoint: a safetensors checkpoint.
         plan: what is converted.
         folder: an empty folder, such as the one that `atomic_folder` gives.
         link: share the base's files where the file system can; else, and everywhere with False, copy them.
-
-    Returns:
-        The digest of each base shard by name.
 
     Raises:
         CheckpointError: the checkpoint is a GGUF file, or holds a tensor under a new tensor's name.
@@ -62,11 +73,12 @@ def stream_convert(checkpoint: Checkpoint, plan: Plan, folder: Path, *, link: bo
     paths = {name: inside(checkpoint.path, name) for name in names}
     for name in names.values():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    # Before the digests are taken: what changes meanwhile has another time than this.
+    noted = {name: note_file(path) for name, path in paths.items()}
     digests = copy_files([(paths[name], folder / new_name) for name, new_name in names.items()], link=link)
     shared = [name for name, path in paths.items() if path.samefile(folder / names[name])]
-    if shared:
-        logger.info("%s share their content with those of %s", ", ".join(shared), checkpoint.path)
-    return {name: digests[path] for name, path in paths.items()}
+    links = {names[name]: {**noted[name], "digest": digests[paths[name]]} for name in shared}
+    return Streamed({name: digests[path] for name, path in paths.items()}, links)
 
 
 def _totals(checkpoint: Checkpoint, new: dict[str, Tensor]) -> dict[str, int]:

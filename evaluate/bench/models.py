@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...compat import cache_argument, cache_of
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from ...convert.reading.links import refuse_overwritten
 from ..engine.models import positions_of, require_causal, subject_dtype
 from .cases import Role
 
@@ -57,6 +58,7 @@ def open_contestant(role: Role, source: str, *, dtype: str, trust_remote_code: b
     """
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code, allow_converted=True)
     require_causal(checkpoint)
+    refuse_overwritten(checkpoint.path)
     return Contestant(role, checkpoint, subject_dtype(checkpoint, dtype))
 
 

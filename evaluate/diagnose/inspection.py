@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...convert.planning.probe import ProbedModule, probe
 from ...convert.reading.checkpoint import model_class_of
 from ...convert.reading.config_file import SECTION, check_config, read_config
 from ...convert.reading.gguf_file import read_gguf
+from ...convert.reading.links import describe_overwritten, overwritten_links
 from ...convert.reading.sources import locate
 from ...files.json_files import read_json
 from ...files.own_files import CONFIG_FILE
@@ -63,6 +65,7 @@ class Inspection:
         groups: The attention modules in order.
         footprints: Bytes per sequence at several lengths; empty for a model that generates nothing.
         unmatched: A sentence for each attention rule of the recipe that matches no layer.
+        overwritten: A sentence if weights that the conversion shares with its base were overwritten, else None.
     """
 
     source: str
@@ -74,6 +77,7 @@ class Inspection:
     groups: tuple[ModuleGroup, ...]
     footprints: tuple[Footprint, ...]
     unmatched: tuple[str, ...] = ()
+    overwritten: str | None = None
 
     @property
     def num_modules(self) -> int:
@@ -148,7 +152,13 @@ def inspect_model(
         groups=group_modules(probed, by_name, cores),
         footprints=footprints(layers, dtype, lengths) if layers else (),
         unmatched=unmatched,
+        overwritten=None if carried is None else _overwritten(Path(source).expanduser()),
     )
+
+
+def _overwritten(folder: Path) -> str | None:
+    names = overwritten_links(folder)
+    return describe_overwritten(folder, names) if names else None
 
 
 def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:

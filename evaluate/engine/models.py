@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from ...convert.reading.links import refuse_overwritten
 from ...errors import CheckpointError, DataError
 from ..tasks.base import Subject
 
@@ -31,6 +32,7 @@ def open_subject(role: str, source: str, *, trust_remote_code: bool = False) -> 
     """
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code, allow_converted=True)
     require_causal(checkpoint)
+    refuse_overwritten(checkpoint.path)
     loaded = load_tokenizer(checkpoint)
     tokenizer = getattr(loaded, "tokenizer", loaded)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -101,6 +101,7 @@ class ReceiptFile(Document):
     repo_id: str | None = None
     revision: str | None = None
     inputs: dict[str, str] = {}
+    links: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     rewrites: list[str] = []
     start_distance: dict[str, Number] = {}

@@ -25,6 +25,7 @@ from attnconv.convert.planning.plan import Plan, PlanEntry
 from attnconv.convert.reading.checkpoint import Checkpoint, load_model, open_checkpoint
 from attnconv.convert.writing.stream import stream_convert
 from attnconv.errors import CheckpointError, OutputError
+from attnconv.files import fast_copy
 from attnconv.files.fast_copy import COPY_CHUNK, copy_files, digest_of
 from attnconv.files.output_folder import atomic_folder
 
@@ -44,7 +45,7 @@ def digest(path: Path) -> str:
 
 def convert(checkpoint: Checkpoint, made: Plan, output: Path, **options: Any) -> dict[str, str]:
     with atomic_folder(output) as folder:
-        return stream_convert(checkpoint, made, folder, **options)
+        return stream_convert(checkpoint, made, folder, **options).digests
 
 
 @pytest.fixture
@@ -58,6 +59,12 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     return tiny_models.save(tiny_models.tiny_llama(), tmp_path / "sharded", shards=True)
+
+
+@pytest.fixture
+def no_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behave as on a file system that cannot share blocks, whatever this one can."""
+    monkeypatch.setattr(fast_copy, "_clone", lambda source, target: False)
 
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -201,12 +208,27 @@ def test_a_copy_is_independent_of_the_base(base: Path, tmp_path: Path) -> None:
     assert digest(tmp_path / "out" / FIRST) == before
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_a_link_shares_the_base(base: Path, tmp_path: Path) -> None:
     digests = convert(open_checkpoint(base), plan("lolcats"), tmp_path / "out", link=True)
     assert digests == {"model.safetensors": digest(base / "model.safetensors")}
     assert (tmp_path / "out" / FIRST).samefile(base / "model.safetensors")
 
 
+def test_blocks_are_shared_rather_than_the_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == fast_copy.FICLONE
+        return os.sendfile(target, source, 0, 1 << 30)
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    with atomic_folder(tmp_path / "out") as folder:
+        streamed = stream_convert(open_checkpoint(base), plan("sliding_window"), folder)
+    assert streamed.links == {}
+    assert not (tmp_path / "out" / FIRST).samefile(base / "model.safetensors")
+    assert digest(tmp_path / "out" / FIRST) == digest(base / "model.safetensors")
+
+
+@pytest.mark.usefixtures("no_clones")
 def test_blobs_of_the_hub_cache_become_ordinary_files(base: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
     blob = tmp_path / "hub" / "models--a--b" / "blobs" / "abc"
