@@ -65,7 +65,7 @@ class AttentionModule(AttentionContract):
         places = None if counter is None else counter.places(self, query, key, padding_mask, state)
         out = self._run(query, key, value, scaling, padding_mask, state, hidden_states, around, finish=True)
         if counter is not None and places is not None:
-            counter.add(self, places, state)
+            counter.add(self, places, state, hidden_states)
         return out
 
     def _run(

@@ -200,6 +200,19 @@ class AttentionContract(nn.Module, ABC):
         seen = rank if self.geometry.causal else total.expand_as(rank)
         return seen if self.tail_tokens is None else seen.clamp_max(self.tail_tokens + 1)
 
+    def heads_used(self, hidden_states: Tensor | None) -> int | Tensor:
+        """How many heads serve each query, for `counting`: all of them, unless the method shuts or chooses some.
+
+        A head that does not serve costs nothing; a method that computes all heads and weighs them must say all.
+
+        Args:
+            hidden_states: `[batch, T, hidden]`, the layer's input as it came; None where the caller had none.
+
+        Returns:
+            one number for all queries, or `[batch, T]` int64.
+        """
+        return self.geometry.num_heads
+
     def state_multiply_adds(self) -> int:
         """Multiply-adds of a query, all heads, that reads what stands for other tokens, and of its token's entering it.
 

@@ -7,56 +7,14 @@ nothing at all where nobody counts. Modules that are traced by torch.compile do 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .contract import AttentionContract
+from .counts import Counts, summed
 from .state import AttentionState
-
-
-@dataclass
-class Counts:
-    """Sums over the calls of one attention module, or of several.
-
-    Pairs are those of a real query and a real token, counted once for all heads.
-
-    Attributes:
-        calls: times that a module ran.
-        queries: real tokens that attended.
-        exact_pairs: pairs with a weight of the token's own.
-        summarized_pairs: pairs in which the token is seen through a state or other summary.
-        dense_pairs: pairs that softmax attention would have had.
-        head_queries: queries times the heads that served them.
-        state_bytes: bytes of the largest state after a call, room for more tokens included.
-        multiply_adds: products of attention by its definition, token by token, without projections and feature maps;
-            forms in chunks or blocks do more.
-    """
-
-    calls: int = 0
-    queries: int = 0
-    exact_pairs: int = 0
-    summarized_pairs: int = 0
-    dense_pairs: int = 0
-    head_queries: int = 0
-    state_bytes: int = 0
-    multiply_adds: int = 0
-
-    @property
-    def density(self) -> float:
-        """Pairs attended exactly over those of softmax attention; 0 where there are none."""
-        return self.exact_pairs / self.dense_pairs if self.dense_pairs else 0.0
-
-    @property
-    def tokens_per_query(self) -> float:
-        """Tokens that a query attends exactly, on average."""
-        return self.exact_pairs / self.queries if self.queries else 0.0
-
-    @property
-    def heads(self) -> float:
-        """Heads that serve a query, on average."""
-        return self.head_queries / self.queries if self.queries else 0.0
 
 
 @dataclass
@@ -73,8 +31,7 @@ class Counter:
     @property
     def total(self) -> Counts:
         """All modules together; states add up, for they are there at the same time."""
-        sums = {f.name: sum(getattr(counts, f.name) for counts in self.by_module.values()) for f in fields(Counts)}
-        return Counts(**sums)
+        return summed(self.by_module.values())
 
     def places(
         self, core: AttentionContract, query: Tensor, key: Tensor, valid: Tensor | None, state: AttentionState | None
@@ -82,20 +39,37 @@ class Counter:
         """Where the queries of a call stand, to be asked before it runs; None for a module that is not counted."""
         return Places.of(query, key, valid, state) if core in self._counts else None
 
-    def add(self, core: AttentionContract, places: "Places", state: AttentionState | None) -> None:
-        """Count a call that ran."""
+    def add(
+        self,
+        core: AttentionContract,
+        places: "Places",
+        state: AttentionState | None,
+        hidden_states: Tensor | None = None,
+    ) -> None:
+        """Count a call that ran.
+
+        Args:
+            core: the attention module.
+            places: where its queries stand.
+            state: its state after the call.
+            hidden_states: `[batch, T, hidden]`, the layer's input, if the caller has it.
+        """
         counts, geometry = self._counts[core], core.geometry
         seen = places.rank if geometry.causal else places.total.expand_as(places.rank)
         attended = core.tokens_attended(places.rank, places.total)
         rest, through_state = seen - attended, core.state_multiply_adds()
-        at = places.real
-        queries, exact = int(at.sum()), int(attended[at].sum())
+        at, width = places.real, geometry.head_dim + geometry.value_dim
+        # One number for all queries or one for each.
+        heads = torch.as_tensor(core.heads_used(hidden_states), device=attended.device).expand_as(attended)
+        queries, exact, dense = int(at.sum()), int(attended[at].sum()), int(seen[at].sum())
         counts.calls += 1
         counts.queries += queries
         counts.exact_pairs += exact
-        counts.dense_pairs += int(seen[at].sum())
-        counts.head_queries += queries * geometry.num_heads
-        counts.multiply_adds += exact * geometry.num_heads * (geometry.head_dim + geometry.value_dim)
+        counts.dense_pairs += dense
+        counts.head_queries += int(heads[at].sum())
+        counts.head_slots += queries * geometry.num_heads
+        counts.multiply_adds += int((attended * heads)[at].sum()) * width
+        counts.dense_multiply_adds += dense * geometry.num_heads * width
         if through_state:
             counts.summarized_pairs += int(rest[at].sum())
             counts.multiply_adds += int((rest[at] > 0).sum()) * through_state

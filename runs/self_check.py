@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ..compat import cache_argument
 from ..convert import convert_model, converted_modules
+from ..convert.writing.executed import check_executed
 from ..packaged.model import embedded_model_path, embedded_tokens
 
 # One that carries a state and reads the layer's input, and one that forgets; the window is shorter than the text.
@@ -149,6 +150,12 @@ def _load(folder: Path, device: torch.device) -> PreTrainedModel:
     return cast(PreTrainedModel, model.to(device).eval())
 
 
+def _executed(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Whether each converted layer ran its method and nothing else; there is nothing in between."""
+    check_executed(model, {"input_ids": tokens[:1], "use_cache": True})
+    return 0.0
+
+
 def _through_cache(model: PreTrainedModel, tokens: Tensor) -> float:
     """Ten tokens at once, then one by one, against all at once."""
     found = _step_by_step(model, tokens, PREFILL)
@@ -212,5 +219,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 _COMPARISONS: Mapping[str, Callable[[PreTrainedModel, Tensor], float]] = MappingProxyType(
-    {"cache": _through_cache, "greedy text": _greedy, "left padding": _left_padded, "packed": _packed}
+    {
+        "executed path": _executed,
+        "cache": _through_cache,
+        "greedy text": _greedy,
+        "left padding": _left_padded,
+        "packed": _packed,
+    }
 )

@@ -235,3 +235,17 @@ def test_it_costs_no_graph_break() -> None:
     with counting(module) as counter:
         compiled(**tensors)
     assert counter.total.calls == 0
+
+
+def test_heads_that_do_not_serve_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, mask = core("softmax"), MASKS["left"]()
+    whole = run(module, mask)
+    monkeypatch.setattr(type(module), "heads_used", lambda self, hidden_states: 1)
+    one = run(module, mask)
+    assert (one.heads, whole.heads) == (1, HEADS)
+    assert (one.multiply_adds * HEADS, one.density) == (whole.multiply_adds, 1)
+    assert one.dense_multiply_adds == whole.dense_multiply_adds == whole.multiply_adds
+    # Routed token by token, by the layer's input.
+    monkeypatch.setattr(type(module), "heads_used", lambda self, hidden: 1 + (hidden[..., 0] > 0).long())
+    used = 1 + (inputs()["hidden_states"][..., 0] > 0).long()
+    assert run(module, mask).head_queries == int(used[mask].sum())

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from typer.testing import Result
 
+from attnconv.attention_modules.contract import Memory
 from attnconv.attention_modules.sparse.sliding_window import SlidingWindowAttention
+from attnconv.attention_modules.tokens import Call
 from attnconv.runs import self_check
 from attnconv.runs.environment import describe_environment
 from attnconv.runs.self_check import METHODS, TOLERANCE, run_self_check
@@ -17,7 +20,7 @@ from attnconv.runs.self_check import METHODS, TOLERANCE, run_self_check
 pytestmark = pytest.mark.compat
 
 Run = Callable[..., Result]
-COMPARED = ["save and reload", "cache", "greedy text", "left padding", "packed"]
+COMPARED = ["save and reload", "executed path", "cache", "greedy text", "left padding", "packed"]
 
 
 @pytest.fixture
@@ -57,12 +60,12 @@ def test_a_wrong_answer_is_exit_code_1_and_one_sentence(run: Run, forgetful: Non
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(
-        "Error: 3 of 5 checks failed; the first is cache of sliding_window on cpu: logits are"
+        "Error: 3 of 6 checks failed; the first is cache of sliding_window on cpu: logits are"
     )
     assert "All is well" not in result.stdout
     document = json.loads(run("-q", "doctor", "--device", "cpu", "--json").stdout)
     assert document["failed"] == 3
-    assert document["conclusion"].startswith("3 of 5")
+    assert document["conclusion"].startswith("3 of 6")
 
 
 def test_a_check_that_breaks_off_has_failed(window_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +74,19 @@ def test_a_check_that_breaks_off_has_failed(window_alone: None, monkeypatch: pyt
     assert [check.name for check in found.failed] == COMPARED
     assert found.failed[0].problem == "RuntimeError: 0 layers were converted, and 0 came back"
     assert found.failed[1].problem == "there is no reloaded model to look at"
+
+
+def test_a_method_that_computes_dense_attention_has_failed(window_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(self: SlidingWindowAttention, call: Call, memory: Memory) -> torch.Tensor:
+        keys, values = (
+            t.repeat_interleave(self.geometry.num_groups, 1) for t in (call.tokens.keys, call.tokens.values)
+        )
+        return F.scaled_dot_product_attention(call.query, keys, values, is_causal=True, scale=call.scaling)
+
+    monkeypatch.setattr(SlidingWindowAttention, "attend_torch", dense)
+    problems = {check.name: check.problem or "" for check in run_self_check().failed}
+    assert "compute dense softmax attention, although their methods look at fewer tokens" in problems["executed path"]
+    assert problems["executed path"].startswith("PlanError: 5 of 5 layers")
 
 
 def test_no_number_is_no_small_difference(window_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
