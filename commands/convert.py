@@ -57,6 +57,9 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a conversion that is there.")] = False,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Accept what a method drops.")] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Write a rewrite that is not what it promised.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Add code that loads the result without attnconv.")
@@ -89,6 +92,7 @@ def convert(
             resume_from=resume_from,
             overwrite=overwrite,
             allow_lossy=allow_lossy,
+            allow_inexact=allow_inexact,
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             device=device,

@@ -147,6 +147,8 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
     if result.metrics:
         console.print(_metrics_table(result.metrics))
         console.print()
+    if result.exactness is not None:
+        console.print(f"The start: {result.exactness.sentence}.")
     if result.plan.is_native:
         console.print(f"Done in {result.seconds:.1f} s: {', '.join(result.plan.rewrites)}.")
         console.print(f"The model is in {result.output}: an ordinary one, which transformers loads by itself.")

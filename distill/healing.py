@@ -52,6 +52,7 @@ class Run:
         measured: What was measured so far, under the names that the work folder keeps it by.
         origin: What the user named, where the teacher is a rewritten form of that.
         origin_digests: Digests of the origin's weight files.
+        exactness: How far the teacher is from the origin, for the receipt.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +66,7 @@ class Run:
     measured: dict[str, Any] = field(default_factory=dict)
     origin: Checkpoint | None = None
     origin_digests: Mapping[str, str] | None = None
+    exactness: Mapping[str, Any] | None = None
 
     def stream(self, stage: StageBase) -> TokenStream | ImageStream:
         """The text or images of a stage.

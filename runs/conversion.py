@@ -17,6 +17,7 @@ from ..convert.planning.plan import Plan, make_plan
 from ..convert.planning.probe import probe
 from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
 from ..convert.reading.weight_files import is_new_tensor
+from ..convert.rewriting.exactness import Exactness
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import save_converted, write_companions
@@ -66,6 +67,7 @@ class ConversionResult:
         start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
             stage has text to measure it on.
         seconds: Wall time.
+        exactness: How far the rewritten model was from its source; None without a rewrite.
         self_contained: Whether the output brings all its code along.
         linked: Whether weight files of the output are hard links to the base's: who overwrites those changes both.
     """
@@ -75,6 +77,7 @@ class ConversionResult:
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     start_distance: Mapping[str, float]
     seconds: float
+    exactness: Exactness | None = None
     self_contained: bool = False
     linked: bool = False
 
@@ -88,6 +91,7 @@ def run_conversion(
     resume_from: str | Path | None = None,
     overwrite: bool = False,
     allow_lossy: bool = False,
+    allow_inexact: bool = False,
     trust_remote_code: bool = False,
     self_contained: bool = False,
     device: str | None = None,
@@ -108,6 +112,7 @@ def run_conversion(
         resume_from: Go on with the conversion that was to write this other output, or that has this work folder.
         overwrite: Replace an earlier result, and give up an unfinished one unless it is resumed.
         allow_lossy: Accept that a method leaves out soft caps, sinks or biases of the model.
+        allow_inexact: Write the result of a rewrite that does not keep what it promised.
         trust_remote_code: Let the checkpoint's own Python code define the model.
         self_contained: Write a modeling file that loads the result without attnconv.
         device: Where to compute, as torch names it; None means the accelerator if there is one.
@@ -126,12 +131,20 @@ def run_conversion(
             raise PlanError(
                 "The result is an ordinary model, which needs no code of its own: leave --self-contained out"
             )
-        plan = write_native(opened, recipe, output, team=find_team(device), overwrite=overwrite, progress=progress)
-        return ConversionResult(output, plan, (), {}, time.monotonic() - began)
+        plan, exactness = write_native(
+            opened,
+            recipe,
+            output,
+            team=find_team(device),
+            overwrite=overwrite,
+            allow_inexact=allow_inexact,
+            progress=progress,
+        )
+        return ConversionResult(output, plan, (), {}, time.monotonic() - began, exactness)
     if recipe.rewrite and not (resume or resume_from):
         # Before gigabytes are written; a run that goes on may replace what the one before was allowed to.
         check_output(output, overwrite=overwrite)
-    with rewritten_base(opened, recipe, output, progress) as base:
+    with rewritten_base(opened, recipe, output, allow_inexact=allow_inexact, progress=progress) as base:
         work = WorkFolder(output if resume_from is None else Path(resume_from).expanduser())
         if self_contained:
             check_self_contained(base.checkpoint.architecture)
@@ -148,7 +161,9 @@ def run_conversion(
         run.team.wait()
     seconds = time.monotonic() - began
     linked = bool(run.measured.get("links"))
-    return ConversionResult(output, run.plan, metric_rows(run), start_distance(run), seconds, self_contained, linked)
+    return ConversionResult(
+        output, run.plan, metric_rows(run), start_distance(run), seconds, base.exactness, self_contained, linked
+    )
 
 
 def _make_run(
@@ -177,6 +192,7 @@ def _make_run(
         weights=None if streams else digest_weights(checkpoint),
         origin=base.origin,
         origin_digests=base.digests,
+        exactness=None if base.exactness is None else base.exactness.to_dict(),
     )
     progress.end()
     return run
@@ -359,6 +375,7 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         run.plan,
         inputs=run.origin_digests or digests,
         links=run.measured.get("links"),
+        exactness=run.exactness,
         start_distance=start_distance(run),
         metrics=metric_rows(run),
         path_use=run.measured.get("path_use"),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ..convert.planning.plan import Plan
 from ..convert.reading.checkpoint import Checkpoint, open_checkpoint
+from ..convert.rewriting.exactness import Exactness, check_exactness
 from ..convert.rewriting.plan import RewritePlan, plan_rewrite, write_rewritten
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import write_companions
 from ..distill.progress import Progress
 from ..distill.team import Team
-from ..files.output_folder import atomic_folder, scratch_folder
+from ..files.output_folder import atomic_folder, check_output, scratch_folder
 from ..recipes import Recipe
 
 
@@ -26,16 +27,20 @@ class Base:
         rewrites: what was done to it, a clause each.
         origin: what it was rewritten from; None if it was not.
         digests: digests of the origin's weight files.
+        exactness: how far the rewritten model is from its origin; None if it was not rewritten.
     """
 
     checkpoint: Checkpoint
     rewrites: tuple[str, ...] = ()
     origin: Checkpoint | None = None
     digests: Mapping[str, str] | None = None
+    exactness: Exactness | None = None
 
 
 @contextmanager
-def rewritten_base(opened: Checkpoint, recipe: Recipe, output: Path, progress: Progress) -> Iterator[Base]:
+def rewritten_base(
+    opened: Checkpoint, recipe: Recipe, output: Path, *, allow_inexact: bool, progress: Progress
+) -> Iterator[Base]:
     """Rewrite a model into a temporary folder beside the output, where it stays for as long as the context lasts.
 
     The same model gives the same files, so a run that goes on makes them again.
@@ -44,6 +49,7 @@ def rewritten_base(opened: Checkpoint, recipe: Recipe, output: Path, progress: P
         opened: the model that the user named.
         recipe: the recipe; without a rewrite the model is taken as it is.
         output: the folder that the run will write.
+        allow_inexact: go on with a rewrite that is not what it promised to be.
         progress: whom to tell.
 
     Raises:
@@ -53,17 +59,25 @@ def rewritten_base(opened: Checkpoint, recipe: Recipe, output: Path, progress: P
         yield Base(opened)
         return
     plan = _plan(opened, recipe)
+    exactness = _check(plan, allow_inexact, progress)
     with scratch_folder(output) as folder:
         digests = _write(plan, folder, recipe, progress)
         checkpoint = open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
         # In messages and receipts it is still the model that the user named.
         named = replace(checkpoint, source=opened.source, repo_id=opened.repo_id, revision=opened.revision)
-        yield Base(named, plan.summaries, opened, digests)
+        yield Base(named, plan.summaries, opened, digests, exactness)
 
 
 def write_native(
-    opened: Checkpoint, recipe: Recipe, output: Path, *, team: Team, overwrite: bool, progress: Progress
-) -> Plan:
+    opened: Checkpoint,
+    recipe: Recipe,
+    output: Path,
+    *,
+    team: Team,
+    overwrite: bool,
+    allow_inexact: bool,
+    progress: Progress,
+) -> tuple[Plan, Exactness | None]:
     """Rewrite a model into the output, which is an ordinary model that transformers alone loads.
 
     Args:
@@ -72,7 +86,11 @@ def write_native(
         output: the folder to write; it appears when all is done.
         team: the processes of the run, one of which writes.
         overwrite: replace an earlier result.
+        allow_inexact: write a result that is not what its rewrites promised.
         progress: whom to tell.
+
+    Returns:
+        What was done, and how far the result is from the model; None in processes that write nothing.
 
     Raises:
         PlanError: the model cannot be rewritten so.
@@ -80,12 +98,15 @@ def write_native(
     """
     plan = _plan(opened, recipe)
     done = Plan((), plan.summaries)
+    exactness = None
     if team.leads:
+        check_output(output, overwrite=overwrite)
+        exactness = _check(plan, allow_inexact, progress)
         with atomic_folder(output, overwrite=overwrite) as folder:
             digests = _write(plan, folder, recipe, progress)
             # Whatever cannot be opened again must not take the output's place.
             open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
-            receipt = make_receipt(opened, done, inputs=digests)
+            receipt = make_receipt(opened, done, inputs=digests, exactness=exactness.to_dict())
             recipe_yaml = recipe.to_yaml()
             card = make_card(
                 output.name,
@@ -98,11 +119,18 @@ def write_native(
             )
             write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     team.wait()
-    return done
+    return done, exactness
 
 
 def _plan(opened: Checkpoint, recipe: Recipe) -> RewritePlan:
     return plan_rewrite(opened, [rewrite.step() for rewrite in recipe.rewrite])
+
+
+def _check(plan: RewritePlan, allow_inexact: bool, progress: Progress) -> Exactness:
+    progress.phase("Comparing the start with the source")
+    exactness = check_exactness(plan, allow_inexact=allow_inexact)
+    progress.end()
+    return exactness
 
 
 def _write(plan: RewritePlan, folder: Path, recipe: Recipe, progress: Progress) -> dict[str, str]:

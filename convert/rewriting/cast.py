@@ -38,6 +38,11 @@ class Cast(Step):
     def summary(self) -> str:
         return f"all weights cast to {self.name}"
 
+    @property
+    def inexact(self) -> str | None:
+        # Every number of the smaller types is one of these.
+        return None if self.dtype == torch.float32 else f"weights rounded to {self.name}"
+
     def check(self, config: Mapping[str, Any]) -> None:
         if config.get("quantization_config"):
             raise PlanError(

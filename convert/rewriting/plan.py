@@ -1,10 +1,13 @@
 """A rewrite planned as a whole, before anything is written, and carried out."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 from ...errors import CheckpointError, PlanError
 from ...files.containment import inside
@@ -17,6 +20,49 @@ from .steps import Step
 from .tensors import Target, stored_tensors
 from .writer import write_targets
 
+OF_LAYER = re.compile(r"(?:[^.]+\.)*?(?:layers|layer|blocks|h)\.(\d+)\.(.+)")
+
+
+def layer_of(name: str) -> tuple[int, str] | None:
+    """The place of the layer that a tensor belongs to, and what it is called in it; None if it is in no layer."""
+    found = OF_LAYER.fullmatch(name)
+    return None if found is None else (int(found[1]), found[2])
+
+
+@dataclass(frozen=True)
+class State:
+    """A model between two steps.
+
+    Attributes:
+        tensors: its tensors by name.
+        config: its config.json.
+    """
+
+    tensors: Mapping[str, Target] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+
+    def key(self, name: str) -> str:
+        """What its configuration calls a setting that most classes call `name`."""
+        kind = str(self.config.get("model_type"))
+        known: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+        return known.get(name, name)
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers it has, None if nobody says."""
+        return self._count("num_hidden_layers")
+
+    @property
+    def num_words(self) -> int | None:
+        """How large its vocabulary is, None if nobody says."""
+        return self._count("vocab_size")
+
+    def _count(self, name: str) -> int | None:
+        found, kind = self.config.get(self.key(name)), str(self.config.get("model_type"))
+        if found is None and kind in CONFIG_MAPPING:
+            found = getattr(CONFIG_MAPPING[kind](), name, None)
+        return found if isinstance(found, int) else None
+
 
 @dataclass(frozen=True)
 class RewritePlan:
@@ -24,15 +70,28 @@ class RewritePlan:
 
     Attributes:
         checkpoint: what is rewritten.
-        summaries: what each step does, a clause each.
-        targets: the tensors of the result.
-        config: its config.json.
+        steps: what is done to it, in order.
+        states: the model before the first step, and after each.
     """
 
     checkpoint: Checkpoint = field(repr=False)
-    summaries: tuple[str, ...]
-    targets: tuple[Target, ...] = field(repr=False)
-    config: Mapping[str, Any] = field(repr=False)
+    steps: tuple[Step, ...] = field(repr=False)
+    states: tuple[State, ...] = field(repr=False)
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        """What each step does, a clause each."""
+        return tuple(step.summary for step in self.steps)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The tensors of the result."""
+        return tuple(self.states[-1].tensors.values())
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config.json of the result."""
+        return self.states[-1].config
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +111,12 @@ def plan_rewrite(checkpoint: Checkpoint, steps: Sequence[Step]) -> RewritePlan:
     """
     if checkpoint.gguf_file is not None:
         raise PlanError(f"{checkpoint.source} is a GGUF file, which no rewrite can read: give the model's safetensors")
-    tensors = stored_tensors(checkpoint)
-    config = dict(checkpoint.config_dict)
+    states = [State(stored_tensors(checkpoint), dict(checkpoint.config_dict))]
     for step in steps:
-        step.check(config)
-        tensors = _rewritten(step, tensors)
-        config = step.config(config)
-    return RewritePlan(checkpoint, tuple(step.summary for step in steps), tuple(tensors.values()), config)
+        before = states[-1]
+        step.check(before.config)
+        states.append(State(_rewritten(step, before.tensors), step.config(before.config)))
+    return RewritePlan(checkpoint, tuple(steps), tuple(states))
 
 
 def _rewritten(step: Step, tensors: Mapping[str, Target]) -> dict[str, Target]:

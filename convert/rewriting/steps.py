@@ -1,4 +1,16 @@
-"""A rewrite as steps: each says which tensors it takes, what it makes of them, and how the configuration changes."""
+"""A rewrite as steps: each says which tensors it takes, what it makes of them, and how the configuration changes.
+
+What a step gives is checked before it is written (`exactness.check_exactness`): the model before and after it, cut to a
+few layers, must load in transformers with no tensor missing or left over, and, unless the step says by `inexact` why it
+cannot, give the same logits to 2e-6 of the largest. So a new kind of rewrite needs no check of its own, only to say
+whether it promises exactness:
+
+    class PoolHeads(Step):
+        inexact = "keys and values of several heads pooled into one"
+
+For the cut to find its way, tensors of layers are named `...layers.N....`, and settings with one item for each layer
+are lists; what else depends on a layer's place is listed in `cut.py`. The figure goes into receipt, card and terminal.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -14,6 +26,14 @@ class Step(ABC):
     @abstractmethod
     def summary(self) -> str:
         """What it does, one clause without a subject: `all weights cast to bfloat16`."""
+
+    @property
+    def inexact(self) -> str | None:
+        """Why the result does not compute what the model before it did, by the nature of this rewrite.
+
+        A clause such as `weights rounded to bfloat16`, or None for a rewrite that promises to change nothing.
+        """
+        return None
 
     @abstractmethod
     def check(self, config: Mapping[str, Any]) -> None:

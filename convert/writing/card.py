@@ -15,6 +15,7 @@ from ...files.foreign_errors import first_line
 from ...files.own_files import CARD_FILE
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
+from ..rewriting.exactness import Exactness
 from .receipt import Receipt
 from .save import auto_classes
 
@@ -217,6 +218,8 @@ def _measured(receipt: Receipt) -> list[str]:
     """The section of figures, one row per moment; nothing if nothing was measured."""
     rows = list(receipt.metrics)
     parts = []
+    if receipt.exactness:
+        parts.append(f"The start: {Exactness.from_dict(receipt.exactness).sentence}.")
     if rows:
         columns = list(dict.fromkeys(key for row in rows for key in row if key != "stage"))
         lines = [

@@ -32,6 +32,8 @@ class Receipt:
         plan: the `attnconv` section of config.json; empty for a model that needs no attnconv.
         links: size, time and digest of each weight file that is a hard link to the base's (`reading.links`).
         rewrites: what was done to the weights before anything else, a clause each.
+        exactness: how far the rewritten model was from its source, and whether it was to be exact; empty without a
+            rewrite.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
         path_use: perplexity without each path of the methods over perplexity with it, at the end; 1 means that the
@@ -48,6 +50,7 @@ class Receipt:
     plan: Mapping[str, Any]
     links: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rewrites: Sequence[str] = ()
+    exactness: Mapping[str, Any] = field(default_factory=dict)
     start_distance: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
     path_use: Mapping[str, float] = field(default_factory=dict)
@@ -62,6 +65,7 @@ def make_receipt(
     *,
     inputs: Mapping[str, str] | None = None,
     links: Mapping[str, Mapping[str, Any]] | None = None,
+    exactness: Mapping[str, Any] | None = None,
     start_distance: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     path_use: Mapping[str, float] | None = None,
@@ -74,6 +78,7 @@ def make_receipt(
         plan: what was converted.
         inputs: digests of the base's weight files; the default reads the files once more.
         links: weight files that the conversion shares with its base.
+        exactness: how far the rewritten model was from its source.
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: what was measured, one row per moment, each with its `"stage"`.
         path_use: perplexity without each path of the methods over perplexity with it.
@@ -87,6 +92,7 @@ def make_receipt(
         plan={} if plan.is_native else plan.to_config(),
         links=links or {},
         rewrites=plan.rewrites,
+        exactness=exactness or {},
         start_distance=start_distance or {},
         metrics=tuple(metrics),
         path_use=path_use or {},

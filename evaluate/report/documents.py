@@ -104,6 +104,7 @@ class ReceiptFile(Document):
     links: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     rewrites: list[str] = []
+    exactness: dict[str, Any] = {}
     start_distance: dict[str, Number] = {}
     metrics: list[dict[str, Any]] = []
     path_use: dict[str, Number] = {}
