@@ -32,7 +32,6 @@ from ..distill.healing import (
     measure,
     measure_path_use,
     seeded,
-    stage_label,
 )
 from ..distill.health import check_finite, warn_if_not_finite
 from ..distill.metrics import MetricsFile
@@ -46,6 +45,7 @@ from ..files.foreign_errors import first_line
 from ..files.output_folder import atomic_folder, check_output, trial_folder
 from ..files.own_files import CONFIG_FILE, LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE, RECEIPT_FILE
 from ..recipes import Recipe
+from .figures import metric_rows, start_distance
 from .identity import digest_weights, find_revisions, run_identity
 from .rewriting import Base, rewritten_base, write_native
 
@@ -228,29 +228,6 @@ def _keeping_work(run: Run) -> Iterator[None]:
             f"{str(error).rstrip('.')}; the healing is kept: run the same command with --resume when that is done, "
             f"or with --resume-from {run.work.output} and another --output"
         ) from error
-
-
-def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
-    """What was measured, one row per moment; see `ConversionResult.metrics`."""
-    rows = []
-    for label in ("teacher", "swap", *(stage_label(run.recipe, index) for index in range(len(run.recipe.stages)))):
-        perplexity = run.measured.get(f"perplexity/{label}", {})
-        figures = {key: perplexity[key] for key in ("perplexity", "bits_per_character") if key in perplexity}
-        figures |= run.measured.get(f"training/{label}", {})
-        if figures:
-            rows.append({"stage": label, **figures})
-    return tuple(rows)
-
-
-def start_distance(run: Run) -> dict[str, float]:
-    """Mean and largest relative squared error of the layers right after the swap; empty if it was not measured."""
-    layers = run.measured.get("distance/swap")
-    if not layers:
-        return {}
-    return {
-        "mean_relative_squared_error": sum(layers.values()) / len(layers),
-        "largest_relative_squared_error": max(layers.values()),
-    }
 
 
 def _begin(run: Run, output: Path, *, resume: bool, elsewhere: bool, overwrite: bool) -> tuple[bool, bool]:

@@ -22,7 +22,7 @@ from typing_extensions import Self
 from ...errors import PlanError
 from ...files.foreign_errors import first_line
 from ...files.json_files import write_json
-from ..reading.config_file import CONFIG_FILE
+from ...files.own_files import CONFIG_FILE
 from .cut import Cut, choose_layers, cut_config, cut_tensors
 from .plan import RewritePlan, State
 from .steps import Step
