@@ -9,6 +9,7 @@ from .calls import check_shapes, exact_tokens, layer_input, new_tokens
 from .contract import AttentionContract, Memory
 from .counting import current_counter
 from .padding import restore_tokens, right_align_order, take_tokens
+from .projecting import reproject
 from .state import AttentionState, Mixed
 from .tokens import Call, Surroundings, Tokens
 from .weights import response_weights
@@ -81,10 +82,13 @@ class AttentionModule(AttentionContract):
         *,
         finish: bool,
     ) -> Tensor:
-        """`forward`, with or without what follows the mixing of values."""
+        """`forward`, with or without what is done to values before they are mixed and follows their mixing."""
         check_shapes(self.geometry, query, key, value, padding_mask, state)
         if query.shape[2] == 0:
             return query[..., :1].expand(-1, -1, -1, self.geometry.value_dim).to(value.dtype)
+        if self.reprojects:
+            query, key, own = reproject(self, query, key, value, padding_mask, state, around)
+            value = own if finish else value
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
         order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:
@@ -156,6 +160,7 @@ class AttentionModule(AttentionContract):
         padding_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         value: Tensor | None = None,
+        around: Surroundings = NOTHING,
     ) -> Tensor:
         """What each key weighs in what each query mixes of the values, before `finish`.
 
@@ -166,6 +171,7 @@ class AttentionModule(AttentionContract):
             padding_mask: `[batch, S]` bool, True = real token; None when all are.
             hidden_states: `[batch, T, hidden]`, for methods that route on the layer's input.
             value: `[batch, num_kv_heads, S, value_dim]`, for methods whose weights depend on the values too.
+            around: what other methods read.
 
         Returns:
             `[batch, num_heads, T, S]`, fp32 or fp64; rows and columns of padding are zero.
@@ -174,7 +180,7 @@ class AttentionModule(AttentionContract):
         values = key.new_empty(*key.shape[:3], self.geometry.value_dim, dtype=dtype)
 
         def attend(units: Tensor) -> Tensor:
-            return self._run(query, key, units, scaling, padding_mask, None, hidden_states, finish=False)
+            return self._run(query, key, units, scaling, padding_mask, None, hidden_states, around, finish=False)
 
         return response_weights(attend, values)
 

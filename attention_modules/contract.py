@@ -49,6 +49,8 @@ class AttentionContract(nn.Module, ABC):
     reads_positions: ClassVar[bool] = False
     reads_unrotated: ClassVar[bool] = False
     reads_board: ClassVar[bool] = False
+    # Whether it makes queries, keys and values of its own out of those of the module's projections; see `project`.
+    reprojects: ClassVar[bool] = False
     # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
     paths: ClassVar[tuple[str, ...]] = ()
     # Those of them that are left out at present.
@@ -105,6 +107,25 @@ class AttentionContract(nn.Module, ABC):
     def memory_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the fp32 accumulators of one sequence, without the batch axis."""
         return {}
+
+    @property
+    def projected_tokens(self) -> int:
+        """Tokens before each new one whose projections `project` reads."""
+        return 0
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What takes the place of the module's projections, before the rotary embedding; for methods that reproject.
+
+        Args:
+            query: `[batch, num_heads, P + T, head_dim]`, fp32 or fp64, of T tokens and the P = `projected_tokens` real
+                ones before them; zero where there is none, at the beginning of a text.
+            key: `[batch, num_kv_heads, P + T, head_dim]`, likewise.
+            value: `[batch, num_kv_heads, P + T, value_dim]`, likewise.
+
+        Returns:
+            query, key and value of the T tokens.
+        """
+        return query, key, value
 
     def signals(self, key: Tensor, hidden_states: Tensor | None) -> Memory:
         """What the method derives from each new token besides its key and value, such as the logarithm of its gate.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .tokens import Surroundings
+from .tokens import Rotation, Surroundings
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,18 @@ class Group:
     def take_rows(self, tensor: Tensor) -> Tensor:
         """`[batch, T, ...]` → `[N, L, ...]`."""
         return tensor.flatten(0, 1)[self.places]
+
+    def take_around(self, around: Surroundings) -> Surroundings:
+        """What a method may ask for, of these documents; the board stays whole."""
+        positions, before, rotation = around.positions, around.unrotated, around.rotation
+        return Surroundings(
+            None if positions is None else self.take_rows(positions),
+            None if before is None else (self.take(before[0]), self.take(before[1])),
+            None
+            if rotation is None
+            else Rotation(self.take_rows(rotation.cos), self.take_rows(rotation.sin), rotation.function),
+            around.board,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,14 +137,7 @@ def attend_documents(
             scaling=scaling,
             padding_mask=group.valid,
             hidden_states=None if hidden_states is None else group.take_rows(hidden_states),
-            around=replace(
-                around,
-                positions=None if around.positions is None else group.take_rows(around.positions),
-                unrotated=None
-                if around.unrotated is None
-                else (group.take(around.unrotated[0]), group.take(around.unrotated[1])),
-                board=board,
-            ),
+            around=replace(group.take_around(around), board=board),
         ).transpose(1, 2)
         if around.board is not None and board is not None:
             around.board.update({f"{number} {name}": tensor for name, tensor in board.items()})

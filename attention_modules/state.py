@@ -57,6 +57,8 @@ class AttentionState:
         self._ring: Ring | None = None
         self._room = Room() if grows else None
         self._summaries: dict[str, Summaries] = {}
+        # What the module projected, as far as the method still reads it; see `projections`.
+        self._projections: AttentionState | None = None
         self._recorded = 0
         # Newest tokens that can be taken back with the tail staying as long as the method needs it.
         self._recoverable = 0
@@ -77,7 +79,16 @@ class AttentionState:
         tail = self._room.tensors if self._room is not None and self._room.buffers else tuple(self._tail.values())
         ring = () if self._ring is None else self._ring.tensors
         beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
-        return sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
+        projected = 0 if self._projections is None else self._projections.nbytes
+        return projected + sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
+
+    @property
+    def projections(self) -> "AttentionState":
+        """A state beside this one for what the module projected; whatever happens to this one happens to it too."""
+        if self._projections is None:
+            self._projections = AttentionState()
+        self._projections.record_past = self.record_past
+        return self._projections
 
     def append(self, tokens: Tokens) -> Tokens:
         """Add new tokens behind the tail and return the whole tail.
@@ -241,14 +252,16 @@ class AttentionState:
                 without them went into the accumulators; set `record_past` before the call that adds tokens which may
                 be taken back.
         """
-        self._recorded = 0
-        if num_tokens <= 0:
-            return
         if num_tokens > self._recoverable:
             raise ValueError(
                 f"cannot take back {num_tokens} tokens: only {self._recoverable} can be taken back exactly; "
                 "set record_past before the call that adds them"
             )
+        if self._projections is not None:
+            self._projections.crop(num_tokens)
+        self._recorded = 0
+        if num_tokens <= 0:
+            return
         self.seen -= num_tokens
         self._real = None if self._real is None else self._real[:, : self.seen]
         self._recoverable -= num_tokens
@@ -272,6 +285,7 @@ class AttentionState:
         """Forget everything."""
         self.seen = self._recorded = self._recoverable = 0
         self.memory, self._ring, self._summaries, self._real = {}, None, {}, None
+        self._projections = None
         self._replace({})
         self._padded = False
 
@@ -289,6 +303,8 @@ class AttentionState:
         self._summaries = {name: s.map(function) for name, s in self._summaries.items()}
         self._ring = None if self._ring is None else self._ring.map(function)
         self._real = None if self._real is None else function(self._real)
+        if self._projections is not None:
+            self._projections.map(function)
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 

@@ -3,6 +3,7 @@
 Letters in shapes: `T` queries, `S` tokens, which are at least as many; query `t` sits at token `S - T + t`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,25 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """The model's rotary embedding at some tokens.
+
+    Attributes:
+        cos: `[batch, T, ...]`, cosines of each token's angles, in whatever order the model keeps them.
+        sin: likewise the sines.
+        function: the model's own, `(query, key, cos, sin)` → both rotated.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query `[batch, num_heads, T, head_dim]` and keys `[batch, num_kv_heads, T, head_dim]` rotated."""
+        return self.function(query, key, self.cos, self.sin)
+
+
+@dataclass(frozen=True)
 class Surroundings:
     """What a method may ask for besides queries, keys, values and the layer's input.
 
@@ -73,11 +93,13 @@ class Surroundings:
         positions: `[batch, T]` int64, place of each new token as the model counts it.
         unrotated: query `[batch, num_heads, T, head_dim]` and keys `[batch, num_kv_heads, T, head_dim]` before the
             rotary embedding.
+        rotation: that embedding, at the new tokens.
         board: what layers of this forward pass wrote for those behind them; it is gone with the pass.
     """
 
     positions: Tensor | None = None
     unrotated: tuple[Tensor, Tensor] | None = None
+    rotation: Rotation | None = None
     board: dict[str, Tensor] | None = None
 
 

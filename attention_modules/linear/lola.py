@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..base import NOTHING
 from ..contract import Memory
 from ..geometry import Geometry
 from ..padding import restore_tokens, right_align_order, take_tokens
 from ..registry import register
 from ..state import Mixed
-from ..tokens import Call, Tokens
+from ..tokens import Call, Surroundings, Tokens
 from ..weights import Statistic
 from ..window import LOG2E, SoftmaxTerms, softmax_terms
 from .base import divide
@@ -132,6 +133,7 @@ class LolaAttention(LolcatsAttention):
         padding_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         value: Tensor | None = None,
+        around: Surroundings = NOTHING,
     ) -> Tensor:
         """As for every method, with the values by which tokens are chosen."""
         if value is None:

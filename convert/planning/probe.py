@@ -1,8 +1,10 @@
 """Learn a model's attention by watching one forward on the meta device."""
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ from .probe_inputs import candidate_inputs
 logger = logging.getLogger(__name__)
 
 _PROBE = "attnconv_probe"
+EMBEDDINGS = "position_embeddings"
+ROTATE = "apply_rotary_pos_emb"
 # Building a larger model with real weights only to look at it would be no favour.
 _MAX_CPU_PARAMETERS = 300_000_000
 
@@ -40,6 +44,7 @@ class ProbedModule:
             that also weighs keys.
         class_name: its class.
         image_tokens: tokens that it sees of an image of the model's own size; None if the model takes no images.
+        shows_rotation: whether its rotary embedding can be undone and done again from outside.
     """
 
     name: str
@@ -51,6 +56,15 @@ class ProbedModule:
     extras: tuple[str, ...]
     class_name: str
     image_tokens: int | None = None
+    shows_rotation: bool = False
+
+
+def rotary_function(module_class: type[Any]) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function by which an attention class rotates queries and keys; None if it takes no cosines and sines."""
+    function: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
+        sys.modules.get(module_class.__module__), ROTATE, None
+    )
+    return function if EMBEDDINGS in inspect.signature(module_class.forward).parameters else None
 
 
 _EXTRAS = ("softcap", "s_aux", "position_bias", "indices", "sliding_window")
@@ -237,4 +251,5 @@ def _probed(name: str, notes: list[dict[str, Any]], config: PreTrainedConfig, im
         extras=tuple(dict.fromkeys(extra for note in notes for extra in note["extras"])),
         class_name=type(module).__name__,
         image_tokens=query_length if images else None,
+        shows_rotation=rotary_function(type(module)) is not None,
     )

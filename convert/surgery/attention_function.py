@@ -92,15 +92,23 @@ class AttentionCall:
     def student_weights(self) -> Tensor:
         """What each key weighs in the converted attention's output: `[batch, num_heads, T, T]`, fp32 or fp64."""
         if self.documents is None:
-            given = {"padding_mask": self.padding_mask, "hidden_states": self.hidden_states, "value": self.value}
-            return self.core.attention_weights(self.query, self.key, scaling=self.scaling, **given)
+            return self.core.attention_weights(
+                self.query,
+                self.key,
+                scaling=self.scaling,
+                padding_mask=self.padding_mask,
+                hidden_states=self.hidden_states,
+                value=self.value,
+                around=self.around,
+            )
         batch, heads, length, _ = self.query.shape
         weights = self.query.new_zeros(batch, heads, length, length, dtype=torch.float32)
         for places in self.documents.one_by_one():
             group, at = Group(places[None], None), places % length
             hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
             query, key, value = (group.take(t) for t in (self.query, self.key, self.value))
-            own = self.core.attention_weights(query, key, scaling=self.scaling, hidden_states=hidden, value=value)
+            given = {"hidden_states": hidden, "value": value, "around": group.take_around(self.around)}
+            own = self.core.attention_weights(query, key, scaling=self.scaling, **given)
             weights[int(places[0]) // length, :, at[:, None], at[None]] = own[0].to(weights.dtype)
         return weights
 

@@ -97,7 +97,7 @@ def note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     if not isinstance(hidden_states, Tensor):
         hidden_states = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3), None)
     context = CallContext(hidden_states, name=module.__dict__["_attnconv_name"])
-    if module.attnconv.reads_unrotated:
+    if module.attnconv.reads_unrotated or module.attnconv.reprojects:
         context.embeddings = embeddings_among(module, args, kwargs)
     cache = _cache_among(args, kwargs, context.name)
     if cache is not None and module.attnconv.geometry.causal:

@@ -1,7 +1,6 @@
 """What some methods ask for besides queries, keys and values: positions, keys before the rotary embedding, a board."""
 
 import inspect
-import sys
 import threading
 from functools import cache
 from typing import Any
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...attention_modules.base import AttentionModule
-from ...attention_modules.tokens import Surroundings
+from ...attention_modules.tokens import Rotation, Surroundings
 from ...errors import PlanError
+from ..planning.probe import EMBEDDINGS, rotary_function
 
-EMBEDDINGS = "position_embeddings"
-ROTATE = "apply_rotary_pos_emb"
 _PASS = threading.local()
 
 
@@ -34,19 +32,24 @@ def surroundings(
     Raises:
         PlanError: the model does not have something that the method needs.
     """
-    if not (core.reads_positions or core.reads_unrotated or core.reads_board):
+    if not (core.reads_positions or core.reads_unrotated or core.reprojects or core.reads_board):
         return Surroundings()
     name = module.__dict__.get("_attnconv_name")
     if core.reads_positions and not (isinstance(positions, Tensor) and positions.ndim == 2):
         raise PlanError(f"{core.name!r} needs the positions of tokens, but {name} receives no position_ids")
-    unrotated = _unrotated(module, core.name, query, key, embeddings) if core.reads_unrotated else None
+    before, rotation = None, None
+    if core.reads_unrotated or core.reprojects:
+        (before_query, before_key), rotation = _unrotated(module, core.name, query, key, embeddings)
+        # What is kept of a token, beside its key, is as precise as that.
+        dtypes = (before_query.dtype, before_key.dtype) if core.reprojects else (query.dtype, key.dtype)
+        before = before_query.to(dtypes[0]), before_key.to(dtypes[1])
     board = getattr(_PASS, "board", None)
     if core.reads_board and board is None:
         raise PlanError(
             f"{core.name!r} reads what other layers chose in the same forward pass, but {name} runs outside of one; "
             "turn gradient checkpointing off, and call the whole model"
         )
-    return Surroundings(positions if core.reads_positions else None, unrotated, board)
+    return Surroundings(positions if core.reads_positions else None, before, rotation, board)
 
 
 def embeddings_among(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,13 +68,16 @@ def _place_of_embeddings(original: type[nn.Module]) -> int | None:
     return names.index(EMBEDDINGS) if EMBEDDINGS in names else None
 
 
-def _unrotated(module: nn.Module, method: str, query: Tensor, key: Tensor, embeddings: Any) -> tuple[Tensor, Tensor]:
+def _unrotated(
+    module: nn.Module, method: str, query: Tensor, key: Tensor, embeddings: Any
+) -> tuple[tuple[Tensor, Tensor], Rotation]:
     """Query and key before the rotary embedding: turned back by the model's own function, whatever its order of axes.
 
-    A rotation by the negative angle undoes one; where cosines and sines carry a factor, its square is divided away.
+    A rotation by the negative angle undoes one; where cosines and sines carry a factor, its square is divided away. In
+    fp32, so that what is turned back and again is what it was, in whatever dtype the model is.
     """
     original: Any = type(module).__dict__["_attnconv_original"]
-    rotate = getattr(sys.modules.get(original.__module__), ROTATE, None)
+    rotate = rotary_function(original)
     name = module.__dict__.get("_attnconv_name")
     refusal = (
         f"{method!r} needs keys before their rotary embedding, which {name} ({original.__name__}) does not show: "
@@ -80,21 +86,22 @@ def _unrotated(module: nn.Module, method: str, query: Tensor, key: Tensor, embed
     is_pair = isinstance(embeddings, tuple) and len(embeddings) == 2 and isinstance(embeddings[0], Tensor)
     if rotate is None or not is_pair or getattr(module, "use_rope", True) is False:
         raise PlanError(refusal)
-    cos, sin = embeddings
-    square = cos.float().square() + sin.float().square()
-    back = (cos / square).to(cos.dtype), (-sin / square).to(sin.dtype)
+    cos, sin = (t.float() for t in embeddings)
+    # Once for each module, since a token must not wait for a comparison.
+    checked = torch.compiler.is_compiling() or module.__dict__.get("_attnconv_turns_back", False)
+    square = cos.square() + sin.square()
     try:
-        before = rotate(query, key, *back)
-        if not torch.compiler.is_compiling():
-            again = rotate(*before, cos, sin)
+        before = rotate(query.float(), key.float(), cos / square, -sin / square)
+        again = None if checked else rotate(*before, cos, sin)
     except (TypeError, RuntimeError) as error:
         raise PlanError(refusal) from error
-    if not torch.compiler.is_compiling():
-        tolerance = 1e-4 if key.dtype == torch.float32 else 5e-2
-        if not torch.allclose(again[1], key, atol=tolerance * float(key.detach().abs().amax()), rtol=0.0):
+    if again is not None:
+        largest = float(key.detach().abs().amax())
+        if not torch.allclose(again[1], key.float(), atol=1e-4 * largest, rtol=0.0):
             raise PlanError(refusal)
-    found: tuple[Tensor, Tensor] = before
-    return found
+        module.__dict__["_attnconv_turns_back"] = True
+    batch = query.shape[0]
+    return before, Rotation(*(t.expand(batch, *t.shape[1:]) for t in (cos, sin)), rotate)
 
 
 def keep_board(model: nn.Module) -> None:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tests.support.invariants import BASE, Row, attend, build, close, directed, part, rows_and_directions, tokens
+from tests.support.invariants import BASE, Row, around, attend, build, close, directed, part, rows_and_directions, tokens
 
 from attnconv.attention_modules.packing import Documents, attend_documents
-from attnconv.attention_modules.tokens import Surroundings
 
 # Two rows of 40 tokens: documents of very unlike lengths, one of them padded on both sides.
 LENGTHS = [[1, 23, 9, 7], [17, 16]]
@@ -28,7 +27,7 @@ def starts_and_valid() -> tuple[torch.Tensor, torch.Tensor]:
 def packed(module: torch.nn.Module, inputs: dict[str, torch.Tensor], documents: Documents) -> torch.Tensor:
     heads = {name: t for name, t in inputs.items() if name != "hidden_states"}
     hidden_states = inputs["hidden_states"].squeeze(1)
-    given = {"scaling": BASE.head_dim**-0.5, "hidden_states": hidden_states, "around": Surroundings()}
+    given = {"scaling": BASE.head_dim**-0.5, "hidden_states": hidden_states, "around": around(inputs)}
     return attend_documents(module, documents, **heads, **given)
 
 

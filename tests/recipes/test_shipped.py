@@ -15,6 +15,7 @@ from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, re
 SHIPPED = [
     "agent",
     "cast-bf16",
+    "cca",
     "gated",
     "gated-delta",
     "hedgehog",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from matrix_row import Row
 
 from attnconv.attention_modules import AttentionModule, Geometry, create
+from attnconv.attention_modules.tokens import Rotation, Surroundings
 from attnconv.files.discovery import import_folder
 
 ROWS: list[Row] = [row for name in import_folder("method_rows") for row in sys.modules[name].ROWS]
@@ -73,9 +74,16 @@ def tokens(length: int, geometry: Geometry = BASE, batch: int = 2, seed: int = 0
 def attend(module: AttentionModule, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
     heads = {name: t for name, t in inputs.items() if name != "hidden_states"}
     hidden_states = inputs["hidden_states"].squeeze(1)
-    scaling = module.geometry.head_dim**-0.5
-    out: torch.Tensor = module(**heads, scaling=scaling, hidden_states=hidden_states, **kwargs)
+    given = {"scaling": module.geometry.head_dim**-0.5, "hidden_states": hidden_states, "around": around(inputs)}
+    out: torch.Tensor = module(**heads, **given, **kwargs)
     return out
+
+
+def around(inputs: dict[str, torch.Tensor]) -> Surroundings:
+    """What a model would tell of these tokens if it had no rotary embedding."""
+    ones = inputs["key"].new_ones(inputs["key"].shape[0], inputs["key"].shape[2], 1)
+    rotation = Rotation(ones, ones, lambda query, key, cos, sin: (query, key))
+    return Surroundings(unrotated=(inputs["query"], inputs["key"]), rotation=rotation)
 
 
 def part(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
