@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calls import exact_tokens
 from .contract import AttentionContract
 from .padding import restore_tokens, right_align_order
 from .state import AttentionState
@@ -54,10 +55,7 @@ def reproject(
     both = torch.cat(around.unrotated, 1)
     given = Tokens(both, value, valid)
     order = None if valid is None else right_align_order(valid)
-    if state is not None:
-        held = state.projections.append(given)
-    else:
-        held = given if order is None else given.reordered(order)
+    held = exact_tokens(given, None if state is None else state.projections)
     newest = held.part(max(held.length - earlier - length, 0))
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):

@@ -79,7 +79,7 @@ class AttentionState:
         tail = self._room.tensors if self._room is not None and self._room.buffers else tuple(self._tail.values())
         ring = () if self._ring is None else self._ring.tensors
         beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
-        projected = 0 if self._projections is None else self._projections.nbytes
+        projected: int = 0 if self._projections is None else self._projections.nbytes
         return projected + sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
 
     @property

@@ -4,6 +4,7 @@ Letters in shapes: `H` query heads, `K` key/value heads, `d` head_dim, `C = (H +
 new ones.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -129,8 +130,10 @@ class ConvolutionalAttention(SoftmaxAttention):
         depthwise, depthwise_bias, grouped, grouped_bias = (weight.to(dtype) for weight in weights)
         channels = F.conv1d(channels, depthwise, depthwise_bias, groups=channels.shape[1])
         channels = F.conv1d(channels, grouped, grouped_bias, groups=count)
-        return channels.unflatten(1, (count, -1)).transpose(2, 3)
+        convolved: Tensor = channels.unflatten(1, (count, -1))
+        return convolved.transpose(2, 3)
 
     def _normalized(self, heads: Tensor) -> Tensor:
         """Each head's vector brought to length sqrt(d)."""
-        return F.normalize(heads, dim=-1, eps=torch.finfo(torch.float32).eps) * self.geometry.head_dim**0.5
+        unit: Tensor = F.normalize(heads, dim=-1, eps=torch.finfo(torch.float32).eps)
+        return unit * math.sqrt(self.geometry.head_dim)

@@ -107,7 +107,7 @@ class AttentionCall:
             group, at = Group(places[None], None), places % length
             hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
             query, key, value = (group.take(t) for t in (self.query, self.key, self.value))
-            given = {"hidden_states": hidden, "value": value, "around": group.take_around(self.around)}
+            given: dict[str, Any] = {"hidden_states": hidden, "value": value, "around": group.take_around(self.around)}
             own = self.core.attention_weights(query, key, scaling=self.scaling, **given)
             weights[int(places[0]) // length, :, at[:, None], at[None]] = own[0].to(weights.dtype)
         return weights

@@ -101,7 +101,8 @@ def _unrotated(
             raise PlanError(refusal)
         module.__dict__["_attnconv_turns_back"] = True
     batch = query.shape[0]
-    return before, Rotation(*(t.expand(batch, *t.shape[1:]) for t in (cos, sin)), rotate)
+    cos, sin = (t.expand(batch, *t.shape[1:]) for t in (cos, sin))
+    return before, Rotation(cos, sin, rotate)
 
 
 def keep_board(model: nn.Module) -> None:

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from tests.support.invariants import BASE, Row, around, attend, build, close, directed, part, rows_and_directions, tokens
+from tests.support.invariants import (
+    BASE,
+    Row,
+    around,
+    attend,
+    build,
+    close,
+    directed,
+    part,
+    rows_and_directions,
+    tokens,
+)
 
 from attnconv.attention_modules.packing import Documents, attend_documents
 
