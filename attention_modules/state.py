@@ -79,8 +79,8 @@ class AttentionState:
         tail = self._room.tensors if self._room is not None and self._room.buffers else tuple(self._tail.values())
         ring = () if self._ring is None else self._ring.tensors
         beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
-        projected: int = 0 if self._projections is None else self._projections.nbytes
-        return projected + sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
+        own = sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
+        return own if self._projections is None else own + self._projections.nbytes
 
     @property
     def projections(self) -> "AttentionState":

@@ -98,7 +98,8 @@ def computes_dense(
     key = draw(geometry.num_kv_heads, length, geometry.head_dim)
     value = draw(geometry.num_kv_heads, length, geometry.value_dim)
     hidden = draw(queries, geometry.hidden_size) if core.reads_hidden_states and geometry.hidden_size else None
-    around = Surroundings(torch.arange(length, device=device)[None], (query, key), {} if board is None else board)
+    positions = torch.arange(length, device=device)[None]
+    around = Surroundings(positions, (query, key), board={} if board is None else board)
     scaling = geometry.head_dim**-0.5
     given: dict[str, Any] = {"scaling": scaling, "around": around}
     outs = [core(query, key, value, hidden_states=hidden, **given)]
