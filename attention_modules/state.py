@@ -79,7 +79,7 @@ class AttentionState:
         tail = self._room.tensors if self._room is not None and self._room.buffers else tuple(self._tail.values())
         ring = () if self._ring is None else self._ring.tensors
         beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
-        own = sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
+        own: int = sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
         return own if self._projections is None else own + self._projections.nbytes
 
     @property
