@@ -1,5 +1,10 @@
 """The exceptions that attnconv raises for whatever a user can cause; each message is one clear sentence."""
 
+INSTALL_COMMAND = "pip install ."
+INSTALL_PLACE = "in a clone of attnconv's repository"
+"""Where the command works, until there is a package on the index."""
+INSTALL = f"`{INSTALL_COMMAND}` {INSTALL_PLACE}"
+
 
 class AttnConvError(Exception):
     """Base of every error that attnconv raises on purpose."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create, get_method
-from ...errors import PlanError
+from ...errors import INSTALL, PlanError
 
 SECTION_VERSION = 1
 # Far above any model that there is, and small enough that no product of two of them overflows a size.
@@ -91,7 +91,7 @@ def read_section(section: Any) -> list[tuple[str, ModuleSection, Geometry]]:
             raise PlanError(f"the section 'attnconv' of config.json is damaged: it has no version; {AGAIN}")
         raise PlanError(
             f"this checkpoint was converted with section version {version!r}, but this attnconv reads "
-            f"{SECTION_VERSION}; pip install -U attnconv"
+            f"{SECTION_VERSION}; update attnconv with {INSTALL}"
         )
     modules = section.get("modules")
     if not isinstance(modules, Mapping) or not modules:
@@ -119,7 +119,7 @@ def _read_module(name: str, entry: Any) -> tuple[ModuleSection, Geometry]:
     try:
         get_method(parsed.method)
     except ValueError as error:
-        raise PlanError(f"{name}: {error}; pip install -U attnconv") from error
+        raise PlanError(f"{name}: {error}; update attnconv with {INSTALL}") from error
     _check_core(name, parsed, geometry)
     return parsed, geometry
 

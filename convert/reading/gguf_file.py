@@ -43,7 +43,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
         # Said outright, for transformers asks on stdin whether it may run code where nothing is said.
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
-        raise CheckpointError("Reading GGUF files needs one more package: pip install 'attnconv[gguf]'.") from error
+        raise CheckpointError("Reading GGUF files needs one more package: pip install gguf") from error
     # Each architecture's own mapping may fail in its own way on metadata it does not expect.
     except Exception as error:
         raise CheckpointError(

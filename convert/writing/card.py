@@ -1,25 +1,19 @@
 """The model card of a conversion: metadata the Hub understands, what was measured, how to load it, how it was made."""
 
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
 from ...attention_modules.registry import get_method
-from ...files.foreign_errors import first_line
-from ...files.own_files import CARD_FILE
+from ...errors import INSTALL_COMMAND, INSTALL_PLACE
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 from ..rewriting.exactness import Exactness
+from .base_card import read_base
 from .receipt import Receipt
 from .save import auto_classes
-
-logger = logging.getLogger(__name__)
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -36,8 +30,6 @@ HOW_IT_WAS_MADE = "## How it was made"
 REPORT_START, REPORT_END = "<!-- attnconv:report -->", "<!-- /attnconv:report -->"
 # A card is published: of a data file it tells the name, not where it lies.
 _FOLDERS = re.compile(r"(?<=(?:path|text): )[/~].*/|(?<=(?:path|text): ')[/~].*/")
-CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What of the base's own card stays true of a conversion of it."""
 
 
 def make_card(
@@ -71,9 +63,10 @@ def make_card(
     methods = Counter(entry.method for entry in plan.converted)
     addresses = list(dict.fromkeys([*(get_method(method).paper for method in methods), *papers]))
     auto_class = _auto_class(checkpoint.config.model_type, checkpoint.architecture)
-    metadata: dict[str, Any] = {"pipeline_tag": PIPELINES.get(auto_class), **base_metadata(checkpoint.path)}
+    known = read_base(checkpoint)
+    metadata: dict[str, Any] = {"pipeline_tag": PIPELINES.get(auto_class), **known.metadata}
     data = ModelCardData(
-        base_model=checkpoint.repo_id,
+        base_model=known.models[0] if len(known.models) == 1 else list(known.models) or None,
         library_name="transformers",
         tags=["attnconv", *sorted(methods), *_arxiv_tags(addresses)],
         **metadata,
@@ -81,6 +74,7 @@ def make_card(
     body = [
         f"# {name}",
         _summary(checkpoint, plan, methods),
+        *([" ".join(known.sentences())] if known.is_local else []),
         "## Load it",
         _native_loading(name, auto_class) if plan.is_native else _loading(name, auto_class, self_contained),
         *_measured(receipt),
@@ -91,21 +85,6 @@ def make_card(
         *(["## Papers", "\n".join(f"- <{address}>" for address in addresses if address)] if any(addresses) else []),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
-
-
-def base_metadata(folder: Path) -> dict[str, Any]:
-    """What a base's card says that is true of its conversion too, above all its licence; nothing if it has no card."""
-    from huggingface_hub import ModelCard
-
-    path = folder / CARD_FILE
-    if not path.is_file():
-        return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError) as error:
-        logger.warning("the card of the base cannot be read, so its licence is not carried over: %s", first_line(error))
-        return {}
-    return {key: data[key] for key in CARRIED_OVER if data.get(key) is not None}
 
 
 def loading(name: str, model_type: str, architecture: str, *, self_contained: bool = False) -> str:
@@ -191,7 +170,7 @@ def _loading(name: str, auto_class: str, self_contained: bool) -> str:
             "which `trust_remote_code=True` lets run. An installed attnconv runs in its place."
         )
     return (
-        "```sh\npip install attnconv\n```\n\n"
+        f"```sh\n{INSTALL_COMMAND}  # {INSTALL_PLACE}\n```\n\n"
         f"{snippet}With `trust_remote_code=True` the import is not needed, the package is."
     )
 

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...errors import INSTALL
 from ...files.json_files import read_json, write_json
 from ...files.own_files import CARD_FILE, CONFIG_FILE, RECIPE_FILE
 from ...files.whole_files import write_atomically
@@ -28,12 +29,15 @@ from .weight_mark import mark_weights
 
 MODELING_MODULE = "modeling_attnconv"
 
-MODELING_HEADER = '''"""Lets `trust_remote_code=True` load this model, which attnconv made; needs: pip install attnconv.
+MODELING_HEADER = f'''"""Lets `trust_remote_code=True` load this model, which attnconv made and which needs attnconv.
 
 With `import attnconv` beforehand the model loads without this file.
 """
 
-from attnconv.convert.writing.reload import native_model
+try:
+    from attnconv.convert.writing.reload import native_model
+except ImportError as error:
+    raise ImportError("This model needs attnconv: {INSTALL}.") from error
 
 '''
 

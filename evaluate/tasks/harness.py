@@ -106,7 +106,7 @@ class HarnessTask(Task[HarnessSettings]):
             DataError: lm-eval is not installed, or it does not know a name.
         """
         if find_spec("lm_eval") is None:
-            raise DataError('Tasks of kind harness need lm-eval: pip install "attnconv[eval]".')
+            raise DataError("Tasks of kind harness need lm-eval: pip install lm-eval")
         folder = self.settings.include_path
         if folder is not None and not Path(folder).is_dir():
             raise DataError(f"include_path is {folder}, which is no folder.")

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import attnconv
 from attnconv.attention_modules import Geometry
 from attnconv.convert.planning.plan import Plan, PlanEntry
 from attnconv.convert.reading.checkpoint import Checkpoint, open_checkpoint
-from attnconv.convert.writing.card import base_metadata, make_card
+from attnconv.convert.writing.base_card import read_base
+from attnconv.convert.writing.card import make_card
 from attnconv.convert.writing.receipt import Receipt, digest_inputs, make_receipt, write_receipt
+from attnconv.errors import INSTALL_COMMAND, INSTALL_PLACE
 
 GEOMETRY = Geometry(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8)
 PLAN = Plan(
@@ -81,8 +84,54 @@ def test_the_licence_is_carried_over(base: Path) -> None:
     data = card_of(base).data.to_dict()
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "odd-licence", "LICENSE")
     assert data["language"] == ["en", "de"]
-    # Of a base that is not known to be on the Hub nothing is claimed, least of all that its own base is ours.
-    assert "base_model" not in data
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "configured", "models"),
+    [
+        ("base_model: someone/grandparent", "someone/else", "someone/grandparent"),
+        ("base_model: [a/b, c/d]", None, ["a/b", "c/d"]),
+        ("license: mit", "someone/else", "someone/else"),
+        ("base_model: /home/me/base", "someone/else", "someone/else"),
+        *(
+            ("license: mit", path, None)
+            for path in ("/home/me/a", "./a/b", "a", "out/llama", "me/checkpoint-10", "C:/m")
+        ),
+        ("license: mit", 3, None),
+    ],
+)
+def test_a_local_base_is_named_by_its_own_files(base: Path, front_matter: str, configured: Any, models: Any) -> None:
+    (base / "README.md").write_text(f"---\n{front_matter}\n---\n# The base\n")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "_name_or_path": configured}))
+    card = card_of(base)
+    assert card.data.to_dict().get("base_model") == models
+    known = "nearest model of the Hub that its own files name is ["
+    assert (known in card.text) == (models is not None)
+    assert ("names no model of the Hub, so this card has no `base_model`" in card.text) == (models is None)
+    assert ("name no licence, so neither does this card" in card.text) == ("license" not in front_matter)
+
+
+def test_a_folder_that_only_looks_like_a_model_of_the_hub(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base / "mine" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(base)
+    (base / "README.md").write_text("---\nbase_model: mine/tiny\n---\n")
+    assert "base_model" not in card_of(base).data.to_dict()
+
+
+def test_a_base_from_the_hub_needs_no_such_sentences(base: Path) -> None:
+    (base / "README.md").unlink()
+    assert "local copy" not in card_of(base, repo_id="someone/tiny").text
+
+
+def test_how_to_install_is_said_alike_everywhere(base: Path, repository: Path) -> None:
+    """There is no package on the index yet: whoever follows `pip install attnconv` would run somebody else's code."""
+    assert f"```sh\n{INSTALL_COMMAND}  # {INSTALL_PLACE}\n```" in card_of(base).text
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert INSTALL_COMMAND in readme
+    for path in [repository / "README.md", *repository.glob("[a-z]*/**/*.py")]:
+        if "tests" not in path.relative_to(repository).parts:
+            assert not re.search(r"pip install \S*attnconv", path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize(
@@ -92,7 +141,7 @@ def test_a_base_without_a_readable_card(base: Path, card: str | bytes | None) ->
     (base / "README.md").unlink()
     if card is not None:
         (base / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    assert base_metadata(base) == {}
+    assert read_base(open_checkpoint(base)).metadata == {}
     assert "license" not in card_of(base).data.to_dict()
 
 

@@ -86,12 +86,12 @@ def test_unknown_method(converted: PreTrainedModel, tmp_path: Path) -> None:
         for entry in section["modules"].values():
             entry["method"] = "of_tomorrow"
 
-    with pytest.raises(PlanError, match=r"of_tomorrow.*pip install -U attnconv"):
+    with pytest.raises(PlanError, match=r"of_tomorrow.*update attnconv with `pip install .`"):
         AutoModelForCausalLM.from_pretrained(edited(converted, tmp_path, change))
 
 
 def test_unknown_section_version(converted: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"section version 2.*pip install -U attnconv"):
+    with pytest.raises(PlanError, match=r"section version 2.*update attnconv with `pip install .`"):
         AutoModelForCausalLM.from_pretrained(edited(converted, tmp_path, lambda section: section.update(version=2)))
 
 

@@ -141,7 +141,7 @@ def test_unknown_section_version_is_refused(tmp_path: Path) -> None:
     model = converted()
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, attnconv={**model.config.attnconv, "version": 99})
-    with pytest.raises(PlanError, match=r"version 99.*pip install -U attnconv"):
+    with pytest.raises(PlanError, match=r"version 99.*update attnconv with `pip install .`"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
