@@ -1,5 +1,6 @@
 """What makes `AutoModel...from_pretrained` rebuild a converted model, once attnconv is imported."""
 
+import inspect
 from collections.abc import Iterable
 from functools import wraps
 from typing import Any
@@ -218,13 +219,20 @@ def _check_loaded(model: PreTrainedModel, section: Any, unexpected: Iterable[str
 
 
 def _wrap_save_pretrained() -> None:
-    original = PreTrainedModel.save_pretrained
+    original: Any = PreTrainedModel.save_pretrained
+    signature = inspect.signature(original)
 
     @wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         section = getattr(self.config, SECTION, None)
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if isinstance(section, dict) and given.get("push_to_hub"):
+            raise PlanError(
+                "save_pretrained(push_to_hub=True) would publish the model before it is marked as converted: save it "
+                "without push_to_hub, then run `attnconv push FOLDER USER/NAME`"
+            )
         result = original(self, save_directory, *args, **kwargs)
-        if isinstance(section, dict) and kwargs.get("is_main_process", True):
+        if isinstance(section, dict) and given.get("is_main_process", True):
             from .save import mark_folder
 
             mark_folder(save_directory)

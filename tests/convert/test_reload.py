@@ -193,3 +193,16 @@ def test_only_the_decoder_that_was_converted_is(tmp_path: Path) -> None:
     assert list(converted_modules(again)) == list(converted_modules(model)) == ["decoder.block.1.layer.0.SelfAttention"]
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_nothing_is_published_before_it_is_marked(by_name: bool, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"push_to_hub": True} if by_name else {}
+    with pytest.raises(PlanError, match=r"push_to_hub=True.* would publish .*`attnconv push FOLDER USER/NAME`"):
+        converted().save_pretrained(tmp_path / "out", *(() if by_name else (True, None, True)), **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_does_not_write_marks_nothing(tmp_path: Path) -> None:
+    converted().save_pretrained(tmp_path, False)
+    assert not (tmp_path / "config.json").exists()
