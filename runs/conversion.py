@@ -45,6 +45,7 @@ from ..files.foreign_errors import first_line
 from ..files.output_folder import atomic_folder, check_output, trial_folder
 from ..files.own_files import CONFIG_FILE, LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE, RECEIPT_FILE
 from ..recipes import Recipe
+from .executed import STREAMED, count_executed
 from .figures import metric_rows, start_distance
 from .identity import digest_weights, find_revisions, run_identity
 from .rewriting import Base, rewritten_base, write_native
@@ -276,6 +277,8 @@ def _rehearse(run: Run, output: Path, model: PreTrainedModel, *, overwrite: bool
     """Save the model without its weights and throw that away, so that what cannot be saved is not healed in vain."""
     if not run.team.leads:
         return
+    # Nor should one be healed whose layers run something else.
+    count_executed(run, model)
     # One of the base's own, for which the saved weights have a mark.
     name, tensor = next(item for item in model.state_dict().items() if not is_new_tensor(item[0]))
     with trial_folder(output, overwrite=overwrite) as folder:
@@ -329,6 +332,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         digests = streamed.digests
         # Links to a rewritten base are its only name when the run is over.
         run.record("links", streamed.links if run.origin is None else {})
+        run.record("attention", {"not_measured": STREAMED})
         warn_if_not_finite(run.checkpoint.shards)
     else:
         if run.recipe.output.merge_lora:
@@ -336,6 +340,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
         check_finite(model.state_dict().items())
+        run.record("attention", count_executed(run, model))
         save_converted(
             model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_bytes
         )
@@ -356,6 +361,7 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         start_distance=start_distance(run),
         metrics=metric_rows(run),
         path_use=run.measured.get("path_use"),
+        attention=run.measured.get("attention"),
     )
     recipe_yaml = run.recipe.to_yaml()
     card = make_card(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...attention_modules.counts import AttentionCounts
 from ...attention_modules.registry import get_method
 from ...errors import INSTALL_COMMAND, INSTALL_PLACE
 from ..planning.plan import Plan
@@ -213,7 +214,17 @@ def _measured(receipt: Receipt) -> list[str]:
         parts.append(f"Distance from the base right after the swap: {figures}.")
     for path, ratio in receipt.path_use.items():
         parts.append(f"Perplexity without the {path} path: {_cell(ratio)} times that with it.")
+    if receipt.attention:
+        parts.append(_attention(receipt.attention))
     return ["## Measured", *parts] if parts else []
+
+
+def _attention(found: Mapping[str, Any]) -> str:
+    """What the converted layers did in one pass over a text."""
+    if "not_measured" in found:
+        return f"What the attention does was not counted: {found['not_measured']}."
+    counts = AttentionCounts.from_dict(found)
+    return f"What the attention of {len(counts.layers)} converted layers does: {counts.sentence()}."
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,7 @@ attention over all tokens, because a function underneath was exchanged: a module
 given random ones, of which most are out of its sight, and its output must not be that of dense attention.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,15 +36,15 @@ NAMED = 3
 
 
 @torch.no_grad()
-def check_executed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AttentionCounts:
-    """Run a converted model once, and insist that each layer ran what the model's config says.
+def check_executed(model: PreTrainedModel, *forwards: Callable[[], object]) -> AttentionCounts:
+    """Insist that each layer of a converted model runs what the model's config says.
 
     Args:
         model: a converted model on any device but meta; it runs in evaluation mode.
-        inputs: arguments of its forward, tensors first by their batch axis.
+        forwards: run the model on one row each; as many of them are called as it takes for each layer to have run.
 
     Returns:
-        what the layers did in that pass.
+        what the layers did meanwhile.
 
     Raises:
         PlanError: the model is not converted, a layer ran something else than its method, or it computes dense
@@ -53,18 +53,20 @@ def check_executed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Attenti
     methods = _methods(model)
     modules = converted_modules(model)
     _refuse([name for name in methods if name not in modules], methods, "are not converted in this model")
+    cores = {name: modules[name].get_submodule(CORE) for name in methods}
     with _evaluating(model):
-        with counting(model) as counter:
-            model(**inputs)
-        counts = {name: counter.by_module.get(f"{name}.{CORE}", Counts()) for name in methods}
-        idle = [name for name, found in counts.items() if not found.calls]
-        _refuse(idle, methods, "ran something else, for their attention modules were not called")
-        cores = {name: modules[name].get_submodule(CORE) for name in methods}
         given: dict[str, Any] = {"dtype": model.dtype, "device": model.device, "board": {}}
         dense = [name for name, core in cores.items() if computes_dense(core, **given)]
-    _refuse(dense, methods, "compute dense softmax attention, although their methods look at fewer tokens")
-    batch = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), 1)
-    return AttentionCounts(max(found.queries for found in counts.values()) // batch, counts)
+        _refuse(dense, methods, "compute dense softmax attention, although their methods look at fewer tokens")
+        with counting(model) as counter:
+            for forward in forwards:
+                forward()
+                counts = {name: counter.by_module.get(f"{name}.{CORE}", Counts()) for name in methods}
+                idle = [name for name, found in counts.items() if not found.calls]
+                if not idle:
+                    break
+    _refuse(idle, methods, "ran something else, for their attention modules were not called")
+    return AttentionCounts(max(found.queries // found.calls for found in counts.values()), counts)
 
 
 @torch.no_grad()

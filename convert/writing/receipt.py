@@ -38,6 +38,8 @@ class Receipt:
         metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
         path_use: perplexity without each path of the methods over perplexity with it, at the end; 1 means that the
             path does nothing. Empty where there are none or perplexity was not measured.
+        attention: what the converted layers did in one pass over a short text, as `AttentionCounts.to_dict` has it, and
+            the `text`; or `not_measured`, why that is not known. Empty for a model without converted layers.
         command: the command line, absolute paths shortened to names.
         created: when, in UTC.
         versions: of the packages that took part.
@@ -54,6 +56,7 @@ class Receipt:
     start_distance: Mapping[str, float] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
     path_use: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +72,7 @@ def make_receipt(
     start_distance: Mapping[str, float] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     path_use: Mapping[str, float] | None = None,
+    attention: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> Receipt:
     """Put a receipt together.
@@ -82,6 +86,7 @@ def make_receipt(
         start_distance: how far the model was from its teacher right after the swap, by measure.
         metrics: what was measured, one row per moment, each with its `"stage"`.
         path_use: perplexity without each path of the methods over perplexity with it.
+        attention: what the converted layers did in one pass, see `Receipt`.
         command: the command line; the default is that of this process.
     """
     return Receipt(
@@ -96,6 +101,7 @@ def make_receipt(
         start_distance=start_distance or {},
         metrics=tuple(metrics),
         path_use=path_use or {},
+        attention=attention or {},
         command=_public(sys.argv if command is None else command),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),

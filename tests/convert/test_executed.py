@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(
     vocab_size=64,
     pad_token_id=0,
 )
-INPUTS = {"input_ids": torch.arange(3, 43)[None], "use_cache": True}
+IDS = torch.arange(3, 43)[None]
 SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 8},
     "lolcats": {"window": 8},
@@ -39,6 +39,10 @@ def converted(method: str = "sliding_window", **options: Any) -> PreTrainedModel
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(deepcopy(CONFIG)).eval()
     return convert_model(model, method, **(options or SMALL.get(method, {})))
+
+
+def check(model: PreTrainedModel) -> AttentionCounts:
+    return check_executed(model, lambda: model(IDS, use_cache=True))
 
 
 def middle(model: PreTrainedModel) -> Any:
@@ -65,7 +69,7 @@ def layer(method: str, causal: bool = True, **options: Any) -> AttentionModule:
 
 @pytest.mark.parametrize("method", [name for name in available() if name != "softmax" and serves(name, True)])
 def test_every_method_runs_what_it_says(method: str) -> None:
-    counts = check_executed(converted(method), INPUTS)
+    counts = check(converted(method))
     assert list(counts.layers) == [f"model.layers.{number}.self_attn" for number in range(3)]
     assert counts.tokens == 40
     assert all(found.calls == 1 and found.queries == 40 and found.state_bytes > 0 for found in counts.layers.values())
@@ -86,7 +90,7 @@ def test_images_are_tried_at_a_length_that_is_one() -> None:
 
 
 def test_figures_are_those_of_the_pass() -> None:
-    counts = check_executed(converted("sliding_window", window=8, num_sinks=0), INPUTS)
+    counts = check(converted("sliding_window", window=8, num_sinks=0))
     # Of 40 tokens each sees itself and seven before it, the first seven what is there.
     assert counts.total.exact_pairs == 3 * (28 + 33 * 8)
     assert counts.total.density == pytest.approx(292 / 820)
@@ -143,7 +147,7 @@ def the_decoding_alone(model: PreTrainedModel) -> None:
         (the_module_forward, "1 of 3 layers .* ran something else, .*: model.layers.1.self_attn;"),
         (the_class, "1 of 3 layers .* are not converted in this model: model.layers.1.self_attn;"),
         (the_attention_function, "model.layers.1.self_attn computed its attention without the converted core"),
-        (the_core_forward, "1 of 3 layers .* ran something else, .*: model.layers.1.self_attn;"),
+        (the_core_forward, "1 of 3 layers .* compute dense softmax attention, .*: model.layers.1.self_attn;"),
         (the_maths, "1 of 3 layers .* compute dense softmax attention, .*: model.layers.1.self_attn;"),
         (the_decoding_alone, "1 of 3 layers .* compute dense softmax attention, .*: model.layers.1.self_attn;"),
     ],
@@ -152,7 +156,24 @@ def test_another_attention_is_refused(exchange: Callable[[PreTrainedModel], None
     model = converted()
     exchange(model)
     with pytest.raises(PlanError, match=problem):
-        check_executed(model, INPUTS)
+        check(model)
+
+
+def test_layers_may_run_in_one_forward_or_another() -> None:
+    model = converted()
+    ran: list[int] = []
+
+    def forward(layers: int) -> Callable[[], object]:
+        def run() -> object:
+            ran.append(layers)
+            return model(IDS[:, :20]) if layers else None
+
+        return run
+
+    assert check_executed(model, forward(0), forward(3), forward(0)).tokens == 20
+    assert ran == [0, 3]
+    with pytest.raises(PlanError, match="3 of 3 layers .* were not called"):
+        check_executed(model, forward(0))
 
 
 def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,18 +182,18 @@ def test_long_lists_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         model.model.layers[number].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     monkeypatch.setattr("attnconv.convert.writing.executed.NAMED", 2)
     with pytest.raises(PlanError, match=r"3 of 3 layers .*self_attn, model.layers.1.self_attn and 1 more;"):
-        check_executed(model, INPUTS)
+        check(model)
 
 
 def test_a_model_without_a_section_is_refused() -> None:
     with pytest.raises(PlanError, match="LlamaForCausalLM is not converted"):
-        check_executed(AutoModelForCausalLM.from_config(deepcopy(CONFIG)), INPUTS)
+        check(AutoModelForCausalLM.from_config(deepcopy(CONFIG)))
 
 
 def test_the_model_stays_as_it_was() -> None:
     model = converted().train()
     middle(model).eval()
-    check_executed(model, INPUTS)
+    check(model)
     assert model.training
     assert not middle(model).training
     assert len(converted_modules(model)) == 3

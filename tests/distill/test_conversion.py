@@ -6,12 +6,13 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
 from attnconv.attention_modules.paths import leaving_out
 from attnconv.commands.tables import show_conversion
 from attnconv.distill.metrics import MetricsFile
-from attnconv.errors import AttnConvError, DataError, OutputError, TrainingError
+from attnconv.errors import AttnConvError, DataError, OutputError, PlanError, TrainingError
 from attnconv.evaluate import perplexity
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.receipt_part import receipt_section
@@ -83,6 +84,35 @@ def test_the_receipt_says_how_much_each_path_is_used(healed):
         assert ratio == pytest.approx(without / healed.metrics[-1]["perplexity"], rel=1e-4)
         assert abs(ratio - 1) > 0.01
         assert f"Perplexity without the {path} path" in (healed.output / "README.md").read_text()
+
+
+def test_the_receipt_says_what_the_attention_does(healed):
+    counted = json.loads((healed.output / "receipt.json").read_text())["attention"]
+    assert counted["text"] == "book"
+    assert len(counted["layers"]) == 5
+    # Of 504 tokens each sees itself and seven before it, the others through a state.
+    seen = 28 + (counted["tokens"] - 7) * 8
+    assert {layer["exact_pairs"] for layer in counted["layers"].values()} == {seen}
+    assert counted["total"]["density"] + counted["total"]["summarized"] == pytest.approx(1)
+    words = f"What the attention of 5 converted layers does: at {counted['tokens']} tokens"
+    assert words in (healed.output / "README.md").read_text()
+
+
+def test_a_model_that_computes_dense_attention_is_neither_healed_nor_saved(tmp_path, monkeypatch):
+    def dense(self, call, memory):
+        keys, values = (
+            t.repeat_interleave(self.geometry.num_groups, 1) for t in (call.tokens.keys, call.tokens.values)
+        )
+        return scaled_dot_product_attention(call.query, keys, values, is_causal=True, scale=call.scaling)
+
+    monkeypatch.setattr("attnconv.attention_modules.sparse.sliding_window.SlidingWindowAttention.attend_torch", dense)
+    for number, stages in enumerate([(TRANSFER | {"steps": 1},), ()]):
+        recipe = make_recipe(
+            *stages, method="sliding_window", evaluate={"embedded": True, "tokens": 100, "context": 50}
+        )
+        with pytest.raises(PlanError, match="compute dense softmax attention"):
+            run_conversion(embedded_model_path(), recipe, tmp_path / str(number), device="cpu")
+        assert not (tmp_path / str(number)).exists()
 
 
 def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
@@ -161,6 +191,11 @@ def test_without_stages_the_model_is_never_built(tmp_path, monkeypatch):
     recipe = make_recipe(method="sliding_window", data=None, evaluate=None)
     result = run_conversion(embedded_model_path(), recipe, tmp_path / "model")
     assert result.metrics == ()
+    assert (
+        "were taken over as files"
+        in json.loads((result.output / "receipt.json").read_text())["attention"]["not_measured"]
+    )
+    assert "What the attention does was not counted: the weights were" in (result.output / "README.md").read_text()
     monkeypatch.undo()
     converted = AutoModelForCausalLM.from_pretrained(result.output)
     assert all(type(layer.self_attn.attnconv).__name__ == "SlidingWindowAttention" for layer in converted.model.layers)
