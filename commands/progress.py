@@ -83,7 +83,7 @@ class LineProgress:
 
         self.done += 1
         if self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
-            figures = f"loss {loss:.4g}, {format_rate(per_second)} {self.unit}/s"
+            figures = f"step loss {loss:.4g}, {format_rate(per_second)} {self.unit}/s"
             typer.echo(f"  step {self.done} of {self.total}: {figures}", err=True)
 
     def end(self) -> None:

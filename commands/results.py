@@ -177,7 +177,9 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
 
     console = make_console()
     advised = {one.layer: one for one in advice}
-    table = make_table(["layer", "heads", ">span", ">90 % within", ">entropy", ">first tokens", ">induction", "advice"])
+    table = make_table(
+        ["layer", "heads", ">span", ">90 % within", ">entropy", ">first tokens", ">induction", "advice", ">window"]
+    )
     for layer in diagnosis.layers:
         roles = ", ".join(f"{count} {role}" for role, count in layer.role_counts.items() if count)
         widest = max(head.window_90 for head in layer.heads)
@@ -185,7 +187,12 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
         figures = [f"{layer.mean('mean_distance'):.0f}", f"{widest:.0f}", f"{layer.mean('entropy'):.2f}"]
         figures += [f"{layer.mean('sink_mass'):.0%}", f"{max(induction):.0%}" if induction else "-"]
         one = advised.get(layer.index)
-        table.add_row(str(layer.index), roles, *figures, "" if one is None else _advice(one))
+        window = None if one is None else one.options.get("window")
+        table.add_row(
+            str(layer.index), roles, *figures, "" if one is None else one.method, "" if window is None else str(window)
+        )
+    # Where the terminal is narrow, the roles give way: a method's name can be copied as it stands.
+    table.columns[-2].no_wrap = True
     console.print(table)
     texts = f"{diagnosis.tokens:,} tokens of {diagnosis.text} in windows of {diagnosis.context:,}"
     console.print(f"\n{texts}. Means over heads, except the widest 90 % window and the best induction head.")
@@ -195,11 +202,6 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
     console.print("\nWhy:")
     for one in advice:
         console.print(f"  {one.layer}: {one.method}: {one.reason}")
-
-
-def _advice(one: "LayerAdvice") -> str:
-    window = one.options.get("window")
-    return f"{one.method}, window {window}" if window is not None else one.method
 
 
 def show_report(files: "ReportFiles") -> None:

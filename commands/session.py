@@ -77,6 +77,27 @@ class Session:
         transformers_logging.disable_progress_bar()
         if not self.quiet:
             enable_progress_bars()
+        client = logging.getLogger("huggingface_hub.utils._http")
+        if not any(isinstance(known, _OneRetry) for known in client.filters):
+            client.addFilter(_OneRetry())
+
+
+class _OneRetry(logging.Filter):
+    """Says once that the Hub is asked again, where its client would print two lines for each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop the client's lines on its retries, and say so in words of ours at the first."""
+        message = record.getMessage()
+        if "thrown while requesting" not in message and not message.startswith("Retrying in"):
+            return True
+        if not self.said:
+            self.said = True
+            logging.getLogger("attnconv").warning("The Hub does not answer; it is asked a few times more")
+        return False
 
 
 class _StderrHandler(logging.Handler):

@@ -178,7 +178,8 @@ def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
 
     rows = list(metrics)
     formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}"}
-    names = {"bits_per_character": "bits/char"}
+    # What moves beside a bar is the loss of one step; this is the mean since the line of metrics before.
+    names = {"bits_per_character": "bits/char", "loss": "mean loss"}
     for unit in ("tokens", "images"):
         formats |= {unit: "{:,}", f"{unit}_per_second": "{}"}
         names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}

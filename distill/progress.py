@@ -108,7 +108,9 @@ class TerminalProgress:
     def step(self, loss: float, per_second: float) -> None:
         """Move the bar on by one step."""
         if self.task is not None:
-            self.bars.update(self.task, advance=1, figures=f"loss {loss:.4g}  {format_rate(per_second)} {self.unit}/s")
+            self.bars.update(
+                self.task, advance=1, figures=f"step loss {loss:.4g}  {format_rate(per_second)} {self.unit}/s"
+            )
 
     def end(self) -> None:
         """Show the line as finished."""

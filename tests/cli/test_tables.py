@@ -46,3 +46,14 @@ def test_eval_keeps_its_figures(terminal: Console, capsys: pytest.CaptureFixture
     lines = terminal.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= max(terminal.width, 80)
     assert all(any(line.startswith(name) for line in lines) for name in document["tasks"])
+
+
+def test_diagnose_breaks_no_name_of_a_method(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    head = SimpleNamespace(window_90=210, induction=0.01)
+    layer = SimpleNamespace(index=0, role_counts={"local": 3, "global": 5}, heads=[head], mean=lambda name: 23.0)
+    shown = SimpleNamespace(layers=[layer], tokens=512, text="book", context=512, role_counts={"local": 3, "global": 5})
+    advice = SimpleNamespace(layer=0, method="sliding_window", options={"window": 64}, reason="so")
+    results.show_diagnosis(shown, [advice])
+    table = terminal.export_text().split("512 tokens")[0]
+    assert "sliding_window" in table
+    assert {"3", "local,", "global", "210"} <= set(table.split())
