@@ -4,10 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from .plan import RewritePlan, State, layer_of
-from .tensors import Content, Stored, Target
+from .tensors import Target, rows
 
 # Settings by which a layer's place decides what it is: how many layers come first, and which ones are meant.
 FIRST_LAYERS = ("max_window_layers", "first_k_dense_replace", "moe_layer_start_index")
@@ -93,29 +91,7 @@ def cut_tensors(state: State, cut: Cut) -> Iterator[Target]:
         found = layer_of(name)
         if found is None:
             cuts = words > cut.words and bool(tensor.shape) and tensor.shape[0] == words
-            yield _first_rows(tensor, cut.words) if cuts else tensor
+            yield rows(tensor, 0, cut.words) if cuts else tensor
         elif found[0] in cut.layers:
             place = f".{found[0]}.{found[1]}"
             yield replace(tensor, name=f"{name.removesuffix(place)}.{cut.layers.index(found[0])}.{found[1]}")
-
-
-@dataclass(frozen=True)
-class _Start(Content):
-    """The first numbers of another tensor."""
-
-    of: Target
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.of.content.read(start, stop)
-
-    def pieces(self, numbers: int, itemsize: int) -> Iterator[tuple[int, int]]:
-        # In one: what is made of whole tensors would be made again for each piece.
-        yield 0, numbers
-
-
-def _first_rows(tensor: Target, rows: int) -> Target:
-    shape = (rows, *tensor.shape[1:])
-    nbytes = tensor.nbytes // tensor.shape[0] * rows
-    # A file's bytes are copied as they are.
-    content = tensor.content if isinstance(tensor.content, Stored) else _Start(tensor)
-    return replace(tensor, shape=shape, nbytes=nbytes, content=content)

@@ -1,8 +1,7 @@
 """Dense feed-forwards made mixtures of experts, in a class that transformers has."""
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,66 +11,138 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...errors import PlanError
 from ..reading.weight_files import FLOAT_TYPES
-from .classes import CLASSES, PARTS, ExpertClass
+from .classes import CLASSES, PARTS, ExpertClass, Shared
+from .fitting import check_settings, class_for, with_defaults
+from .starts import Copies, Matrices, random_rows
 from .steps import Step
-from .tensors import Target, elementwise, made
+from .tensors import Target, columns, elementwise, joined, made, rows
 
-OF_LAYERS = re.compile(r"(model\.layers\.\d+)\.(?:mlp\.(?P<part>.+)|self_attn\.(?P<projection>\w+)\.bias)")
+OF_LAYERS = re.compile(r"(model\.layers\.(?P<layer>\d+))\.(?:mlp\.(?P<part>.+)|self_attn\.(?P<projection>\w+)\.bias)")
 WEIGHT = ".weight"
-# Settings by which mixtures of experts say how many they have.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+Layers = Callable[[int, int], bool]
+"""Whether a layer, by its place and the number of all, is meant."""
 
 
 class Experts(Step):
-    """Copy every feed-forward into experts.
+    """Make a mixture of experts of every feed-forward.
 
-    All experts are equal and the weights of a token's experts add up to 1, so their sum is the dense feed-forward.
-    Where the class has an expert that all tokens go through, it is the dense feed-forward too: its gate, a sigmoid of
-    zero, halves it, and the experts' last matrices are halved, which rounds nothing.
+    The weights of a token's experts add up to 1, so the sum of experts that are copies is the dense feed-forward. With
+    a granularity of G an expert is one G-th of it: the G parts of one copy have the same row in the router, so that
+    they are chosen together and weigh the same, and their last matrices are G times as large. Where the expert that all
+    tokens go through is the dense feed-forward too, that and the sum of the others count for a half each.
 
     Args:
         num_experts: experts of each layer.
         active: how many of them a token goes through.
-        target: model type of the class; None takes the one that fits the model.
+        target: model type of the class; None takes the first that fits the model.
+        granularity: how many experts are as wide as one feed-forward.
+        shared: `dense` or `none` for the expert that all tokens go through; `auto` is `dense` where a gate scales it.
+        layers: which layers are meant; None means all.
+        start: what the experts start as.
         zero_router: leave the routers at zero instead of drawing them.
         seed: what they are drawn from.
     """
 
     def __init__(
-        self, *, num_experts: int, active: int, target: str | None = None, zero_router: bool = False, seed: int = 0
+        self,
+        *,
+        num_experts: int,
+        active: int,
+        target: str | None = None,
+        granularity: int = 1,
+        shared: str = "auto",
+        layers: Layers | None = None,
+        start: Copies | None = None,
+        zero_router: bool = False,
+        seed: int = 0,
     ) -> None:
         self.num_experts = num_experts
         self.active = active
         self.target = target
+        self.granularity = granularity
+        self.shared = shared
+        self.layers = layers
+        self.start = start or Copies()
         self.zero_router = zero_router
         self.seed = seed
         self._row = CLASSES["mixtral"]
-        self._layers = 0
-        self._deviation = 0.0
+        self._dense: Mapping[str, Any] = {}
+        self._rounded: str | None = None
 
     @property
     def summary(self) -> str:
-        return f"each feed-forward made {self.num_experts} experts of which a token goes through {self.active}"
+        part = "" if self.granularity == 1 else f", each 1/{self.granularity} as wide"
+        return f"each feed-forward made {self.num_experts} experts of which a token goes through {self.active}{part}"
+
+    @property
+    def inexact(self) -> str | None:
+        reasons = [reason for reason in (self.start.inexact, self._rounded) if reason is not None]
+        return " and ".join(reasons) or None
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what would not be exact, and settle the class."""
-        self._row = _class_for(config, self.target)
-        dense = _with_defaults(config)
-        _check_settings(config, dense, self._row)
-        self._layers = dense["num_hidden_layers"]
-        self._deviation = dense["initializer_range"]
+        self._row = class_for(config, self.target)
+        self._dense = with_defaults(config)
+        check_settings(config, self._dense, self._row)
+        self._check_counts(self._dense["intermediate_size"])
+        count = self._dense["num_hidden_layers"]
+        _dense_layers(self._row, [number for number in range(count) if not self._is_meant(number)], count)
+
+    def _check_counts(self, width: int) -> None:
+        for name, count in {"active": self.active, "num_experts": self.num_experts}.items():
+            if count % self.granularity:
+                raise PlanError(
+                    f"experts cannot have {name} {count} with a granularity of {self.granularity}, for all parts of a "
+                    f"feed-forward must be taken equally often: give a multiple of {self.granularity}"
+                )
+        if width % self.granularity:
+            raise PlanError(
+                f"experts cannot be 1/{self.granularity} of feed-forwards that are {width} wide: give a granularity "
+                f"that divides {width}"
+            )
+        if self.granularity > 1 and self.zero_router:
+            raise PlanError(
+                "experts with a granularity above 1 need routers that tell copies apart, or ties mix their parts: "
+                "write router: random"
+            )
+        shared = self._row.shared
+        if shared is not None and shared.setting is None and self._shares_dense and self.granularity > 1:
+            raise PlanError(
+                f"experts of a {self._row.model_type} cannot be narrower than the one that all tokens go through: "
+                "write shared: none"
+            )
+        if self.shared == "dense" and shared is None:
+            raise PlanError(
+                f"experts of a {self._row.model_type} have none that all tokens go through: write shared: none"
+            )
+
+    @property
+    def _shares_dense(self) -> bool:
+        """Whether the expert that all tokens go through is the dense feed-forward."""
+        shared = self._row.shared
+        return shared is not None and (self.shared == "dense" or (self.shared == "auto" and shared.gate is not None))
+
+    @property
+    def _scale(self) -> float:
+        """What the experts' last matrices are multiplied by."""
+        return self.granularity * (0.5 if self._shares_dense else 1.0)
+
+    def _is_meant(self, number: int) -> bool:
+        return self.layers is None or self.layers(number, self._dense["num_hidden_layers"])
 
     def claims(self, tensor: Target) -> bool:
         return OF_LAYERS.fullmatch(tensor.name) is not None
 
     def rewrite(self, claimed: Mapping[str, Target]) -> Iterable[Target]:
         layers: dict[str, dict[str, Target]] = {}
+        biased = set()
         for name, tensor in claimed.items():
             found = OF_LAYERS.fullmatch(name)
             if found is None:
                 continue
             layer, part, projection = found.group(1, "part", "projection")
             if projection in self._row.biases:
+                biased.add(name)
                 yield tensor
             elif part is not None and part.removesuffix(WEIGHT) in PARTS and part.endswith(WEIGHT):
                 layers.setdefault(layer, {})[part.removesuffix(WEIGHT)] = tensor
@@ -79,51 +150,103 @@ class Experts(Step):
                 raise PlanError(
                     f"experts cannot take the tensor {name!r} over: a {self._row.model_type} model has no place for it"
                 )
+        count = self._dense["num_hidden_layers"]
         whole = [layer for layer, parts in layers.items() if len(parts) == len(PARTS)]
-        if len(whole) != self._layers or len(layers) != self._layers:
+        if len(whole) != count or len(layers) != count:
             raise PlanError(
-                f"experts found whole feed-forwards in {len(whole)} of {self._layers} layers: the model's files are "
-                "not complete"
+                f"experts found whole feed-forwards in {len(whole)} of {count} layers: the model's files are not "
+                "complete"
             )
         for layer, parts in layers.items():
-            yield from self._experts(layer, [parts[part] for part in PARTS])
+            gate, up, down = (parts[part] for part in PARTS)
+            yield from self._zero_biases(layer, _computing_type(down), biased)
+            if self._is_meant(int(layer.rpartition(".")[2])):
+                yield from self._mixture(layer, (gate, up, down))
+            else:
+                yield from (gate, up, down)
 
-    def _experts(self, layer: str, matrices: list[Target]) -> Iterator[Target]:
+    def _mixture(self, layer: str, matrices: Matrices) -> Iterator[Target]:
         """The tensors of one layer's mixture."""
-        row = self._row
-        dtype = _computing_type(matrices[-1])
-        routed = matrices if row.shared is None else [*matrices[:-1], elementwise(matrices[-1], dtype, _half)]
-        for expert in range(self.num_experts):
-            for part, matrix in zip(row.parts, routed, strict=True):
-                yield replace(matrix, name=f"{layer}.{row.expert.format(expert=expert, part=part)}")
-        if row.shared is not None:
-            for part, matrix in zip(PARTS, matrices, strict=True):
-                yield replace(matrix, name=f"{layer}.{row.shared.format(part=part)}")
+        row, dtype = self._row, _computing_type(matrices[-1])
+        experts = [self._expert(layer, number, matrices) for number in range(self.num_experts)]
+        if row.fused:
+            yield from _fused(layer, row, experts)
+        else:
+            for number, expert in enumerate(experts):
+                for part, matrix in zip(row.parts, expert, strict=True):
+                    yield replace(matrix, name=f"{layer}.{row.expert.format(expert=number, part=part)}")
         hidden = matrices[-1].shape[0]
-        if row.shared_gate is not None:
-            gate = torch.zeros(1, hidden, dtype=dtype)
-            yield made(f"{layer}.{row.shared_gate}", (1, hidden), dtype, (), lambda: gate)
-        yield self._router(f"{layer}.{row.router}", hidden, dtype)
+        if row.shared is not None:
+            yield from self._shared(layer, row.shared, matrices)
+        if row.correction is not None:
+            name, shape = row.correction
+            yield _zeros(f"{layer}.{name}", [self.num_experts if n < 0 else n for n in shape], torch.float32)
+        router_dtype = dtype if row.router_dtype is None else FLOAT_TYPES[row.router_dtype]
+        yield self._router(f"{layer}.{row.router}", hidden, router_dtype)
+
+    def _expert(self, layer: str, number: int, matrices: Matrices) -> Matrices:
+        """The matrices of one expert: a part of the feed-forward, as it starts, its last matrix scaled."""
+        width = matrices[0].shape[0] // self.granularity
+        first = number % self.granularity * width
+        gate, up = (rows(matrix, first, first + width) for matrix in matrices[:2])
+        part = gate, up, columns(matrices[2], first, first + width)
+        gate, up, down = self.start.start(part, f"{layer} expert {number}")
+        return gate, up, self._scaled(down, self._scale)
+
+    def _scaled(self, matrix: Target, scale: float) -> Target:
+        if scale == 1:
+            return matrix
+        dtype = _computing_type(matrix)
+        if scale.as_integer_ratio()[0].bit_count() > 1 and dtype.itemsize < 4:
+            name = str(dtype).removeprefix("torch.")
+            self._rounded = (
+                f"{scale:g} times the last matrices rounded to {name}, unless the granularity is a power of two or "
+                "the model is cast to float32 before"
+            )
+        return elementwise(matrix, dtype, lambda piece: piece * scale)
+
+    def _shared(self, layer: str, shared: Shared, matrices: Matrices) -> Iterator[Target]:
+        gate, up, down = matrices
+        if not self._shares_dense:
+            if shared.optional:
+                return
+            width = gate.shape[0] // self.granularity
+            gate, up = rows(gate, 0, width), rows(up, 0, width)
+            down = _zeros(down.name, (down.shape[0], width), _computing_type(down))
+        elif shared.gate is None:
+            down = self._scaled(down, 0.5)
+        for part, matrix in zip(PARTS, (gate, up, down), strict=True):
+            yield replace(matrix, name=f"{layer}.{shared.matrix.format(part=part)}")
+        if shared.gate is not None:
+            # The sigmoid of zero is a half.
+            yield _zeros(f"{layer}.{shared.gate}", (1, down.shape[0]), _computing_type(down))
+
+    def _zero_biases(self, layer: str, dtype: torch.dtype, present: set[str]) -> Iterator[Target]:
+        dense = self._dense
+        head_dim = dense.get("head_dim") or dense["hidden_size"] // dense["num_attention_heads"]
+        for projection in self._row.zero_biases.get(dense["model_type"], ()):
+            name = f"{layer}.self_attn.{projection}.bias"
+            heads = dense["num_attention_heads" if projection == "q_proj" else "num_key_value_heads"]
+            if name not in present:
+                yield _zeros(name, (heads * head_dim,), dtype)
 
     def _router(self, name: str, hidden: int, dtype: torch.dtype) -> Target:
-        shape = (self.num_experts, hidden)
+        shape, deviation = (self.num_experts, hidden), self._dense["initializer_range"]
+        if self.zero_router:
+            return _zeros(name, shape, dtype)
 
         def weights() -> Tensor:
-            if self.zero_router:
-                return torch.zeros(shape, dtype=dtype)
-            # Each layer draws for itself, whatever is written before it.
-            digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            return (torch.randn(shape, generator=generator) * self._deviation).to(dtype)
+            drawn = random_rows(shape, self.granularity, deviation=deviation, seed=self.seed, name=name)
+            return drawn.to(dtype)
 
         return made(name, shape, dtype, (), weights)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What the dense model's settings were, defaults written out: those of the two classes differ."""
-        row, dense = self._row, _with_defaults(config)
+        row, dense = self._row, with_defaults(config)
         general = PreTrainedConfig().to_dict().keys()
         own = CONFIG_MAPPING[row.model_type]().to_dict().keys() - general
-        wanted = own | (general & config.keys()) | {"dtype", "head_dim"}
+        wanted = own | (general & config.keys()) | {"dtype", "head_dim", "tie_word_embeddings"}
         kept = {key: value for key, value in dense.items() if key in wanted and key != "_name_or_path"}
         for key in ("dtype", "head_dim"):
             if kept.get(key) is None:
@@ -131,66 +254,60 @@ class Experts(Step):
         if config["model_type"] not in row.windows:
             # A stray setting that the dense class does not look at, and this one would.
             kept["sliding_window"] = None
-        width = dense["intermediate_size"]
-        kept |= {row.width: width, row.experts: self.num_experts, row.active: self.active, **row.config}
-        if row.shared is not None:
-            kept["shared_expert_intermediate_size"] = width
+        count, width = dense["num_hidden_layers"], dense["intermediate_size"]
+        kept |= {row.width: width // self.granularity, row.experts: self.num_experts, row.active: self.active}
+        kept |= {**row.config, **row.settings(dense), **self._shared_settings(width)}
+        kept |= _dense_layers(row, [number for number in range(count) if not self._is_meant(number)], count)
         return {**kept, "architectures": [row.architecture], "model_type": row.model_type}
 
-
-def _class_for(config: Mapping[str, Any], target: str | None) -> ExpertClass:
-    """The class that a model becomes.
-
-    Raises:
-        PlanError: there is none.
-    """
-    kind = config.get("model_type")
-    if kind in CLASSES or any(config.get(key) for key in EXPERT_COUNTS):
-        raise PlanError(f"experts needs a dense model, and this one ({kind}) is a mixture of experts already")
-    rows = [row for row in CLASSES.values() if kind in row.dense]
-    if not rows:
-        known = ", ".join(name for row in CLASSES.values() for name in row.dense)
-        raise PlanError(f"experts knows no class for {kind} models that would start exactly: it takes {known}")
-    if target is None:
-        return rows[0]
-    if CLASSES[target] not in rows:
-        raise PlanError(
-            f"experts cannot make {kind} models {target}, whose attention is another: leave target out, or write "
-            f"{' or '.join(row.model_type for row in rows)}"
-        )
-    return CLASSES[target]
+    def _shared_settings(self, width: int) -> dict[str, int]:
+        shared = self._row.shared
+        if shared is None or shared.setting is None:
+            return {}
+        copies = self.granularity if self._shares_dense else 0 if shared.optional else 1
+        return {shared.setting: copies if shared.counts else copies * width // self.granularity}
 
 
-def _check_settings(config: Mapping[str, Any], dense: Mapping[str, Any], row: ExpertClass) -> None:
-    """Refuse settings that the class has no equal of.
+def _fused(layer: str, row: ExpertClass, experts: list[Matrices]) -> Iterator[Target]:
+    """All experts' matrices as two tensors, gate and up of each expert one after the other in the first."""
+    (width, hidden), count = experts[0][0].shape, len(experts)
+    first, last = (f"{layer}.{row.expert.format(part=row.parts[place])}" for place in (0, 2))
+    yield joined(first, (count, 2 * width, hidden), [matrix for expert in experts for matrix in expert[:2]])
+    yield joined(last, (count, hidden, width), [expert[2] for expert in experts])
+
+
+def _dense_layers(row: ExpertClass, dense: list[int], count: int) -> dict[str, Any]:
+    """The settings by which a class says which layers keep their feed-forward.
 
     Raises:
-        PlanError: names the first.
+        PlanError: it cannot say so.
     """
-    kind = config["model_type"]
-    architectures = config.get("architectures") or [row.dense[kind]]
-    reasons = {
-        f"of a {architectures[0]}, only of a {row.dense[kind]}": architectures != [row.dense[kind]],
-        "of a model that brings its own Python code": config.get("auto_map"),
-        "of quantised weights: rewrite the model that they were made from": config.get("quantization_config"),
-        f"with the activation {dense.get('hidden_act')!r}, only with 'silu'": dense.get("hidden_act") != "silu",
-        "with biases (mlp_bias)": dense.get("mlp_bias"),
-        f"beside attention with biases (attention_bias), which {row.model_type} has no place for": (
-            dense.get("attention_bias") and not row.biases
+    meant = [number for number in range(count) if number not in dense]
+    if not meant:
+        raise PlanError("experts would be made of no layer at all: give layers that the model has")
+    forms: dict[str | None, tuple[bool, str, dict[str, Any]]] = {
+        None: (not dense, "all layers", {}),
+        "list": (True, "", {"mlp_only_layers": dense}),
+        "first": (
+            dense == list(range(len(dense))),
+            "all layers but the first",
+            {"first_k_dense_replace": len(dense)},
         ),
-        f"beside attention with a sliding window in some layers, which {row.model_type} models have in all or none": (
-            "sliding_attention" in (dense.get("layer_types") or ()) and kind not in row.windows
+        "range": (
+            meant == list(range(meant[0], meant[-1] + 1)),
+            "all layers but the first and the last",
+            {"moe_layer_start_index": meant[0], "moe_layer_end_index": meant[-1]},
         ),
     }
-    for reason, given in reasons.items():
-        if given:
-            raise PlanError(f"experts cannot be made of feed-forwards {reason}")
+    fits, where, said = forms[row.dense_layers]
+    if not fits:
+        raise PlanError(f"experts of a {row.model_type} must be in {where}, and layers leaves out {dense}")
+    return said
 
 
-def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a model, also those that its config.json leaves to its class."""
-    # A copy: reading a configuration takes keys out of what it is given.
-    return dict(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict())
+def _zeros(name: str, shape: Iterable[int], dtype: torch.dtype) -> Target:
+    sizes = tuple(shape)
+    return made(name, sizes, dtype, (), lambda: torch.zeros(sizes, dtype=dtype))
 
 
 def _computing_type(matrix: Target) -> torch.dtype:
@@ -200,7 +317,3 @@ def _computing_type(matrix: Target) -> torch.dtype:
             "with the tool that quantised it"
         )
     return FLOAT_TYPES[matrix.dtype]
-
-
-def _half(piece: Tensor) -> Tensor:
-    return piece * 0.5

@@ -5,8 +5,8 @@ is how one rewrite follows another without a checkpoint in between.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -148,6 +148,111 @@ class Made(Content):
     def pieces(self, numbers: int, itemsize: int) -> Iterator[tuple[int, int]]:
         """One, for all sources are needed for any part."""
         yield 0, numbers
+
+
+@dataclass(frozen=True)
+class Rows(Content):
+    """Numbers of another tensor that follow each other, from `first` on."""
+
+    of: Target
+    first: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.of.content.read(self.first + start, self.first + stop)
+
+    def pieces(self, numbers: int, itemsize: int) -> Iterator[tuple[int, int]]:
+        """Those of the tensor, which may have to be made as a whole."""
+        whole = isinstance(self.of.content, Made)
+        yield from [(0, numbers)] if whole else super().pieces(numbers, itemsize)
+
+
+@dataclass(frozen=True)
+class Columns(Content):
+    """The columns of a matrix from `first` to before `last`."""
+
+    of: Target
+    first: int
+    last: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        width, whole = self.last - self.first, self.of.shape[1]
+        above, below = start // width, -(-stop // width)
+        rows = self.of.content.read(above * whole, below * whole).view(-1, whole)
+        return rows[:, self.first : self.last].reshape(-1)[start - above * width : stop - above * width]
+
+
+@dataclass(frozen=True)
+class Joined(Content):
+    """Tensors one after the other."""
+
+    of: tuple[Target, ...]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        parts, before = [], 0
+        for part in self.of:
+            first, last = max(start - before, 0), min(stop - before, part.numbers)
+            if first < last:
+                parts.append(part.content.read(first, last))
+            before += part.numbers
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def pieces(self, numbers: int, itemsize: int) -> Iterator[tuple[int, int]]:
+        """Those of each part, so that none is made twice."""
+        before = 0
+        for part in self.of:
+            for start, stop in part.content.pieces(part.numbers, itemsize):
+                yield before + start, before + stop
+            before += part.numbers
+
+
+@dataclass(frozen=True)
+class Mean(Content):
+    """The mean of tensors of one shape, number by number, taken in float32."""
+
+    of: tuple[Target, ...]
+    dtype: torch.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        total = self.of[0].content.read(start, stop).float()
+        for target in self.of[1:]:
+            # Not in place: what was read may be somebody's tensor.
+            total = total + target.content.read(start, stop)
+        return (total / len(self.of)).to(self.dtype)
+
+
+def rows(target: Target, first: int, last: int) -> Target:
+    """The rows of a tensor from `first` to before `last`."""
+    if (first, last) == (0, target.shape[0]):
+        return target
+    row = target.numbers // target.shape[0]
+    itemsize = target.nbytes // target.numbers
+    content: Content = Rows(target, first * row)
+    if isinstance(target.content, Stored):
+        content = replace(target.content, start=target.content.start + first * row * itemsize)
+    shape = (last - first, *target.shape[1:])
+    return replace(target, shape=shape, nbytes=prod(shape) * itemsize, content=content)
+
+
+def columns(target: Target, first: int, last: int) -> Target:
+    """The columns of a matrix from `first` to before `last`."""
+    if (first, last) == (0, target.shape[1]):
+        return target
+    shape = (target.shape[0], last - first)
+    nbytes = target.nbytes // target.shape[1] * shape[1]
+    return replace(target, shape=shape, nbytes=nbytes, content=Columns(target, first, last))
+
+
+def joined(name: str, shape: tuple[int, ...], parts: Sequence[Target]) -> Target:
+    """A tensor whose numbers are those of others of its type, one after the other."""
+    of = tuple(dict.fromkeys(source for part in parts for source in part.of))
+    return Target(name, parts[0].dtype, shape, sum(part.nbytes for part in parts), Joined(tuple(parts)), of)
+
+
+def mean(targets: Sequence[Target]) -> Target:
+    """The mean of tensors of one shape and floating type, under the name of the first."""
+    if len(targets) == 1:
+        return targets[0]
+    return replace(targets[0], content=Mean(tuple(targets), TORCH_TYPES[targets[0].dtype]))
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, Target]:
