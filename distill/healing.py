@@ -168,7 +168,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
     trainee = _fresh_trainee(run, stages[state.stage])
     for stage in stages:
         if stage.adapter is not None:
-            find_targets(trainee.model, stage.adapter.targets, rank=stage.adapter.rank)
+            find_targets(trainee.model, stage.adapter)
     prepare(trainee.model)
     if snapshot is not None:
         _add_adapters(run, trainee, state.stage + 1)

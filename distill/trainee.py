@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,20 +18,11 @@ from ..attention_modules import AttentionModule
 from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..convert.surgery.swap import converted_modules
 from ..errors import TrainingError
-from .targets import ALL_LINEAR, CORES, find_targets
+from .targets import ALL_LINEAR, CORES, EXPERTS, LoraSettings, find_targets
 
 FIRST_ADAPTER = "default"
 # Queries of all heads and layers in a micro-batch; each keeps about 4 KB for its gradients if nothing is recomputed.
 RECOMPUTE_ABOVE = 50_000
-
-
-class LoraSettings(Protocol):
-    """What a recipe says about adapters, whatever the kind of its stage."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: list[str]
 
 
 class Trainee:
@@ -82,7 +73,7 @@ class Trainee:
         """
         from peft import LoraConfig, get_peft_model
 
-        modules = find_targets(self.model, settings.targets, rank=settings.rank)
+        targets = find_targets(self.model, settings)
         name = FIRST_ADAPTER if self.peft is None else f"adapter_{len(self.adapters) + 1}"
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -90,7 +81,10 @@ class Trainee:
             # peft declares whole numbers and takes any.
             lora_alpha=cast(int, settings.alpha),
             lora_dropout=settings.dropout,
-            target_modules=modules if ALL_LINEAR in settings.targets else list(settings.targets),
+            target_modules=[target for target in settings.targets if target != EXPERTS or not targets.parameters]
+            if ALL_LINEAR not in settings.targets
+            else list(targets.modules),
+            target_parameters=list(targets.parameters) or None,
             exclude_modules=CORES,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -78,9 +78,9 @@ class ConversionResult:
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     start_distance: Mapping[str, float]
     seconds: float
-    exactness: Exactness | None = None
-    self_contained: bool = False
-    linked: bool = False
+    exactness: Exactness | None = field(default=None, repr=False)
+    self_contained: bool = field(default=False, repr=False)
+    linked: bool = field(default=False, repr=False)
 
 
 def run_conversion(

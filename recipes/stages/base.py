@@ -128,7 +128,8 @@ class LoraPart(Section):
         rank: rank of each update, at most the smaller side of the largest layer that is updated.
         alpha: updates are scaled by alpha / rank.
         dropout: share of the inputs of each update that is dropped, in [0, 1).
-        targets: names of the linear layers to update; `all-linear` = all but the output head.
+        targets: names of the linear layers to update; `all-linear` = all but the output head, `experts` = all experts
+            of a mixture, for which dropout must be 0.
     """
 
     rank: Count = 8
