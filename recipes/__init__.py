@@ -1,6 +1,6 @@
 """What to do to a model, in YAML or Python: the schema and the shipped recipes."""
 
-from .data import DataSection, EvaluateSection
+from .data import CalibrateSection, DataSection, EvaluateSection
 from .loading import build_recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 from .schema import AttentionRule, OutputSection, Recipe
 from .selectors import LayerSelector, parse_layers
@@ -8,6 +8,7 @@ from .stages.base import LoraPart, StageBase
 
 __all__ = [
     "AttentionRule",
+    "CalibrateSection",
     "DataSection",
     "EvaluateSection",
     "LayerSelector",

@@ -1,8 +1,8 @@
 """Where text and images come from: the `data` and `evaluate` sections."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .fields import Count, CountOrZero, Section, Text, exactly_one
@@ -48,6 +48,24 @@ class DataSection(Section):
             raise ValueError("split belongs to hub or embedded; a file has no splits")
         if self.image_field is not None and self.embedded:
             raise ValueError("the embedded sample is text; images come from path or hub")
+        return self
+
+
+class CalibrateSection(DataSection):
+    """Text on which a rewrite measures the model before it decides; keys as in `data`.
+
+    Attributes:
+        tokens: tokens of the text that are used.
+        sequence_length: tokens of one sequence.
+    """
+
+    tokens: Count = 4096
+    sequence_length: Annotated[Count, Field(ge=2)] = 1024
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Self:
+        if self.image_field is not None:
+            raise ValueError("a rewrite is measured on text: leave image_field out")
         return self
 
 

@@ -145,7 +145,7 @@ def run_conversion(
     if recipe.rewrite and not (resume or resume_from):
         # Before gigabytes are written; a run that goes on may replace what the one before was allowed to.
         check_output(output, overwrite=overwrite)
-    with rewritten_base(opened, recipe, output, allow_inexact=allow_inexact, progress=progress) as base:
+    with rewritten_base(opened, recipe, output, allow_inexact=allow_inexact, progress=progress, device=device) as base:
         work = WorkFolder(output if resume_from is None else Path(resume_from).expanduser())
         if self_contained:
             check_self_contained(base.checkpoint.architecture)

@@ -8,14 +8,15 @@ from pathlib import Path
 from ..convert.planning.plan import Plan
 from ..convert.reading.checkpoint import Checkpoint, open_checkpoint
 from ..convert.rewriting.exactness import Exactness, check_exactness
-from ..convert.rewriting.plan import RewritePlan, plan_rewrite, write_rewritten
+from ..convert.rewriting.plan import RewritePlan, write_rewritten
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import write_companions
 from ..distill.progress import Progress
-from ..distill.team import Team
+from ..distill.team import Team, find_team
 from ..files.output_folder import atomic_folder, check_output, scratch_folder
 from ..recipes import Recipe
+from .settling import settled_plan
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class Base:
 
 @contextmanager
 def rewritten_base(
-    opened: Checkpoint, recipe: Recipe, output: Path, *, allow_inexact: bool, progress: Progress
+    opened: Checkpoint,
+    recipe: Recipe,
+    output: Path,
+    *,
+    allow_inexact: bool,
+    progress: Progress,
+    device: str | None = None,
 ) -> Iterator[Base]:
     """Rewrite a model into a temporary folder beside the output, where it stays for as long as the context lasts.
 
@@ -51,6 +58,7 @@ def rewritten_base(
         output: the folder that the run will write.
         allow_inexact: go on with a rewrite that is not what it promised to be.
         progress: whom to tell.
+        device: where a model is measured that a rewrite is to be settled on, as torch names it.
 
     Raises:
         PlanError: the model cannot be rewritten so.
@@ -58,7 +66,7 @@ def rewritten_base(
     if not recipe.rewrite:
         yield Base(opened)
         return
-    plan = _plan(opened, recipe)
+    plan = settled_plan(opened, recipe, output, device=find_team(device).device, progress=progress)
     exactness = _check(plan, allow_inexact, progress)
     with scratch_folder(output) as folder:
         digests = _write(plan, folder, recipe, progress)
@@ -96,7 +104,7 @@ def write_native(
         PlanError: the model cannot be rewritten so.
         OutputError: the output cannot be written.
     """
-    plan = _plan(opened, recipe)
+    plan = settled_plan(opened, recipe, output, device=team.device, progress=progress)
     done = Plan((), plan.summaries)
     exactness = None
     if team.leads:
@@ -120,10 +128,6 @@ def write_native(
             write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     team.wait()
     return done, exactness
-
-
-def _plan(opened: Checkpoint, recipe: Recipe) -> RewritePlan:
-    return plan_rewrite(opened, [rewrite.step() for rewrite in recipe.rewrite])
 
 
 def _check(plan: RewritePlan, allow_inexact: bool, progress: Progress) -> Exactness:

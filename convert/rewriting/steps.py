@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .moments import Moments
 from .tensors import Target
 
 
@@ -53,6 +54,16 @@ class Step(ABC):
 
         Raises:
             PlanError: a tensor cannot be rewritten.
+        """
+
+    def settle(self, moments: Moments) -> None:  # noqa: B027
+        """Take what was measured on the model as the steps before leave it.
+
+        Called between planning and writing, if the recipe says on which text to measure; what is planned before has the
+        same tensors, their shapes included. Steps that need no such thing ignore it.
+
+        Args:
+            moments: of each attention layer.
         """
 
     def drops(self, name: str) -> bool:

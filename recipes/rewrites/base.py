@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..data import CalibrateSection
 from ..fields import Section
 from ..kinds import Kinds
 
@@ -18,6 +19,11 @@ class RewriteBase(Section, ABC):
     """
 
     kind: str
+
+    @property
+    def calibration(self) -> CalibrateSection | None:
+        """The text that the step is to be settled on before it is carried out; None if it needs none."""
+        return None
 
     @abstractmethod
     def step(self) -> "Step":
