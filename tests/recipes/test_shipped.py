@@ -29,6 +29,7 @@ SHIPPED = [
     "lolcats",
     "lolcats-plus",
     "lolcats-vision",
+    "pool-heads",
     "quickstart",
     "sliding-window",
     "upcycle-mixtral",
