@@ -26,7 +26,7 @@ from attnconv.convert.rewriting.components import (
     weighted_values,
 )
 from attnconv.errors import PlanError, RecipeError
-from attnconv.recipes import parse_recipe
+from attnconv.recipes import load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
 
@@ -65,8 +65,8 @@ def test_heads_that_say_the_same_become_one_without_loss(tmp_path: Path) -> None
     base = disguised(plain)
     wanted = loaded(plain)
     assert (logits(loaded(base)) - logits(wanted)).abs().max() < 1e-4
-    step = {"kind": "pool_heads", "kv_heads": 1, "calibrate": calibrate(text)}
-    run_conversion(base, rewriting(step), tmp_path / "out")
+    recipe = load_recipe("pool-heads", [f"rewrite.0.calibrate.{key}={value}" for key, value in calibrate(text).items()])
+    run_conversion(base, recipe, tmp_path / "out")
     assert loaded(tmp_path / "out").config.num_key_value_heads == 1
     assert_same(wanted, loaded(tmp_path / "out"), 1e-5)
     assert_saved_alike(tmp_path / "out", tmp_path / "again")
