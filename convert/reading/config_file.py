@@ -13,6 +13,8 @@ from ...files.own_files import CONFIG_FILE
 from ..planning.section import read_section
 
 LONGEST_QUOTE = 60
+# Ten times the deepest model that there is; a model is built of them, if only to be looked at.
+MOST_LAYERS = 10_000
 SECTION = "attnconv"
 """The key under which a converted model keeps its plan."""
 
@@ -72,7 +74,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """Read a folder's configuration as transformers does; no model code is imported unless the folder brings it.
 
     Raises:
-        CheckpointError: transformers does not accept its values.
+        CheckpointError: transformers does not accept its values, or they would take for ever to be built.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -83,4 +85,10 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         raise CheckpointError(
             f"{folder / CONFIG_FILE} is not accepted by transformers: {first_line(error)}."
         ) from error
+    for part in (config, config.get_text_config()):
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} is damaged: it sets num_hidden_layers to {layers}, more than any model has"
+            )
     return config
