@@ -19,6 +19,8 @@ from ..errors import AttnConvError, InterruptedRun
 FAILED = 1
 SIGNALLED = 128
 INTERRUPTED = 130
+LONGEST_NAME = 200
+"""How much of a file's name an error quotes."""
 VERBOSITY_FLAGS = ("-v", "--verbose", "-q", "--quiet")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -176,9 +178,20 @@ def one_sentence_errors(ctx: typer.Context) -> Iterator[None]:
         # Typer's own exceptions (wrong usage, exit) and a closed pipe are for Typer to answer.
         if hasattr(error, "exit_code") or getattr(error, "errno", None) == errno.EPIPE:
             raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-        _explain(ctx, f"Failed with {type(error).__name__}: {reason}. Run again with -v to see where.", error)
+        _explain(ctx, _sentence(error), error)
         raise typer.Exit(FAILED) from None
+
+
+def _sentence(error: Exception) -> str:
+    """What to say of an error that is not one of ours."""
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        name = str(error.filename)
+        return f"{error.strerror}: {name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + '...'}"
+    is_allocator = isinstance(error, RuntimeError) and ("allocate memory" in reason or "out of memory" in reason)
+    if isinstance(error, MemoryError) or is_allocator:
+        return "There is not enough memory for this: take smaller batches, shorter texts or a smaller model"
+    return f"Failed with {type(error).__name__}: {reason}. Run again with -v to see where."
 
 
 def _explain(ctx: typer.Context, message: str, error: BaseException) -> None:

@@ -84,7 +84,7 @@ class EvaluateSection(Section):
     embedded: bool = False
     field: Text = "text"
     tokens: Count = 5120
-    context: Count = 1024
+    context: Annotated[Count, Field(ge=2)] = 1024
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

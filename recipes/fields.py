@@ -46,8 +46,10 @@ def whole_number(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(whole_number), Field(ge=0)]
+# What JSON and every counter underneath can hold exactly.
+LARGEST_COUNT = 2**53
+Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_COUNT)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]

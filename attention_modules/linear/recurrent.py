@@ -39,7 +39,7 @@ class RecurrentOptions(AttentionOptions):
     """
 
     state_per: Literal["query_head", "kv_head"] = "query_head"
-    norm_start: float = Field(1.0, gt=0)
+    norm_start: float = Field(1.0, gt=0, le=1e6)
     output_gate: bool = True
     output_gate_rank: int | None = Field(None, ge=1)
 

@@ -12,7 +12,7 @@ from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create, get_method
 from ...errors import PlanError
 from .probe import ProbedModule
-from .section import SECTION_VERSION, read_section, sealed
+from .section import SECTION_VERSION, core_problem, read_section, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -228,4 +228,5 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
         refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
     elif module.calls > 1 and module.geometry.causal:
         refused = f"it runs {module.calls} times in one forward, so one state cannot serve it"
+    refused = refused or core_problem(rule.method, options, module.geometry)
     return PlanEntry(module.name, module.layer_idx, rule.method, options, module.geometry, lossy, refused)

@@ -11,6 +11,7 @@ are read too; the tensors in the checkpoint then tell which modules must be conv
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -128,26 +129,42 @@ _GOOD: set[str] = set()
 
 
 def _check_core(name: str, entry: ModuleSection, geometry: Geometry) -> None:
-    """Build the core without memory; layers mostly share one method and one geometry, so it is done once for each."""
-    key = json.dumps([entry.method, entry.options, entry.geometry], sort_keys=True)
+    """Build the core without memory."""
+    problem = core_problem(entry.method, entry.options, geometry)
+    if problem is not None:
+        raise PlanError(f"{name} cannot be built as config.json says: {problem}; {AGAIN}")
+
+
+def core_problem(method: str, options: Mapping[str, Any], geometry: Geometry) -> str | None:
+    """Why no attention module of these options and sizes can be built, in a clause; None if one can.
+
+    It is built without memory. Layers mostly share one method and one geometry, so that is done once for each.
+
+    Args:
+        method: name of a registered method.
+        options: its options.
+        geometry: heads and sizes.
+    """
+    key = json.dumps([method, options, asdict(geometry)], sort_keys=True)
     if key in _GOOD:
-        return
+        return None
     width = geometry.num_heads * max(geometry.head_dim, geometry.value_dim)
     if width > LARGEST_WIDTH:
-        raise PlanError(f"{name} would be {width} numbers wide as config.json says; {AGAIN}")
-    numbers = [value for value in entry.options.values() if isinstance(value, int | float)]
+        return f"a token's queries or values would be {width} numbers wide"
+    numbers = [value for value in options.values() if isinstance(value, int | float)]
     if any(not -LARGEST_CORE < value < LARGEST_CORE for value in numbers):
-        raise PlanError(f"the options of {name} in config.json are out of range: {_shown(entry.options)}; {AGAIN}")
+        return f"an option is out of range: {_shown(dict(options))}"
     try:
         with torch.device("meta"):
-            core = create(entry.method, geometry, **entry.options)
+            core = create(method, geometry, **options)
         size = sum(parameter.numel() for parameter in core.parameters())
     # Sizes that overflow are a RuntimeError of torch's.
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise PlanError(f"{name} cannot be built as config.json says: {_problem(error)}; {AGAIN}") from error
+        return _problem(error)
     if size > LARGEST_CORE:
-        raise PlanError(f"{name} would have {size} new parameters as config.json says; {AGAIN}")
+        return f"it would have {size:,} new parameters"
     _GOOD.add(key)
+    return None
 
 
 def _problem(error: Exception) -> str:

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+GENERATION_FILE = "generation_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -114,6 +115,8 @@ def open_checkpoint(
     config_dict = read_json(location.folder / CONFIG_FILE)
     check_config(config_dict, str(source), trust_remote_code=trust_remote_code, allow_converted=allow_converted)
     config = read_config(location.folder, trust_remote_code=trust_remote_code)
+    if (location.folder / GENERATION_FILE).is_file():
+        read_json(location.folder / GENERATION_FILE)
     names = weight_files(location.folder)
     fetch(location, names)
     shards = read_weights(location.folder, names)

@@ -19,6 +19,8 @@ LearningRate = Annotated[float, Field(ge=1e-12, le=1000)]
 
 logger = logging.getLogger(__name__)
 
+# A device that takes more at once does not exist; steps take as many tokens by gradient_accumulation.
+LARGEST_BATCH = 1 << 16
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -51,7 +53,7 @@ class StageBase(Section, ABC):
     tokens: Count | None = None
     steps: Count | None = None
     sequence_length: Annotated[Count, Field(ge=2)] | None = None
-    batch_size: Count = 1
+    batch_size: Annotated[Count, Field(le=LARGEST_BATCH)] = 1
     gradient_accumulation: Count = 1
     learning_rate: LearningRate
     schedule: Literal["constant", "linear", "cosine"] = "constant"
