@@ -154,7 +154,12 @@ class WorkFolder:
 
     def is_finished(self, output: Path) -> bool:
         """Whether the run's output was put in its place, so that only this folder is left over."""
-        noted, receipt = self._read_run().get("receipt"), output / RECEIPT_FILE
+        receipt = output / RECEIPT_FILE
+        try:
+            noted = self._read_run().get("receipt")
+        # Whoever starts over does not need it, and whoever goes on is told.
+        except TrainingError:
+            return False
         return noted is not None and receipt.is_file() and digest_of(receipt) == noted
 
     def measured(self) -> dict[str, Any]:
@@ -263,10 +268,13 @@ class WorkFolder:
 
     def _read_run(self) -> dict[str, Any]:
         try:
-            run: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            run = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise TrainingError(f"{self.path}/run.json cannot be read; start over with --overwrite.") from error
-        return run
+        parts = [run] if not isinstance(run, dict) else [run.get(key) for key in ("identity", "measured")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TrainingError(f"{self.path}/run.json is damaged; start over with --overwrite.")
+        return dict(run)
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         building = self.path / "run.json.partial"

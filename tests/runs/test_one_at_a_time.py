@@ -100,3 +100,16 @@ def test_files_put_into_the_output_while_a_run_heals_cost_no_healing(base, recip
     run_conversion(base, recipe(), tmp_path / "other", resume_from=output, device="cpu")
     assert (tmp_path / "other" / "config.json").is_file()
     assert not WorkFolder(output).path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "3", "[]", '{"format": 2}', '{"identity": 3, "measured": {}}', "[" * 5000])
+def test_a_damaged_work_folder_can_be_started_over(base, recipe, tmp_path, reach_healing, content):
+    work = WorkFolder(tmp_path / "out").path
+    work.mkdir()
+    (work / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"run.json (cannot be read|is damaged); start over with --overwrite"):
+        run_conversion(base, recipe(), tmp_path / "out", resume=True, device="cpu")
+    with pytest.raises(TrainingError, match="go on with --resume, or start over with --overwrite"):
+        run_conversion(base, recipe(), tmp_path / "out", device="cpu")
+    with pytest.raises(reach_healing):
+        run_conversion(base, recipe(), tmp_path / "out", overwrite=True, device="cpu")
