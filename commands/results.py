@@ -1,7 +1,7 @@
 """What the measuring commands print."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -9,9 +9,12 @@ from .tables import command_line, format_bytes, make_console, make_table
 
 if TYPE_CHECKING:
     from ..evaluate.bench import BenchResult
+    from ..evaluate.bench.cases import Case
     from ..evaluate.bench.rows import BenchRow
     from ..evaluate.diagnose import Diagnosis, LayerAdvice
+    from ..evaluate.engine.items import Figure
     from ..evaluate.engine.running import Evaluation
+    from ..evaluate.engine.schema import MeasuredModel, TaskResult
     from ..evaluate.report import ConversionComparison, ReportFiles
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
@@ -21,26 +24,26 @@ MOST_GROUPS = 6
 def show_evaluation(evaluation: "Evaluation") -> None:
     """Figures of each task, with intervals, and where all the rest is."""
     console = make_console()
-    document = evaluation.document
-    tasks = {name: document["tasks"][name] for name in evaluation.ran}
-    two = any(figure["base"] is not None for task in tasks.values() for figure in task["figures"])
+    results = evaluation.results
+    tasks = {name: results.tasks[name] for name in evaluation.ran}
+    two = any(figure.base is not None for task in tasks.values() for figure in task.figures)
     table = make_table(["task", "figure", *([">base"] if two else []), ">model", *([">change"] if two else []), "95 %"])
     for name, task in tasks.items():
-        for figure in _shown(task["figures"]):
+        for figure in _shown(task.figures):
             table.add_row(name, *_cells(figure, two))
             name = ""
     console.print(table)
-    console.print(f"\nmodel: {_named(document['model'])}")
-    if two:
-        console.print(f"base:  {_named(document['base'])}")
+    console.print(f"\nmodel: {_named(results.model)}")
+    if results.base is not None and two:
+        console.print(f"base:  {_named(results.base)}")
     for name, reason in evaluation.skipped.items():
         console.print(f"left out: {name}: {reason}")
-    if two and not all(figure["paired"] for figure in _compared(tasks)):
+    if two and not all(figure.paired for figure in _compared(tasks)):
         console.print("The models cut text into different tokens: compare bits/char, not perplexity.")
-    for remark in document.get("remarks", ()):
+    for remark in results.remarks:
         console.print(remark.replace("`", ""))
     console.print(f"All figures and scores are in {evaluation.path}.")
-    if document["model"]["converted"] and evaluation.path.parent.name == "results":
+    if results.model.converted and evaluation.path.parent.name == "results":
         console.print(f"Next: {command_line('report', evaluation.path.parent.parent)}", soft_wrap=True)
 
 
@@ -53,38 +56,38 @@ def format_value(value: float | None, style: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def format_change(value: float | None, figure: Mapping[str, Any]) -> str:
+def format_change(value: float | None, figure: "Figure") -> str:
     """A change as tables print it: a factor, or a difference with its sign."""
     if value is None:
         return "-"
-    if figure["compare"] == "ratio":
+    if figure.compare == "ratio":
         return f"{value:.3f} x"
-    return f"{100 * value:+.1f}" if figure["style"] == "percent" else f"{value:+.4f}"
+    return f"{100 * value:+.1f}" if figure.style == "percent" else f"{value:+.4f}"
 
 
-def _shown(figures: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    by_keys: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+def _shown(figures: "Sequence[Figure]") -> "Iterator[Figure]":
+    by_keys: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
-        by_keys.setdefault(tuple(figure["group"]), []).append(figure)
+        by_keys.setdefault(tuple(figure.group), []).append(figure)
     for keys, members in by_keys.items():
-        if not keys or len({str(member["group"]) for member in members}) <= MOST_GROUPS:
+        if not keys or len({str(member.group) for member in members}) <= MOST_GROUPS:
             yield from members
 
 
-def _cells(figure: Mapping[str, Any], two: bool) -> list[str]:
-    label = ", ".join([figure["metric"], *(f"{key} {value}" for key, value in figure["group"].items())])
-    own = format_value(figure["model"], figure["style"])
-    interval = figure["interval"]
+def _cells(figure: "Figure", two: bool) -> list[str]:
+    label = ", ".join([figure.metric, *(f"{key} {value}" for key, value in figure.group.items())])
+    own = format_value(figure.model, figure.style)
+    interval = figure.interval
     if not two:
-        return [label, own, _interval([format_value(end, figure["style"]) for end in interval or ()])]
-    if figure["base"] is None:
-        return [label, "", own, "", _interval([format_value(end, figure["style"]) for end in interval or ()])]
-    ends = [format_change(end, figure) for end in figure["change_interval"] or ()]
+        return [label, own, _interval([format_value(end, figure.style) for end in interval or ()])]
+    if figure.base is None:
+        return [label, "", own, "", _interval([format_value(end, figure.style) for end in interval or ()])]
+    ends = [format_change(end, figure) for end in figure.change_interval or ()]
     return [
         label,
-        format_value(figure["base"], figure["style"]),
+        format_value(figure.base, figure.style),
         own,
-        format_change(figure["change"], figure),
+        format_change(figure.change, figure),
         _interval(ends),
     ]
 
@@ -93,14 +96,14 @@ def _interval(ends: list[str]) -> str:
     return f"{ends[0]} to {ends[1]}" if ends else ""
 
 
-def _named(model: Mapping[str, Any]) -> str:
-    return f"{model['source']}, {model['dtype']}{', converted' if model['converted'] else ''}"
+def _named(model: "MeasuredModel") -> str:
+    return f"{model.source}, {model.dtype}{', converted' if model.converted else ''}"
 
 
-def _compared(tasks: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _compared(tasks: "Mapping[str, TaskResult]") -> "Iterator[Figure]":
     for task in tasks.values():
-        if task["kind"] == "perplexity":
-            yield from (figure for figure in task["figures"] if figure["base"] is not None)
+        if task.kind == "perplexity":
+            yield from (figure for figure in task.figures if figure.base is not None)
 
 
 def show_bench(result: "BenchResult") -> None:
@@ -108,7 +111,7 @@ def show_bench(result: "BenchResult") -> None:
     from ..evaluate.bench import bench_rows, crossover_sentences, setup_sentence
 
     console = make_console()
-    rows = bench_rows(result.document)
+    rows = bench_rows(result.results)
     two = any(row.base is not None for row in rows)
     # Time and memory each in a table of their own: both together are wider than a terminal.
     console.print(
@@ -120,14 +123,14 @@ def show_bench(result: "BenchResult") -> None:
     # A decoding step has the cache of the prompt before it.
     console.print(_bench_table([row for row in rows if row.measure != "decode"], columns, _memory_of))
     console.print()
-    for sentence in crossover_sentences(result.document):
+    for sentence in crossover_sentences(result.results.crossover):
         console.print(sentence)
     for row in rows:
         for role, case in (("base", row.base), ("model", row.model)):
-            if case is not None and case["skipped"]:
+            if case is not None and case.skipped:
                 size = f"{row.context:,} tokens, batch {row.batch}"
-                console.print(f"left out: {row.measure} of the {role}, {size}: {case['skipped']}")
-    console.print(setup_sentence(result.document))
+                console.print(f"left out: {row.measure} of the {role}, {size}: {case.skipped}")
+    console.print(setup_sentence(result.results))
     console.print(f"All figures are in {result.path}.")
 
 
@@ -146,20 +149,21 @@ def _bench_table(
 
 def _times_of(row: "BenchRow", two: bool) -> list[str]:
     own = _time(row.model)
-    return [_time(row.base or {}), own, _times(row.speedup)] if two else [own]
+    return [_time(row.base), own, _times(row.speedup)] if two else [own]
 
 
 def _memory_of(row: "BenchRow", two: bool) -> list[str]:
-    cases = [row.base or {}, row.model] if two else [row.model]
-    return [_bytes(case.get(key)) for key in ("cache_bytes", "peak_bytes") for case in cases]
+    cases = [row.base, row.model] if two else [row.model]
+    held = [_bytes(None if case is None else case.cache_bytes) for case in cases]
+    return held + [_bytes(None if case is None else case.peak_bytes) for case in cases]
 
 
-def _time(case: Mapping[str, Any]) -> str:
+def _time(case: "Case | None") -> str:
     """`40 ms [38-45]`; per token for decoding."""
-    if not case or case["median"] is None:
+    if case is None or case.median is None or case.low is None or case.high is None:
         return "-"
-    unit, factor = ("ms", 1e3) if case["measure"] == "decode" or case["median"] < 1 else ("s", 1.0)
-    middle, low, high = (format_value(factor * case[key], "number") for key in ("median", "low", "high"))
+    unit, factor = ("ms", 1e3) if case.measure == "decode" or case.median < 1 else ("s", 1.0)
+    middle, low, high = (format_value(factor * value, "number") for value in (case.median, case.low, case.high))
     return f"{middle} {unit} [{low}-{high}]"
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from ..errors import OutputError
+from ..files.documents import parse_document
 from ..files.json_lines import finished_lines, parse_line
 
 # JSON has no number that is none: whoever reads a record back takes null as one.
@@ -64,9 +65,16 @@ class MetricsFile:
             raise OutputError(f"The metrics {self.path} cannot be written: {error.strerror}.") from error
 
     def records(self) -> Iterator[Record]:
-        """The lines so far; a last line that a killed run left unfinished is left out."""
+        """The lines so far; a last line that a killed run left unfinished is left out.
+
+        Raises:
+            DataError: a line is damaged
+        """
         for number, line in finished_lines(self.path):
-            yield Record(**parse_line(line, number, self.path))
+            value = parse_line(line, number, self.path)
+            yield parse_document(
+                Record, value, self.path, where=f"line {number}: ", remedy="remove it, or convert again"
+            )
 
     def cut(self, index: int, step: int) -> None:
         """Drop what lies behind a step of a stage: a resumed run will write it again."""

@@ -53,8 +53,8 @@ def describe_environment() -> Environment:
     """Look at what is installed and which devices there are."""
     cpu = torch.device("cpu")
     setup = describe_setup(cpu)
-    name = f"{setup['cpu'] or 'CPU'}, {setup['cores']} cores"
-    devices = [DeviceReport("cpu", name, setup["memory_bytes"], device_problem(cpu))]
+    name = f"{setup.cpu or 'CPU'}, {setup.cores} cores"
+    devices = [DeviceReport("cpu", name, setup.memory_bytes, device_problem(cpu))]
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         found = torch.cuda.get_device_properties(device)
@@ -63,4 +63,4 @@ def describe_environment() -> Environment:
     if other is not None and other.type != "cuda":
         devices.append(DeviceReport(str(other), other.type, None, device_problem(other)))
     operators = tuple(sorted(module.name for module in iter_modules(kernels.__path__) if module.ispkg))
-    return Environment(setup["system"], setup["versions"], tuple(devices), operators)
+    return Environment(setup.system, setup.versions, tuple(devices), operators)

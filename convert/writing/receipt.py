@@ -4,12 +4,14 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from ...files.containment import inside
+from ...files.documents import Number, OwnFile, read_document
 from ...files.fast_copy import digest_of
 from ...files.json_files import write_json
 from ...files.output_folder import TOOL
@@ -17,12 +19,9 @@ from ...files.own_files import KEY, RECEIPT_FILE, list_files
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 
-RECEIPT_VERSION = 1
 
-
-@dataclass(frozen=True)
-class Receipt:
-    """What `receipt.json` says.
+class Receipt(OwnFile):
+    """`receipt.json`.
 
     Attributes:
         source: the base as the user named it; of a folder or file the name alone, for receipts are published.
@@ -43,23 +42,25 @@ class Receipt:
         command: the command line, absolute paths shortened to names.
         created: when, in UTC.
         versions: of the packages that took part.
+        files: the files that were there when it was written: a later run may replace them.
     """
 
-    source: str
-    repo_id: str | None
-    revision: str | None
-    inputs: Mapping[str, str]
-    plan: Mapping[str, Any]
-    links: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    rewrites: Sequence[str] = ()
-    exactness: Mapping[str, Any] = field(default_factory=dict)
-    start_distance: Mapping[str, float] = field(default_factory=dict)
-    metrics: Sequence[Mapping[str, Any]] = ()
-    path_use: Mapping[str, float] = field(default_factory=dict)
-    attention: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    repo_id: str | None = None
+    revision: str | None = None
+    inputs: dict[str, str] = Field(default_factory=dict)
+    plan: dict[str, Any] = Field(default_factory=dict)
+    links: dict[str, Any] = Field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()
+    exactness: dict[str, Any] = Field(default_factory=dict)
+    start_distance: dict[str, Number] = Field(default_factory=dict)
+    metrics: list[dict[str, Any]] = Field(default_factory=list)
+    path_use: dict[str, Number] = Field(default_factory=dict)
+    attention: dict[str, Any] = Field(default_factory=dict)
     command: str = ""
     created: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    files: list[str] = Field(default_factory=list)
 
 
 def make_receipt(
@@ -93,15 +94,15 @@ def make_receipt(
         source=checkpoint.name,
         repo_id=checkpoint.repo_id,
         revision=checkpoint.revision,
-        inputs=digest_inputs(checkpoint) if inputs is None else inputs,
+        inputs=digest_inputs(checkpoint) if inputs is None else dict(inputs),
         plan={} if plan.is_native else plan.to_config(),
-        links=links or {},
+        links={name: dict(link) for name, link in (links or {}).items()},
         rewrites=plan.rewrites,
-        exactness=exactness or {},
-        start_distance=start_distance or {},
-        metrics=tuple(metrics),
-        path_use=path_use or {},
-        attention=attention or {},
+        exactness=dict(exactness or {}),
+        start_distance=dict(start_distance or {}),
+        metrics=[dict(row) for row in metrics],
+        path_use=dict(path_use or {}),
+        attention=dict(attention or {}),
         command=_public(sys.argv if command is None else command),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
@@ -115,9 +116,17 @@ def digest_inputs(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def write_receipt(folder: Path, receipt: Receipt) -> None:
-    """Write `receipt.json`, which lists the files that are there already: a later run may replace them."""
-    content = {"tool": TOOL, "version": RECEIPT_VERSION, **asdict(receipt), KEY: list_files(folder)}
-    write_json(folder / RECEIPT_FILE, content)
+    """Write `receipt.json`, which lists the files that are there already."""
+    write_json(folder / RECEIPT_FILE, receipt.model_copy(update={KEY: list_files(folder)}).plain())
+
+
+def read_receipt(folder: Path) -> Receipt | None:
+    """The receipt of a conversion's folder; None if there is none.
+
+    Raises:
+        DataError: it is damaged, or of a newer version of this package
+    """
+    return read_document(Receipt, folder / RECEIPT_FILE, remedy="it belongs to the conversion, make that again")
 
 
 def _public(command: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ PREFILL, DECODE, TRANSFER = "prefill", "decode", "transfer"
 Role = Literal["model", "base"]
 MODEL: Role = "model"
 BASE: Role = "base"
+MAX_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class BenchSettings:
     repeats: int
     decode_tokens: int
     dtype: str
-    training_contexts: tuple[int, ...]
-    max_seconds: float
+    training_contexts: tuple[int, ...] = ()
+    max_seconds: float = MAX_SECONDS
 
     @classmethod
     def checked(

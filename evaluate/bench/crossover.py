@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .cases import BASE, DECODE, MODEL, PREFILL, Case
 
@@ -33,7 +32,7 @@ class Crossover:
     note: str
 
 
-def crossovers(cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:
+def crossovers(cases: Sequence[Case]) -> dict[str, list[Crossover]]:
     """The crossover of each measure and batch size; empty lists without a base.
 
     Returns:
@@ -41,12 +40,12 @@ def crossovers(cases: Sequence[Case]) -> dict[str, list[dict[str, Any]]]:
         the caches.
     """
     measures = {"prefill": (PREFILL, _FASTER), "decode": (DECODE, _FASTER), "memory": (PREFILL, _SMALLER)}
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Crossover]] = {}
     for name, (measure, words) in measures.items():
         own = [case for case in cases if case.measure == measure]
         batches = sorted({case.batch for case in own if case.role == BASE})
         found[name] = [
-            vars(_crossover([case for case in own if case.batch == batch], batch, words, name == "memory"))
+            _crossover([case for case in own if case.batch == batch], batch, words, name == "memory")
             for batch in batches
         ]
     return found

@@ -1,10 +1,11 @@
-"""A benchmark's document as rows and sentences, for whoever prints it."""
+"""A benchmark as rows and sentences, for whoever prints it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .cases import BASE, MODEL
+from .cases import BASE, MODEL, Case
+from .crossover import Crossover
+from .schema import BenchmarkFile
 
 
 @dataclass(frozen=True)
@@ -15,72 +16,73 @@ class BenchRow:
         measure: `"prefill"`, `"decode"` or `"transfer"`.
         context: Tokens of each sequence.
         batch: Sequences at once.
-        model: The model's case, as in the document.
+        model: The model's case.
         base: The base's case; None without a base.
     """
 
     measure: str
     context: int
     batch: int
-    model: Mapping[str, Any]
-    base: Mapping[str, Any] | None
+    model: Case
+    base: Case | None
 
     @property
     def speedup(self) -> float | None:
         """How many times as fast as its base the model is, by the medians; None without both."""
-        return self._times("median")
+        return _times(None if self.base is None else self.base.median, self.model.median)
 
     @property
     def cache_ratio(self) -> float | None:
         """How many times as much as the model's the base's cache holds; None without both."""
-        return self._times("cache_bytes")
+        return _times(None if self.base is None else self.base.cache_bytes, self.model.cache_bytes)
 
     @property
     def peak_ratio(self) -> float | None:
         """How many times as much peak memory as the model the base needs; None without both."""
-        return self._times("peak_bytes")
-
-    def _times(self, name: str) -> float | None:
-        """Base over model."""
-        above, below = (self.base or {}).get(name), self.model.get(name)
-        return above / below if above and below else None
+        return _times(None if self.base is None else self.base.peak_bytes, self.model.peak_bytes)
 
 
-def bench_rows(document: Mapping[str, Any]) -> tuple[BenchRow, ...]:
-    """The cases of a document (see `evaluate.results`), model and base side by side, in the order of measuring."""
-    sides: dict[tuple[str, int, int], dict[str, Mapping[str, Any]]] = {}
-    for case in document["cases"]:
-        sides.setdefault((case["measure"], case["context"], case["batch"]), {})[case["role"]] = case
+def _times(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
+
+
+def bench_rows(bench: BenchmarkFile) -> tuple[BenchRow, ...]:
+    """The cases of a benchmark, model and base side by side, in the order of measuring."""
+    sides: dict[tuple[str, int, int], dict[str, Case]] = {}
+    for case in bench.cases:
+        sides.setdefault((case.measure, case.context, case.batch), {})[case.role] = case
     return tuple(BenchRow(*key, roles[MODEL], roles.get(BASE)) for key, roles in sides.items())
 
 
-def crossover_sentences(document: Mapping[str, Any]) -> tuple[str, ...]:
+def crossover_sentences(crossover: Mapping[str, Sequence[Crossover]]) -> tuple[str, ...]:
     """One sentence for each measure and batch size about where the model overtakes its base; empty without a base."""
     names = {"prefill": "prefill", "decode": "decoding", "memory": "cache"}
     sentences = []
-    for measure, found in document["crossover"].items():
+    for measure, found in crossover.items():
         for entry in found:
-            subject = f"{names[measure]}, batch {entry['batch']}"
-            sentences.append(f"{subject}: {_place(entry)}{entry['note']}")
+            subject = f"{names[measure]}, batch {entry.batch}"
+            sentences.append(f"{subject}: {_place(entry)}{entry.note}")
     return tuple(sentences)
 
 
-def _place(entry: Mapping[str, Any]) -> str:
-    if entry["context"] is None:
+def _place(entry: Crossover) -> str:
+    if entry.context is None:
         return ""
-    ends = [f"{end:,}" for end in (entry["low"], entry["high"]) if end is not None]
+    ends = [f"{end:,}" for end in (entry.low, entry.high) if end is not None]
     spread = f" (by the quartiles {' to '.join(ends)})" if len(ends) == 2 and ends[0] != ends[1] else ""
-    return f"{entry['context']:,} tokens{spread}, "
+    return f"{entry.context:,} tokens{spread}, "
 
 
-def setup_sentence(document: Mapping[str, Any]) -> str:
-    """What the figures of a document were measured on and how, in one line."""
-    setup, settings = document["setup"], document["settings"]
-    place = setup["gpu"] or f"{setup['cpu']}, {setup['threads']} of {setup['cores']} cores"
-    runs, steps = _count(settings["repeats"], "run"), _count(settings["decode_tokens"], "decoding step")
+def setup_sentence(bench: BenchmarkFile) -> str:
+    """What the figures of a benchmark were measured on and how, in one line."""
+    setup, settings = bench.setup, bench.settings
+    place = setup.gpu or f"{setup.cpu}, {setup.threads} of {setup.cores} cores"
+    medians = "medians"
+    if settings is not None:
+        medians += f" of {_count(settings.repeats, 'run')} and {_count(settings.decode_tokens, 'decoding step')}"
     return (
-        f"{place}; torch {setup['versions']['torch']}; {document['model']['dtype']}; "
-        f"medians of {runs} and {steps}, quartiles in brackets; peak memory is above the weights"
+        f"{place}; torch {setup.versions.get('torch', 'unknown')}; {bench.model.dtype}; "
+        f"{medians}, quartiles in brackets; peak memory is above the weights"
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,27 +17,20 @@ from transformers import PreTrainedModel
 from ...errors import TrainingError
 from ..engine.journal import Journal
 from ..engine.models import find_device
-from ..engine.results import (
-    BENCHMARK,
-    describe_model,
-    describe_setup,
-    model_identity,
-    read_results,
-    results_folder,
-    write_results,
-)
-from .cases import BASE, DECODE, MODEL, TRANSFER, BenchSettings, Case, Piece, Role, pieces_of
+from ..engine.results import describe_model, describe_setup, results_folder, write_results
+from ..engine.schema import MeasuredModel, Setup
+from .cases import BASE, DECODE, MAX_SECONDS, MODEL, TRANSFER, BenchSettings, Case, Piece, Role, pieces_of
 from .clock import Clock, Stopwatch
 from .crossover import crossovers
 from .guards import refusal
 from .memory import available_bytes, give_back
 from .models import Contestant, ModelRunner, open_contestant, ordinary_tokens, random_prompt
+from .schema import BenchmarkFile
 from .turns import DecodeLane, Lane, PrefillLane, TrainingLane, take_turns
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = f"{BENCHMARK}.partial"
-MAX_SECONDS = 120.0
+JOURNAL = "bench.partial"
 
 Progress = Callable[[int, int, str], None]
 TrainingStep = Callable[[torch.Tensor], object]
@@ -62,12 +55,17 @@ class BenchResult:
     """The answer of `run_bench`.
 
     Attributes:
-        document: What the file holds; see `evaluate.results`.
+        results: What the file holds.
         path: The file.
     """
 
-    document: Mapping[str, Any]
+    results: BenchmarkFile
     path: Path
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """What the file holds, as plain JSON values."""
+        return self.results.plain()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -149,17 +147,17 @@ def run_bench(
         identity = _identity(settings, about, setup)
         bench = _Bench(settings, contestants, Stopwatch(where, clock), training, journal, identity)
         cases = bench.run(progress)
-        document = {
-            "model": about[MODEL],
-            "base": about.get(BASE),
-            "setup": setup,
-            "settings": asdict(settings),
-            "cases": [case.to_dict() for case in cases],
-            "crossover": crossovers(cases),
-        }
-        path = write_results(folder, BENCHMARK, document)
+        results = BenchmarkFile(
+            model=about[MODEL],
+            base=about.get(BASE),
+            setup=setup,
+            settings=settings,
+            cases=cases,
+            crossover=crossovers(cases),
+        )
+        path = write_results(folder, results)
         journal.remove()
-    return BenchResult(read_results(folder, BENCHMARK) or {}, path)
+    return BenchResult(results, path)
 
 
 def _warn_of_two_dtypes(contestants: Sequence[Contestant]) -> None:
@@ -168,12 +166,12 @@ def _warn_of_two_dtypes(contestants: Sequence[Contestant]) -> None:
         logger.warning("The base runs in %s and the model in %s: give a dtype to compare like with like.", *dtypes)
 
 
-def _identity(settings: BenchSettings, about: Mapping[Role, Mapping[str, Any]], setup: Mapping[str, Any]) -> str:
+def _identity(settings: BenchSettings, about: Mapping[Role, MeasuredModel], setup: Setup) -> str:
     """What must be the same for a finished piece to count: models, machine, versions and how it was measured."""
     facts = {
         "settings": {name: getattr(settings, name) for name in ("repeats", "decode_tokens", "max_seconds")},
-        "models": {role: model_identity(model) for role, model in about.items()},
-        "setup": {name: setup[name] for name in ("device", "gpu", "cpu", "threads", "versions")},
+        "models": {role: model.identity for role, model in about.items()},
+        "setup": setup.model_dump(include={"device", "gpu", "cpu", "threads", "versions"}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -13,7 +13,8 @@ from ...files.fast_copy import digest_of
 from ..tasks.base import Scope, Subject, Task, Unit
 from ..tasks.packaged import data_file
 from .journal import Journal
-from .results import model_identity, package_versions
+from .results import package_versions
+from .schema import MeasuredModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def make_jobs(
     subject: Subject,
     tasks: Mapping[str, Task[Any]],
     scope: Scope,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, MeasuredModel],
     device: torch.device,
 ) -> Iterator[Job]:
     """The jobs of one model; a task that compares is a job of the model, not of the base."""
@@ -56,9 +57,7 @@ def make_jobs(
             "task": name,
             "settings": task.settings.model_dump(mode="json"),
             "scope": asdict(own),
-            "models": [
-                model_identity(about[role]) for role in (("base", "model") if task.needs_base else (subject.role,))
-            ],
+            "models": [about[role].identity for role in (("base", "model") if task.needs_base else (subject.role,))],
             "data": _digests(task),
             "role": subject.role,
             "device": device.type,

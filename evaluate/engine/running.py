@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,15 @@ from .jobs import Job, make_jobs, scope_of
 from .journal import Journal
 from .models import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
 from .remarks import remarks_on
-from .results import (
-    EVALUATION,
-    describe_model,
-    describe_setup,
-    model_identity,
-    read_results,
-    results_folder,
-    write_results,
-)
+from .results import describe_model, describe_setup, read_results, results_folder, results_path, write_results
+from .schema import EvaluationFile, ItemColumns, MeasuredModel, TaskResult
 from .suite import Suite
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
-JOURNAL = f"{EVALUATION}.partial"
-OLD = f"{EVALUATION}.old.json"
+JOURNAL = "eval.partial"
+OLD = "eval.old.json"
 """Where results of other models go when those of this one take their place."""
 
 
@@ -40,16 +34,21 @@ class Evaluation:
     """The answer of `run_evaluation`.
 
     Attributes:
-        document: What the file holds; see `evaluate.results`.
+        results: What the file holds.
         path: The file.
         ran: Names of the tasks of this run, in order; the file may hold more from earlier runs.
         skipped: Tasks of the suite that could not be run, with the reason.
     """
 
-    document: Mapping[str, Any]
+    results: EvaluationFile
     path: Path
     ran: tuple[str, ...]
     skipped: Mapping[str, str]
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """What the file holds, as plain JSON values."""
+        return self.results.plain()
 
     def to_dict(self) -> dict[str, Any]:
         """The document without the single scores, which the file has."""
@@ -110,7 +109,7 @@ def run_evaluation(
     }
     where = find_device(device)
     # Before anything is measured: a damaged file, and one that will have to make room.
-    _kept_tasks(read_results(folder, EVALUATION), about, warn=True)
+    _kept_tasks(read_results(folder, EvaluationFile), about, warn=True)
     scope = Scope(limit, batch_size)
     tasks = {name: make_task(settings) for name, settings in suite.tasks.items()}
     skipped = {
@@ -127,26 +126,26 @@ def run_evaluation(
         paired = len(subjects) == 1 or same_tokens(*subjects)
         setup = describe_setup(where)
         done = {
-            name: {**_summary(name, task, jobs, journal, scope, seconds, paired), "setup": setup}
+            name: _summary(name, task, jobs, journal, scope, seconds, paired).model_copy(update={"setup": setup})
             for name, task in tasks.items()
         }
         # Read only now: another run may have added tasks in the meantime.
-        earlier = read_results(folder, EVALUATION)
+        earlier = read_results(folder, EvaluationFile)
         kept = _kept_tasks(earlier, about)
         if earlier is not None and kept is None:
-            (folder / f"{EVALUATION}.json").replace(folder / OLD)
-        document: dict[str, Any] = {
-            "model": about["model"],
-            "base": about.get("base") or (earlier.get("base") if earlier and kept is not None else None),
-            "setup": setup,
-            "suite": suite.name,
-            "tasks": {**(kept or {}), **done},
-        }
-        settings = [task["settings"] for task in document["tasks"].values()]
-        document["remarks"] = remarks_on(subjects[-1].checkpoint.config, settings)
-        path = write_results(folder, EVALUATION, document)
+            results_path(folder, EvaluationFile).replace(folder / OLD)
+        measured = {**(kept or {}), **done}
+        results = EvaluationFile(
+            model=about["model"],
+            base=about.get("base") or (earlier.base if earlier is not None and kept is not None else None),
+            setup=setup,
+            suite=suite.name,
+            tasks=measured,
+            remarks=remarks_on(subjects[-1].checkpoint.config, [task.settings for task in measured.values()]),
+        )
+        path = write_results(folder, results)
         journal.remove()
-    return Evaluation(read_results(folder, EVALUATION) or {}, path, tuple(done), skipped)
+    return Evaluation(results, path, tuple(done), skipped)
 
 
 def _measure(
@@ -210,8 +209,8 @@ def _summary(
     scope: Scope,
     seconds: Mapping[tuple[str, str], float],
     same: bool,
-) -> dict[str, Any]:
-    """One task of the document: figures, and the scores that they are made of."""
+) -> TaskResult:
+    """One task of the file: figures, and the scores that they are made of."""
     outcomes = {job.subject.role: [_outcome(journal[key]) for key in job.keys] for job in jobs if job.name == name}
     items = {role: [item for outcome in found for item in outcome.items] for role, found in outcomes.items()}
     metrics = task.metrics_of(items["model"])
@@ -219,43 +218,41 @@ def _summary(
     slices = [(), *task.slices] if task.overall else task.slices
     figures = make_figures(items["model"], items.get("base"), metrics, slices, pair=pair)
     extras = {role: [o.extra for o in found if o.extra is not None] for role, found in outcomes.items()}
-    return {
-        "kind": task.settings.model_dump()["kind"],
-        "settings": task.settings.model_dump(mode="json"),
-        "limit": scope_of(task, scope).limit,
-        "batch_size": scope.batch_size,
-        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "seconds": {role: round(seconds[name, role], 3) for role in items if (name, role) in seconds},
-        "metrics": [asdict(metric) for metric in metrics],
-        "figures": [asdict(figure) for figure in figures],
-        "items": {role: _columns(found) for role, found in items.items()},
-        "extras": {role: found for role, found in extras.items() if found},
-    }
+    return TaskResult(
+        kind=task.settings.kind,
+        settings=task.settings.model_dump(mode="json"),
+        limit=scope_of(task, scope).limit,
+        batch_size=scope.batch_size,
+        time=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        seconds={role: round(seconds[name, role], 3) for role in items if (name, role) in seconds},
+        metrics=list(metrics),
+        figures=list(figures),
+        items={role: _columns(found) for role, found in items.items()},
+        extras={role: found for role, found in extras.items() if found},
+    )
 
 
-def _columns(items: Sequence[Item]) -> dict[str, Any]:
-    """Items as columns, which take a fraction of the room."""
+def _columns(items: Sequence[Item]) -> ItemColumns:
     names = list(dict.fromkeys(key for item in items for key in item.values))
-    return {
-        "ids": [item.id for item in items],
-        "groups": [item.group for item in items],
-        "values": {name: [item.values.get(name) for item in items] for name in names},
-        "notes": {item.id: item.note for item in items if item.note},
-        "clusters": [item.cluster for item in items] if any(item.cluster for item in items) else None,
-    }
+    return ItemColumns(
+        ids=[item.id for item in items],
+        groups=[dict(item.group) for item in items],
+        values={name: [item.values.get(name) for item in items] for name in names},
+        notes={item.id: item.note for item in items if item.note},
+        clusters=[item.cluster for item in items] if any(item.cluster for item in items) else None,
+    )
 
 
 def _kept_tasks(
-    earlier: Mapping[str, Any] | None, about: Mapping[str, Mapping[str, Any]], *, warn: bool = False
-) -> Mapping[str, Any] | None:
+    earlier: EvaluationFile | None, about: Mapping[str, MeasuredModel], *, warn: bool = False
+) -> Mapping[str, TaskResult] | None:
     """The tasks of an earlier file; None if it is about other models."""
     if earlier is None:
         return {}
-    for role in ("model", "base"):
-        before, now = earlier.get(role), about.get(role)
-        if before is not None and now is not None and model_identity(before) != model_identity(now):
+    for role, before in (("model", earlier.model), ("base", earlier.base)):
+        now = about.get(role)
+        if before is not None and now is not None and before.identity != now.identity:
             if warn:
                 logger.warning("The earlier results are of another %s, or of another dtype; they become %s.", role, OLD)
             return None
-    kept: Mapping[str, Any] = earlier["tasks"]
-    return kept
+    return earlier.tasks

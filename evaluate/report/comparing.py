@@ -9,9 +9,9 @@ from typing import Any
 from ...errors import DataError
 from ..bench.cases import Case
 from ..engine.results import FOLDER
+from ..engine.schema import TaskResult
 from ..tasks.base import task_classes
 from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
-from .documents import TaskRow
 from .gathering import Report, gather
 from .page import commands
 
@@ -239,7 +239,7 @@ def _values(
 def _remarks(reports: Sequence[Report]) -> list[str]:
     """Sentences about tasks with different settings, different machines, and speed that nobody measured."""
     remarks = []
-    tasks: dict[str, list[TaskRow]] = {}
+    tasks: dict[str, list[TaskResult]] = {}
     for report in reports:
         for name, task in report.tasks(*_headlines()).items():
             tasks.setdefault(name, []).append(task)
@@ -247,7 +247,7 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
     if unlike:
         remarks.append(f"Measured with different settings, so not comparable: {', '.join(unlike)}.")
     timed = [report.benchmark for report in reports if report.benchmark is not None]
-    places = {(str(b.setup.get("gpu") or b.setup.get("cpu")), b.setup.get("threads"), b.model.dtype) for b in timed}
+    places = {(b.setup.processor, b.setup.threads, b.model.dtype) for b in timed}
     if len(places) > 1:
         remarks.append("Speed was measured on different machines, threads or dtypes, so it is not comparable.")
     untimed = [report for report in reports if report.benchmark is None]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..engine.bootstrap import make_figures
 from ..engine.items import Better, Item, Style
-from .documents import ItemColumns, TaskRow
+from ..engine.schema import ItemColumns, TaskResult
 from .gathering import Report
 
 
@@ -111,7 +111,7 @@ def find_differences(
     return found
 
 
-def _difference(column: Column, name: str, task: TaskRow, best: str, best_task: TaskRow) -> Difference | None:
+def _difference(column: Column, name: str, task: TaskResult, best: str, best_task: TaskResult) -> Difference | None:
     metric = next((metric for metric in task.metrics if f"{column.task}: {metric.name}" == column.key), None)
     if metric is None or "model" not in task.items or "model" not in best_task.items:
         return None
@@ -137,6 +137,6 @@ def _items(columns: ItemColumns) -> list[Item]:
     return items
 
 
-def same_settings(first: TaskRow, second: TaskRow) -> bool:
+def same_settings(first: TaskResult, second: TaskResult) -> bool:
     """Whether a task asked two models the same."""
     return (first.kind, first.settings, first.limit) == (second.kind, second.settings, second.limit)

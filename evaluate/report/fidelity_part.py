@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ...files.documents import Number
 from ..engine.items import Figure
+from ..engine.schema import TaskResult
+from ..tasks.fidelity import FidelityExtra, HeadMap, LayerStatistic
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Dot, Series, dot_chart, line_chart
-from .documents import FidelityExtra, MapRow, Number, StatisticRow, TaskRow
 from .drawing import BASE, COLORS, MODEL
 from .formats import amount_cell, number
 from .gathering import Report
@@ -74,7 +76,7 @@ def _slug(name: str) -> str:
     return "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in name.lower())
 
 
-def _by_place(task: TaskRow, keys: set[str]) -> dict[str, list[Figure]]:
+def _by_place(task: TaskResult, keys: set[str]) -> dict[str, list[Figure]]:
     found: dict[str, list[Figure]] = {}
     for figure in task.figures:
         if set(figure.group) == keys:
@@ -161,7 +163,7 @@ def _robust_top(grid: Sequence[Sequence[Number]]) -> float:
     return max(values[int(0.97 * (len(values) - 1))], 1e-6) if values else 1.0
 
 
-def _map_table(head: str, row: MapRow, tokens: Sequence[str] | None) -> Table:
+def _map_table(head: str, row: HeadMap, tokens: Sequence[str] | None) -> Table:
     def weights(line: Sequence[Number], place: int) -> Cell:
         return Cell(
             " ".join("-" if value is None else f"{value:.2f}".lstrip("0") or "0" for value in line[: place + 1])
@@ -182,7 +184,7 @@ def _map_table(head: str, row: MapRow, tokens: Sequence[str] | None) -> Table:
 
 def _statistics(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
     """Each statistic over the layers, the mean over windows; a line for one number per layer, else a grid."""
-    found: dict[str, dict[int, list[StatisticRow]]] = {}
+    found: dict[str, dict[int, list[LayerStatistic]]] = {}
     for extra in extras:
         for row in extra.statistics:
             found.setdefault(row.name, {}).setdefault(row.layer_index, []).append(row)
@@ -199,7 +201,7 @@ def _statistics(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
     return [*([Charts(tuple(charts))] if charts else []), *blocks]
 
 
-def _means(rows: Sequence[StatisticRow]) -> list[Number]:
+def _means(rows: Sequence[LayerStatistic]) -> list[Number]:
     width = max(len(row.values) for row in rows)
     means: list[Number] = []
     for place in range(width):
@@ -209,7 +211,7 @@ def _means(rows: Sequence[StatisticRow]) -> list[Number]:
     return means
 
 
-def _statistic_chart(id: str, first: StatisticRow, means: Mapping[int, Sequence[Number]]) -> Chart:
+def _statistic_chart(id: str, first: LayerStatistic, means: Mapping[int, Sequence[Number]]) -> Chart:
     percent = first.style == "percent"
     unit = f"{first.name}, %" if percent else first.name
     factor = 100 if percent else 1
@@ -241,7 +243,7 @@ def _at(values: Sequence[Number], place: int) -> Number:
     return values[place] if place < len(values) else None
 
 
-def _statistic_table(first: StatisticRow, means: Mapping[int, Sequence[Number]]) -> Table:
+def _statistic_table(first: LayerStatistic, means: Mapping[int, Sequence[Number]]) -> Table:
     width = max(len(values) for values in means.values())
     columns = ("layer", *(f"{first.per} {place}" for place in range(width))) if width > 1 else ("layer", first.name)
     rows = tuple(

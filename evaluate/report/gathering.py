@@ -1,7 +1,6 @@
 """Everything that a folder says about a conversion, read once and checked."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,19 @@ from ...attention_modules import create
 from ...convert.planning.plan import Plan, PlanEntry
 from ...convert.reading.checkpoint import open_checkpoint
 from ...convert.reading.config_file import SECTION
-from ...convert.writing.receipt import digest_inputs
-from ...distill.metrics import Record
+from ...convert.writing.receipt import Receipt, digest_inputs, read_receipt
+from ...distill.metrics import MetricsFile, Record
 from ...errors import CheckpointError, DataError, PlanError
 from ...files.containment import inside
+from ...files.documents import parse_document
 from ...files.json_files import read_json
 from ...files.output_folder import is_ours
 from ...files.own_files import CARD_FILE, CONFIG_FILE, METRICS_FILE, RECEIPT_FILE, RECIPE_FILE
 from ...files.whole_files import refuse_link
-from ..engine.results import BENCHMARK, EVALUATION, FOLDER, read_results
-from .documents import (
-    BenchmarkFile,
-    EvaluationFile,
-    FidelityExtra,
-    ReceiptFile,
-    TaskRow,
-    parse,
-    parse_extras,
-    read_records,
-)
+from ..bench.schema import BenchmarkFile
+from ..engine.results import FOLDER, read_results, results_path
+from ..engine.schema import EvaluationFile, ResultsFile, TaskResult
+from ..tasks.fidelity import FidelityExtra
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +68,7 @@ class Report:
     base: str
     config: dict[str, Any]
     modules: tuple[ConvertedModule, ...]
-    receipt: ReceiptFile | None
+    receipt: Receipt | None
     recipe: str
     records: tuple[Record, ...]
     evaluation: EvaluationFile | None
@@ -114,7 +107,7 @@ class Report:
         heads = text.get("num_attention_heads")
         return heads if isinstance(heads, int) else None
 
-    def tasks(self, *kinds: str) -> dict[str, TaskRow]:
+    def tasks(self, *kinds: str) -> dict[str, TaskResult]:
         """The evaluated tasks of some kinds; all without one."""
         tasks = self.evaluation.tasks if self.evaluation else {}
         return {name: task for name, task in tasks.items() if not kinds or task.kind in kinds}
@@ -133,20 +126,17 @@ def gather(folder: Path) -> Report:
     results = refuse_link(folder / FOLDER) if ours else folder
     if ours:
         _refuse_links_out(folder)
-    evaluation, benchmark = _results(results, EVALUATION), _results(results, BENCHMARK)
+    evaluation, benchmark = read_results(results, EvaluationFile), read_results(results, BenchmarkFile)
     if not ours and evaluation is None and benchmark is None:
         raise DataError(
             f"{folder} holds neither a conversion nor measurements: give the output of `attnconv convert`, "
             "or a folder with eval.json or bench.json."
         )
-    measured_evaluation = parse(EvaluationFile, evaluation, results / "eval.json") if evaluation else None
-    measured_benchmark = parse(BenchmarkFile, benchmark, results / "bench.json") if benchmark else None
     if ours:
-        _warn_of_other_weights(folder, {EVALUATION: evaluation, BENCHMARK: benchmark})
+        _warn_of_other_weights(folder, evaluation, benchmark)
     config = _json(folder / CONFIG_FILE) if ours else {}
-    found = _json(folder / RECEIPT_FILE) if ours else {}
-    receipt = parse(ReceiptFile, found, folder / RECEIPT_FILE) if found else None
-    measured = measured_evaluation or measured_benchmark
+    receipt = read_receipt(folder) if ours else None
+    measured = evaluation or benchmark
     base = _base_name(receipt, measured)
     name = folder.resolve().name
     return Report(
@@ -158,16 +148,16 @@ def gather(folder: Path) -> Report:
         modules=_modules(config, receipt, folder) if ours else (),
         receipt=receipt,
         recipe=_recipe(folder / RECIPE_FILE) if ours else "",
-        records=tuple(read_records(folder / METRICS_FILE)) if ours else (),
-        evaluation=measured_evaluation,
-        fidelity=_fidelity(measured_evaluation, results / "eval.json"),
-        benchmark=measured_benchmark,
+        records=tuple(MetricsFile(folder / METRICS_FILE).records()) if ours else (),
+        evaluation=evaluation,
+        fidelity=_fidelity(evaluation, results_path(results, EvaluationFile)),
+        benchmark=benchmark,
     )
 
 
 def _refuse_links_out(folder: Path) -> None:
     """Insist that what is read into the report, and published with it, lies in the folder."""
-    beside = (f"{FOLDER}/{kind}.json" for kind in (EVALUATION, BENCHMARK))
+    beside = (results_path(Path(FOLDER), kind).as_posix() for kind in (EvaluationFile, BenchmarkFile))
     for name in (CONFIG_FILE, RECEIPT_FILE, RECIPE_FILE, METRICS_FILE, CARD_FILE, *beside):
         if (folder / name).is_symlink():
             try:
@@ -176,20 +166,16 @@ def _refuse_links_out(folder: Path) -> None:
                 raise DataError(str(error)) from error
 
 
-def _results(folder: Path, kind: str) -> dict[str, Any] | None:
-    return read_results(folder, kind) if folder.is_dir() else None
-
-
-def _warn_of_other_weights(folder: Path, documents: Mapping[str, Mapping[str, Any] | None]) -> None:
+def _warn_of_other_weights(folder: Path, *measurements: ResultsFile | None) -> None:
     """Say which measurements are not of the weights that are in the folder now."""
     try:
         now = sorted(digest_inputs(open_checkpoint(folder, allow_converted=True)).values())
     except (CheckpointError, PlanError, OSError):
         # Without its weights, as after a partial download, it can be reported on; a damaged section is named later.
         return
-    for kind, document in documents.items():
-        if document is not None and sorted(document["model"].get("digests", {}).values()) != now:
-            logger.warning("%s.json in %s is of other weights than those there now: measure again.", kind, folder)
+    for found in measurements:
+        if found is not None and sorted(found.model.digests.values()) != now:
+            logger.warning("%s.json in %s is of other weights than those there now: measure again.", found.kind, folder)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -208,14 +194,14 @@ def _recipe(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error}.") from error
 
 
-def _base_name(receipt: ReceiptFile | None, measured: EvaluationFile | BenchmarkFile | None) -> str:
+def _base_name(receipt: Receipt | None, measured: EvaluationFile | BenchmarkFile | None) -> str:
     """The base as people call it: a Hub id, or the last part of a path."""
     if receipt is not None and (receipt.repo_id or receipt.source):
         return receipt.repo_id or Path(receipt.source).name
     return measured.base.name if measured is not None and measured.base is not None else ""
 
 
-def _modules(config: dict[str, Any], receipt: ReceiptFile | None, folder: Path) -> tuple[ConvertedModule, ...]:
+def _modules(config: dict[str, Any], receipt: Receipt | None, folder: Path) -> tuple[ConvertedModule, ...]:
     """The converted modules, from the configuration or, where that is a native model's, from the receipt."""
     in_config = SECTION in config
     section = config.get(SECTION) or (receipt.plan if receipt else None)
@@ -238,4 +224,11 @@ def _modules(config: dict[str, Any], receipt: ReceiptFile | None, folder: Path) 
 
 def _fidelity(evaluation: EvaluationFile | None, path: Path) -> dict[str, list[FidelityExtra]]:
     tasks = evaluation.tasks if evaluation else {}
-    return {name: parse_extras(task, path) for name, task in tasks.items() if task.kind == "fidelity"}
+    return {
+        name: [
+            parse_document(FidelityExtra, extra, path, where=f"{name}: ", remedy="remove it and measure again")
+            for extra in task.extras.get("model", [])
+        ]
+        for name, task in tasks.items()
+        if task.kind == "fidelity"
+    }

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ... import __version__
+from ..bench.schema import BenchmarkFile
 from ..engine.items import Figure
 from ..tasks.base import task_classes
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
 from .conversion_part import conversion_section, layers_of
-from .documents import BenchmarkFile
 from .fidelity_part import fidelity_section, statistics_section
 from .formats import amount, change, duration, number, size, span, verdict
 from .gathering import UNCHANGED, Report
@@ -36,7 +36,7 @@ def make_page(report: Report) -> Page:
         receipt_section(report),
     )
     measured = report.evaluation or report.benchmark
-    when = f", measured {measured.setup['time']}" if measured is not None and measured.setup.get("time") else ""
+    when = f", measured {measured.setup.time}" if measured is not None and measured.setup.time else ""
     return Page(
         title=report.name,
         subtitle="Conversion report" if report.modules else "Measurements",

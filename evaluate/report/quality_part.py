@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ..engine.items import Figure
+from ..engine.schema import TaskResult
 from ..tasks.base import task_classes
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Dot, Series, dot_chart, line_chart
-from .documents import TaskRow
 from .drawing import BASE, MODEL
 from .formats import amount, change, change_span, count_cell, group_label, neutral, span, verdict
 from .gathering import Report
@@ -107,7 +107,7 @@ def _figure_cells(figure: Figure, *, compared: bool) -> list[Cell]:
     return [*cells, count_cell(figure.count)]
 
 
-def _explained(tasks: Mapping[str, TaskRow]) -> Text:
+def _explained(tasks: Mapping[str, TaskResult]) -> Text:
     """What the metrics mean, once each."""
     meanings = {metric.name: metric.meaning for task in tasks.values() for metric in task.metrics if metric.meaning}
     said = "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items())
@@ -150,7 +150,7 @@ def _position_chart(id: str, name: str, metric: str, figures: Sequence[Figure]) 
     return Chart(id, f"{name}: {metric}", description, partial(line_chart, series, *axes))
 
 
-def _grids(task: TaskRow) -> dict[str, list[Figure]]:
+def _grids(task: TaskResult) -> dict[str, list[Figure]]:
     """Figures by length and depth, a grid for each value of whatever else they are split by, if there is more."""
     full = [figure for figure in task.figures if DEPTH in figure.group and _length_key(figure)]
     grids: dict[str, list[Figure]] = {}

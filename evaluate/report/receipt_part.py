@@ -5,6 +5,7 @@ from typing import Any
 from ...convert.writing.card import loading
 from ...convert.writing.self_contained import is_self_contained
 from ...files.own_files import RECIPE_FILE
+from ..engine.schema import Setup
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
 from .formats import number, size
 from .gathering import Report
@@ -55,8 +56,8 @@ def _setups(report: Report) -> list[Table]:
             for name, task in report.evaluation.tasks.items()
         ]
         tables.append(Table("Settings of the tasks", ("task", "kind", "settings"), _cells(tasks), collapsed=True))
-    if report.benchmark is not None and report.benchmark.settings:
-        settings = [(key, str(value)) for key, value in report.benchmark.settings.items()]
+    if report.benchmark is not None and report.benchmark.settings is not None:
+        settings = [(key, _listed(value)) for key, value in vars(report.benchmark.settings).items()]
         tables.append(Table("Settings of the benchmark", ("", ""), _cells(settings), collapsed=True))
     return tables
 
@@ -65,9 +66,13 @@ def _cells(rows: list[Any]) -> tuple[tuple[Cell, ...], ...]:
     return tuple(texts(*row) for row in rows)
 
 
-def _setup_rows(setup: dict[str, Any]) -> list[tuple[str, str]]:
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _setup_rows(setup: Setup) -> list[tuple[str, str]]:
     rows = []
-    for key, value in setup.items():
+    for key, value in setup.model_dump(exclude_unset=True).items():
         if isinstance(value, dict):
             rows += [(f"version of {name}", str(found)) for name, found in value.items()]
         elif value is not None:

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from ...files.documents import Number
 from ..bench.cases import Case
 from ..bench.crossover import Crossover
+from ..bench.schema import BenchmarkFile
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .charts import Axis, Mark, Series, line_chart
-from .documents import BenchmarkFile, Number
 from .drawing import BASE, MODEL
 from .formats import amount_cell, count_cell, duration, number, size_cell
 from .gathering import Report
@@ -163,7 +164,7 @@ def paired_cases(bench: BenchmarkFile, measure: str) -> Pair | None:
 
 
 def _how_measured(bench: BenchmarkFile) -> str:
-    repeats = bench.settings.get("repeats")
+    repeats = bench.settings.repeats if bench.settings is not None else None
     said = "Points are medians, bars the middle half of the repeats"
     said += f" ({repeats} of each)." if repeats else "."
     return f"{said} Axes are logarithmic where the numbers span a factor of two."

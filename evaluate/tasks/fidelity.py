@@ -1,17 +1,19 @@
 """How close a converted model's attention is to its base's: weights head by head, outputs layer by layer."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...convert.surgery.recording import AttentionLayer
+from ...files.documents import Document, Number
 from ...recipes.fields import Count, CountOrZero, Text
 from ..diagnose.compare import LayerComparison, comparable_layers, compare_layers
-from ..engine.items import Item, Metric
+from ..engine.items import Item, Metric, Style
 from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .perplexity import cut_windows
@@ -43,6 +45,45 @@ class FidelitySettings(TaskSettings):
     context: TwoOrMore = 256
     map_heads: CountOrZero = 6
     map_size: TwoOrMore = 48
+
+
+class HeadMap(Document):
+    """One head's attention in base and model, each row a query."""
+
+    layer: str = ""
+    layer_index: int
+    head: int
+    kl: Number = None
+    teacher: list[list[Number]]
+    student: list[list[Number]]
+
+
+class LayerStatistic(Document):
+    """What a method says about itself in one layer."""
+
+    layer: str = ""
+    layer_index: int
+    name: str
+    meaning: str = ""
+    style: Style = "number"
+    per: str = "layer"
+    values: list[Number]
+
+
+class FidelityExtra(Document):
+    """What is kept of a window of text, besides scores.
+
+    Attributes:
+        maps: of some heads
+        size: rows of each map
+        tokens: what each row and column stands for; None where maps are shrunk
+        statistics: of every layer
+    """
+
+    maps: list[HeadMap] = Field(default_factory=list)
+    size: int | None = None
+    tokens: list[str] | None = None
+    statistics: list[LayerStatistic] = Field(default_factory=list)
 
 
 @register_task(FidelitySettings)
@@ -88,13 +129,13 @@ class FidelityTask(Task[FidelitySettings]):
         compared = list(compare_layers(base.model, subject.model, window[None], layers, map_size=size))
         items = [item for layer in compared for item in _items(number, layer)]
         shown = min(size, window.numel())
-        extra = {
-            "maps": _maps(compared, self.settings.map_heads),
-            "size": shown,
-            "tokens": token_texts(subject.tokenizer, window) if window.numel() == shown else None,
-            "statistics": [statistic for layer in compared for statistic in _statistics(layer)],
-        }
-        return Outcome(items, extra)
+        extra = FidelityExtra(
+            maps=_maps(compared, self.settings.map_heads),
+            size=shown,
+            tokens=token_texts(subject.tokenizer, window) if window.numel() == shown else None,
+            statistics=[statistic for layer in compared for statistic in _statistics(layer)],
+        )
+        return Outcome(items, extra.plain())
 
     def _comparable(self, base: PreTrainedModel, model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         if model not in self._layers:
@@ -119,19 +160,19 @@ def _items(window: int, compared: LayerComparison) -> list[Item]:
     ]
 
 
-def _maps(compared: Sequence[LayerComparison], count: int) -> list[Mapping[str, Any]]:
+def _maps(compared: Sequence[LayerComparison], count: int) -> list[HeadMap]:
     """Maps of some heads, the one that differs most first."""
     heads = [(kl, layer, head) for layer in compared for head, kl in enumerate(layer.kl.tolist())]
     heads.sort(key=lambda one: -one[0])
     return [
-        {
-            "layer": layer.layer.name,
-            "layer_index": layer.layer.index,
-            "head": head,
-            "kl": kl,
-            "teacher": _rows(layer.base_map[head]),
-            "student": _rows(layer.model_map[head]),
-        }
+        HeadMap(
+            layer=layer.layer.name,
+            layer_index=layer.layer.index,
+            head=head,
+            kl=kl,
+            teacher=_rows(layer.base_map[head]),
+            student=_rows(layer.model_map[head]),
+        )
         for kl, layer, head in (heads[place] for place in spread(len(heads), count))
     ]
 
@@ -145,21 +186,21 @@ def spread(length: int, count: int) -> list[int]:
     return [*range(first), *range(begin, begin + middle), *range(length - last, length)]
 
 
-def _rows(weights: torch.Tensor) -> list[list[float]]:
+def _rows(weights: torch.Tensor) -> list[list[Number]]:
     return [[round(weight, MAP_DIGITS) for weight in row] for row in weights.tolist()]
 
 
-def _statistics(compared: LayerComparison) -> list[Mapping[str, Any]]:
+def _statistics(compared: LayerComparison) -> list[LayerStatistic]:
     return [
-        {
-            "layer": compared.layer.name,
-            "layer_index": compared.layer.index,
-            "name": statistic.name,
-            "meaning": statistic.meaning,
-            "style": statistic.style,
-            "per": statistic.per,
-            "values": statistic.values.tolist(),
-        }
+        LayerStatistic(
+            layer=compared.layer.name,
+            layer_index=compared.layer.index,
+            name=statistic.name,
+            meaning=statistic.meaning,
+            style=statistic.style,
+            per=statistic.per,
+            values=statistic.values.tolist(),
+        )
         for statistic in compared.statistics
     ]
 

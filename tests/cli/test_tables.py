@@ -8,6 +8,10 @@ import pytest
 from rich.console import Console
 
 from attnconv.commands import results
+from attnconv.evaluate.bench import BenchResult
+from attnconv.evaluate.bench.schema import BenchmarkFile
+from attnconv.evaluate.engine.running import Evaluation
+from attnconv.evaluate.engine.schema import EvaluationFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
 
@@ -28,7 +32,7 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_bench_keeps_its_first_column_and_its_numbers(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
     document = benchmark(MODEL, BASE)
     document["cases"] = [case for case in document["cases"] if case["skipped"] is None]
-    results.show_bench(SimpleNamespace(document=document, path=Path("bench.json")))
+    results.show_bench(BenchResult(BenchmarkFile.model_validate(document), Path("bench.json")))
     lines = terminal.export_text(clear=False).splitlines()
     assert max(map(len, lines)) <= terminal.width
     # Decoding holds what the prompt before it does, so its memory is not said twice.
@@ -41,8 +45,8 @@ def test_bench_keeps_its_first_column_and_its_numbers(terminal: Console, capsys:
 
 def test_eval_keeps_its_figures(terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
     document = evaluation(MODEL, BASE)
-    shown = SimpleNamespace(document=document, ran=tuple(document["tasks"]), skipped={}, path=Path("x/eval.json"))
-    results.show_evaluation(shown)
+    found = EvaluationFile.model_validate(document)
+    results.show_evaluation(Evaluation(found, Path("x/eval.json"), tuple(found.tasks), {}))
     lines = terminal.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= max(terminal.width, 80)
     assert all(any(line.startswith(name) for line in lines) for name in document["tasks"])

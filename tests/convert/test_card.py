@@ -219,7 +219,7 @@ def test_other_kinds_of_models(
 ) -> None:
     changed = config(architectures=[architecture])
     checkpoint = Checkpoint("base", base, changed, changed.to_dict(), (), torch.float32)
-    receipt = Receipt("base", None, None, {}, PLAN.to_config())
+    receipt = Receipt(source="base", plan=PLAN.to_config())
     card = ModelCard(
         make_card("tiny", checkpoint=checkpoint, plan=PLAN, receipt=receipt, recipe_name="x", recipe_yaml="name: x")
     )

@@ -192,7 +192,7 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path) -> None:
 
 
 def test_companions_of_the_run(tmp_path: Path) -> None:
-    receipt = Receipt("base", None, None, {}, PLAN.to_config())
+    receipt = Receipt(source="base", plan=PLAN.to_config())
     write_companions(tmp_path, recipe_yaml="name: ü\n", receipt=receipt, card="# card\n")
     assert (tmp_path / "recipe.yaml").read_text(encoding="utf-8") == "name: ü\n"
     assert (tmp_path / "README.md").read_text() == "# card\n"

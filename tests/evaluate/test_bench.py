@@ -16,6 +16,7 @@ from transformers import (
 from attnconv.errors import CheckpointError, DataError, TrainingError
 from attnconv.evaluate.bench import bench_rows, crossover_sentences, run_bench, setup_sentence
 from attnconv.evaluate.bench.models import ModelRunner
+from attnconv.evaluate.bench.schema import BenchmarkFile
 from attnconv.evaluate.engine.results import read_results
 from attnconv.recipes import Recipe
 from attnconv.runs import embedded_model_path, run_conversion
@@ -94,22 +95,22 @@ class TestWholeRuns:
         assert cases_of(both.document, measure="decode", context=48)[0]["note"] is None
 
     def test_rows_and_sentences(self, both) -> None:
-        rows = bench_rows(both.document)
+        rows = bench_rows(both.results)
         assert [(row.measure, row.context, row.batch) for row in rows][:3] == [
             ("prefill", 16, 1),
             ("decode", 16, 1),
             ("prefill", 48, 1),
         ]
         row = next(row for row in rows if (row.measure, row.context) == ("prefill", 512))
-        assert row.speedup == pytest.approx(row.base["median"] / row.model["median"])
+        assert row.speedup == pytest.approx(row.base.median / row.model.median)
         assert row.cache_ratio > 10
-        assert row.peak_ratio == pytest.approx(row.base["peak_bytes"] / row.model["peak_bytes"])
+        assert row.peak_ratio == pytest.approx(row.base.peak_bytes / row.model.peak_bytes)
         left_out = next(row for row in rows if row.context == 600)
         assert left_out.speedup is left_out.cache_ratio is left_out.peak_ratio is None
-        sentences = crossover_sentences(both.document)
+        sentences = crossover_sentences(both.results.crossover)
         assert len(sentences) == 3 * 2
         assert "cache, batch 1: " in sentences[4]
-        assert both.document["setup"]["cpu"] in setup_sentence(both.document)
+        assert both.document["setup"]["cpu"] in setup_sentence(both.results)
 
     def test_an_unconverted_model_alone(self, tmp_path) -> None:
         made = []
@@ -120,8 +121,8 @@ class TestWholeRuns:
         for row in result.document["cases"]:
             assert row["role"] == "model"
             assert row["low"] == row["median"] == row["high"] == row["seconds"][0]
-        assert all(row.base is None and row.speedup is None for row in bench_rows(result.document))
-        assert crossover_sentences(result.document) == ()
+        assert all(row.base is None and row.speedup is None for row in bench_rows(result.results))
+        assert crossover_sentences(result.results.crossover) == ()
 
     def test_the_clock_is_the_one_given(self, tmp_path) -> None:
         class Clock:
@@ -185,7 +186,7 @@ class TestInterruption:
         assert (1, 16) in prompts
         assert (1, 48) not in prompts
         assert (tmp_path / "bench.partial").is_file()
-        assert read_results(tmp_path, "bench") is None
+        assert read_results(tmp_path, BenchmarkFile) is None
         prompts.clear()
         told = []
         with caplog.at_level(logging.WARNING):

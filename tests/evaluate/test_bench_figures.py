@@ -15,7 +15,7 @@ from attnconv.convert.reading.checkpoint import open_checkpoint
 from attnconv.evaluate.bench import crossover_sentences, crossovers, quartiles
 from attnconv.evaluate.bench.cache_size import held_bytes
 from attnconv.evaluate.bench.cases import Case, Piece
-from attnconv.evaluate.bench.crossover import interpolate
+from attnconv.evaluate.bench.crossover import Crossover, interpolate
 from attnconv.evaluate.bench.models import ModelRunner, ordinary_tokens, random_prompt
 from attnconv.runs import embedded_model_path
 
@@ -52,18 +52,18 @@ class TestCrossover:
         model = {1000: (1.8, 2.0, 2.2), 4000: (7.2, 8.0, 8.8)}
         base = {1000: (0.9, 1.0, 1.1), 4000: (14.4, 16.0, 17.6)}
         entry = self.found(model, base)
-        assert entry["context"] == 2000
-        assert entry["low"] < 2000 < entry["high"]
-        assert entry["note"] == "faster from about here on; slower at 1,000 tokens, faster at 4,000"
-        (sentence,) = crossover_sentences({"crossover": {"prefill": [entry]}})
+        assert entry.context == 2000
+        assert entry.low < 2000 < entry.high
+        assert entry.note == "faster from about here on; slower at 1,000 tokens, faster at 4,000"
+        (sentence,) = crossover_sentences({"prefill": [entry]})
         assert sentence.startswith(
-            f"prefill, batch 1: 2,000 tokens (by the quartiles {entry['low']:,} to {entry['high']:,}), faster"
+            f"prefill, batch 1: 2,000 tokens (by the quartiles {entry.low:,} to {entry.high:,}), faster"
         )
 
     def test_a_crossing_that_the_spread_leaves_open(self) -> None:
         entry = self.found({1000: (2.0,), 4000: (1.0, 16.0, 19.0)}, {1000: (1.0,), 4000: (10.0, 16.5, 17.0)})
-        assert entry["context"] is not None
-        assert entry["high"] is None
+        assert entry.context is not None
+        assert entry.high is None
 
     @pytest.mark.parametrize(
         ("model", "note"),
@@ -81,12 +81,12 @@ class TestCrossover:
             dict.fromkeys(contexts, (1.0,)),
             measure="decode",
         )
-        assert entry == {"batch": 1, "context": None, "low": None, "high": None, "note": note}
+        assert entry == Crossover(1, None, None, None, note)
 
     def test_more_than_one_crossing(self) -> None:
         entry = self.found({100: (0.5,), 1000: (2.0,), 4000: (0.5,)}, dict.fromkeys((100, 1000, 4000), (1.0,)))
-        assert entry["context"] == 2000
-        assert entry["note"].endswith("it changes more than once")
+        assert entry.context == 2000
+        assert entry.note.endswith("it changes more than once")
 
     def test_memory_and_what_was_left_out(self) -> None:
         rows = [
@@ -99,11 +99,9 @@ class TestCrossover:
             Case.left_out(Piece("decode", 800, 1), "base", "out of memory"),
         ]
         found = crossovers(rows)
-        assert found["memory"][0]["context"] == found["memory"][0]["low"] == found["memory"][0]["high"] == 200
-        assert found["decode"][0]["note"] == "no length was measured for both models"
-        assert crossover_sentences({"crossover": {"memory": found["memory"]}})[0].startswith(
-            "cache, batch 1: 200 tokens, smaller"
-        )
+        assert found["memory"][0].context == found["memory"][0].low == found["memory"][0].high == 200
+        assert found["decode"][0].note == "no length was measured for both models"
+        assert crossover_sentences({"memory": found["memory"]})[0].startswith("cache, batch 1: 200 tokens, smaller")
 
     def test_quartiles(self) -> None:
         assert quartiles([3.0]) == (3.0, 3.0, 3.0)

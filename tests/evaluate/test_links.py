@@ -8,6 +8,7 @@ import pytest
 from attnconv.errors import DataError, OutputError
 from attnconv.evaluate.engine.journal import Journal
 from attnconv.evaluate.engine.results import results_folder, write_results
+from attnconv.evaluate.engine.schema import EvaluationFile, MeasuredModel
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.writing import write_page
 from attnconv.files.json_files import write_json
@@ -37,7 +38,7 @@ def test_the_names_of_unfinished_files_cannot_be_foreseen(folder: Path, victim: 
     (folder / "results").mkdir()
     for name in (".eval.json.tmp", "eval.json"):
         (folder / "results" / name).symlink_to(victim)
-    path = write_results(results_folder(folder), "eval", {})
+    path = write_results(results_folder(folder), EvaluationFile(model=MeasuredModel(), tasks={}))
     assert victim.read_text() == "precious"
     assert not path.is_symlink()
     assert json.loads(path.read_text())["kind"] == "eval"

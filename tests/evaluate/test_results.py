@@ -8,14 +8,16 @@ import torch
 
 from attnconv.convert.reading.checkpoint import open_checkpoint
 from attnconv.errors import DataError, OutputError
+from attnconv.evaluate.bench.schema import BenchmarkFile
 from attnconv.evaluate.engine.results import (
     describe_model,
     describe_setup,
-    model_identity,
     read_results,
     results_folder,
+    results_path,
     write_results,
 )
+from attnconv.evaluate.engine.schema import EvaluationFile, MeasuredModel, ResultsFile, TaskResult
 
 
 def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,15 +35,15 @@ def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_writing_and_reading(tmp_path: Path) -> None:
-    assert read_results(tmp_path, "eval") is None
-    path = write_results(tmp_path / "new", "eval", {"model": {}, "tasks": {"a": float("inf")}})
-    assert read_results(tmp_path / "new", "eval") == {
-        "tool": "attnconv",
-        "version": 1,
-        "kind": "eval",
-        "model": {},
-        "tasks": {"a": None},
-    }
+    assert read_results(tmp_path, EvaluationFile) is None
+    results = EvaluationFile(
+        model=MeasuredModel(), tasks={"a": TaskResult(kind="perplexity", seconds={"model": float("inf")})}
+    )
+    path = write_results(tmp_path / "new", results)
+    assert read_results(tmp_path / "new", EvaluationFile) == results
+    written = json.loads(path.read_text())
+    assert (written["tool"], written["version"], written["kind"]) == ("attnconv", 1, "eval")
+    assert written["tasks"]["a"]["seconds"] == {"model": None}
     assert [entry.name for entry in path.parent.iterdir()] == ["eval.json"]
 
 
@@ -57,34 +59,35 @@ def test_writing_and_reading(tmp_path: Path) -> None:
 def test_files_that_are_no_results(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(DataError, match=said):
-        read_results(tmp_path, "eval")
+        read_results(tmp_path, EvaluationFile)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
-        write_results(tmp_path / "file", "eval", {})
+        write_results(tmp_path / "file", EvaluationFile(model=MeasuredModel(), tasks={}))
 
 
 def test_descriptions(repository: Path) -> None:
     folder = repository / "packaged" / "assets" / "stories260K"
     about = describe_model(open_checkpoint(folder), torch.bfloat16)
-    assert (about["name"], about["model_type"], about["dtype"], about["converted"]) == (
+    assert (about.name, about.model_type, about.dtype, about.converted) == (
         "stories260K",
         "llama",
         "bfloat16",
         False,
     )
-    assert list(about["digests"]) == ["model.safetensors"]
+    assert list(about.digests) == ["model.safetensors"]
     setup = describe_setup(torch.device("cpu"))
-    assert setup["cores"] == os.cpu_count()
-    assert setup["versions"]["torch"] == torch.__version__
-    json.dumps([about, setup])
+    assert setup.cores == os.cpu_count()
+    assert setup.versions["torch"] == torch.__version__
+    json.dumps([about.plain(), setup.plain()])
 
 
-@pytest.mark.parametrize("kind", ["eval", "bench"])
-def test_a_file_without_its_figures_is_damaged(tmp_path: Path, kind: str) -> None:
-    write_results(tmp_path, kind, {"model": {}})
+@pytest.mark.parametrize("kind", [EvaluationFile, BenchmarkFile])
+def test_a_file_without_its_figures_is_damaged(tmp_path: Path, kind: type[ResultsFile]) -> None:
+    head = {"tool": "attnconv", "version": 1, "kind": kind.model_fields["kind"].default, "model": {}}
+    results_path(tmp_path, kind).write_text(json.dumps(head))
     with pytest.raises(DataError, match="is damaged.*measure again"):
         read_results(tmp_path, kind)
 
@@ -92,9 +95,9 @@ def test_a_file_without_its_figures_is_damaged(tmp_path: Path, kind: str) -> Non
 def test_another_configuration_is_another_model(repository: Path, tmp_path: Path) -> None:
     shutil.copytree(repository / "packaged" / "assets" / "stories260K", tmp_path / "model")
     before = describe_model(open_checkpoint(tmp_path / "model"), torch.float32)
-    assert model_identity(before) == model_identity(json.loads(json.dumps(before)))
+    assert before.identity == MeasuredModel.model_validate(json.loads(json.dumps(before.plain()))).identity
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace("{", '{"rope_theta": 5000.0,', 1))
     after = describe_model(open_checkpoint(tmp_path / "model"), torch.float32)
-    assert before["digests"] == after["digests"]
-    assert model_identity(before) != model_identity(after)
+    assert before.digests == after.digests
+    assert before.identity != after.identity

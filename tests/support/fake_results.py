@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from attnconv.evaluate.bench.schema import BenchmarkFile
 from attnconv.evaluate.engine.bootstrap import make_figures
 from attnconv.evaluate.engine.items import Item, Metric
 from attnconv.evaluate.engine.results import write_results
+from attnconv.evaluate.engine.schema import EvaluationFile
 
 PERPLEXITY = Metric("perplexity", "nll", "tokens", "exp", compare="ratio", meaning="how many tokens it wavers between")
 BITS = Metric("bits/char", "bits", "characters", meaning="bits for a character of the text")
@@ -253,6 +255,6 @@ def write_fakes(folder: Path, *, name="converted", digest="beef", loss=0.35, slo
     """Write both files into a folder of results."""
     model = model_row(name, converted=True, digest=f"{name}{loss}")
     base = model_row("teacher", converted=False, digest=digest)
-    write_results(folder, "eval", evaluation(model, base, loss=loss, **sizes))
+    write_results(folder, EvaluationFile.model_validate(evaluation(model, base, loss=loss, **sizes)))
     if bench:
-        write_results(folder, "bench", benchmark(model, base, slope=slope))
+        write_results(folder, BenchmarkFile.model_validate(benchmark(model, base, slope=slope)))
