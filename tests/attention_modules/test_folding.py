@@ -1,12 +1,11 @@
 """What a call sums up behind its queries becomes the state's memory: no key is mapped and folded twice."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreted_cases import interpreted
 from invariants import BASE, ROWS, Row, attend, build, causal_rows, close, part, tokens, with_and_without_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,8 +119,8 @@ def test_long_stretches_are_absorbed_in_parts() -> None:
 
 
 KERNELS = """
-import json, os
-os.environ["TRITON_INTERPRET"] = "1"
+import json
+import quick_triton
 import torch
 from attnconv.attention_modules import Geometry, create
 
@@ -156,9 +155,7 @@ print(json.dumps(found))
 
 def test_kernels_hand_over_their_sums() -> None:
     pytest.importorskip("triton")
-    run = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    for method, dtype, count, error, dtypes in json.loads(run.stdout):
+    for method, dtype, count, error, dtypes in json.loads(interpreted("-c", KERNELS)):
         assert count == 0, method
         assert dtypes == ["torch.float32"], method
         assert error < (1e-5 if dtype == "torch.float32" else 1e-2), (method, dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted_cases import interpreted
 
 
 @pytest.fixture
@@ -100,8 +101,8 @@ def test_cases_of_a_length(modules: tuple[ModuleType, ModuleType]) -> None:
 
 
 CHECK = """
-import json, os, sys
-os.environ["TRITON_INTERPRET"] = "1"
+import json, sys
+import quick_triton
 sys.path.insert(0, sys.argv[1])
 import kernels_check
 cases = [("lolcats", "float32"), ("hedgehog", "bfloat16")]
@@ -115,9 +116,6 @@ print(json.dumps([*rows, kernels_check.check("lolcats", "float32", 16, 5, "cpu")
 
 def test_checks_pass_for_what_is_right_and_fail_for_what_is_wrong(repository: Path) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-c", CHECK, str(repository / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads(interpreted("-c", CHECK, repository / "benchmarks"))
     assert [row["passed"] for row in rows] == [True, True, False]
     assert rows[-1]["worst"] == "decoded"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,20 @@ def check(script: Path, case: str) -> None:
     assert {name: error for name, error in found.items() if not error < tolerance} == {}
 
 
+def interpreted(*arguments: str | Path) -> str:
+    """What Python prints when it is called with these; the code may import what lies beside this file."""
+    done = subprocess.run([sys.executable, *arguments], env=_paths(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @functools.cache
 def running(script: Path) -> subprocess.Popen[str]:
     """A script that waits for names of cases; it ends with this process, which closes its input."""
-    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, script]
+    return subprocess.Popen(command, env=_paths(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _paths() -> dict[str, str]:
+    found = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *([found] if found else [])])}

@@ -4,14 +4,12 @@ A process of its own, for triton reads TRITON_INTERPRET once. Prints `{case: err
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
+import quick_triton  # noqa: F401
 import torch
 from torch import Tensor
 

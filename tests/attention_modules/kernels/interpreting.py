@@ -5,14 +5,12 @@ They are processes of their own, for triton reads TRITON_INTERPRET once, and ans
 """
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-os.environ["TRITON_INTERPRET"] = "1"
-
+import quick_triton  # noqa: F401
 import torch
 from torch import Tensor
 

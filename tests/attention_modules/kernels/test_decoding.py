@@ -2,13 +2,12 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted_cases import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
@@ -20,9 +19,7 @@ SCRIPT = Path(__file__).with_name("decoding.py")
 
 
 def test_every_row_as_if_alone_whatever_happens_to_the_state() -> None:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors: dict[str, float] = json.loads(done.stdout)
+    errors: dict[str, float] = json.loads(interpreted(SCRIPT))
     assert len(errors) > 40
     assert {case: error for case, error in errors.items() if not error < 1e-5} == {}
 

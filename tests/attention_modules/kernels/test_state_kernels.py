@@ -1,12 +1,10 @@
 """The kernels of linear attention and of recurrent methods against float64 oracles, interpreted on the CPU."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from interpreted_cases import cases_of, check
+from interpreted_cases import cases_of, check, interpreted
 
 pytest.importorskip("triton")
 
@@ -19,9 +17,6 @@ def test_outputs_and_gradients(case: str) -> None:
 
 
 def test_a_training_step_leaves_no_tensor_behind() -> None:
-    script = SCRIPT.with_name("leaking.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    left: dict[str, int] = json.loads(done.stdout)
+    left: dict[str, int] = json.loads(interpreted(SCRIPT.with_name("leaking.py")))
     assert len(left) > 5
     assert {case: count for case, count in left.items() if count} == {}

@@ -2,11 +2,10 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted_cases import interpreted
 
 pytest.importorskip("triton")
 
@@ -14,8 +13,8 @@ from attnconv.attention_modules.kernels import selection
 
 # A process of its own, for triton reads TRITON_INTERPRET once.
 SCRIPT = """
-import json, os
-os.environ["TRITON_INTERPRET"] = "1"
+import json
+import quick_triton
 import torch
 from torch import Tensor
 from attnconv.attention_modules import Geometry, create
@@ -47,9 +46,7 @@ print(json.dumps([float((a - b).detach().abs().max()) for a, b in pairs]))
 
 
 def test_one_graph_forward_backward_and_decoding() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+    errors = json.loads(interpreted("-c", SCRIPT))
     assert len(errors) == 4 + 3 + 3
     assert max(errors) < 1e-5
 
