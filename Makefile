@@ -19,11 +19,12 @@ INSTALLED_NEWEST := $(NEWEST)/.installed-$(shell date +%F)
 INSTALLED_OLDEST := $(OLDEST)/.installed
 COMPAT := -m pytest -m compat $(PARALLEL)
 
-.PHONY: help demo test test-newest test-oldest test-slow lint format clean newest oldest
+.PHONY: help demo test coverage test-newest test-oldest test-slow lint format clean newest oldest
 
 help:
 	@echo "make demo       install, then convert the embedded model and show what became of it"
-	@echo "make test       install, then run the fast tests with their coverage"
+	@echo "make test       install, then run the fast tests"
+	@echo "make coverage   the same, and which lines they ran; tracing makes them half as long again"
 	@echo "make test-newest, make test-oldest"
 	@echo "                the tests that count for every set of versions, with the newest and with the lowest"
 	@echo "make test-slow  the long tests: every architecture, memory, speed"
@@ -35,6 +36,9 @@ demo: $(INSTALLED)
 	$(BIN)/attnconv demo --output $(OUTPUT)
 
 test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest $(PARALLEL)
+
+coverage: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 test-newest: $(INSTALLED_NEWEST)

@@ -61,7 +61,42 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
+# Files of half a minute and more. They go first, so that at the end no worker is left alone with one of them.
+LONGEST = (
+    "sweep/test_coverage.py",
+    "attention_modules/kernels/test_state_kernels.py",
+    "attention_modules/test_invariants.py",
+    "attention_modules/test_state_invariants.py",
+    "attention_modules/kernels/test_kernels.py",
+    "attention_modules/kernels/test_decoding.py",
+    "attention_modules/kernels/test_compilation.py",
+    "convert/test_rewriting.py",
+    "convert/test_refusals.py",
+    "distill/test_resume.py",
+    "distill/test_training.py",
+    "cli/test_process.py",
+    "cli/test_measuring.py",
+    "evaluate/test_report.py",
+    "evaluate/test_report_details.py",
+    "evaluate/test_compare.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from putting files with many tests first, whatever they take; `LONGEST` says which are long."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, and see to what pytest takes for packages."""
+    ranks = {REPOSITORY / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    _keep_the_package_alone(items)
+
+
+def _keep_the_package_alone(items: list[pytest.Item]) -> None:
     """Keep pytest from importing the package a second time, under the name of the folder that the checkout is in.
 
     It takes the checkout for a package of tests because of its `__init__.py`; a second copy of everything, hooks
