@@ -38,7 +38,7 @@ def converted(tmp_path_factory):
 
 
 @pytest.fixture
-def make(converted, tmp_path):
+def make(converted, no_png, tmp_path):
     """Copies of the conversion with made-up measurements of their own."""
 
     def copy(name, *, measured=True, **settings):
@@ -171,6 +171,7 @@ def test_speed_alone_can_be_compared(make, tmp_path):
     check_page(comparison.files[0])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_longest_context_that_all_have_counts(make, tmp_path):
     folders = [make("a"), make("b")]
     edit(folders[1], "bench", lambda d: d.update(cases=[case for case in d["cases"] if case["context"] <= 2048]))
@@ -180,6 +181,7 @@ def test_the_longest_context_that_all_have_counts(make, tmp_path):
     assert comparison.rows[0].values["decode"].value == pytest.approx(6 + 2048 / 400)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_settings_and_machines_are_said_and_not_paired(make, tmp_path):
     folders = [make("a"), make("b", loss=0.1)]
     edit(folders[1], "eval", lambda d: d["tasks"]["piqa"].update(limit=100))
@@ -200,6 +202,7 @@ def test_quality_can_be_judged_by_another_metric(make, tmp_path):
         compare_conversions(folders, output=tmp_path, metric="taste")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_names_tell_folders_apart(make, tmp_path):
     folders = [make("one/model"), make("two/model", loss=0.1)]
     assert [row.name for row in compare_conversions(folders, output=tmp_path).rows[1:]] == ["one/model", "two/model"]

@@ -21,6 +21,9 @@ from browser import visit
 from fake_results import benchmark, model_row, write_fakes
 from pages import check_page, read_page
 
+# Pictures have tests of their own.
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):

@@ -16,6 +16,8 @@ from attnconv.errors import DataError, OutputError
 from attnconv.evaluate.report import write_report
 from attnconv.evaluate.report.drawing import COLORS
 
+pytestmark = pytest.mark.usefixtures("no_png")
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
@@ -29,6 +31,7 @@ def unmeasured(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "tiny-lolcats"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_measurements_the_commands_for_them_are_named(unmeasured):
     calls = []
     files = write_report(unmeasured, progress=lambda *state: calls.append(state))
@@ -62,6 +65,7 @@ def test_parts_of_an_evaluation_may_be_missing(unmeasured):
     assert page.tables["All figures"][1][:3] == ["piqa", "accuracy", "-"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_page_can_go_elsewhere_and_leave_the_card_alone(unmeasured, tmp_path):
     before = (unmeasured / "README.md").read_bytes()
     files = write_report(unmeasured, output=tmp_path / "deep" / "page.html", card=False)
@@ -74,6 +78,7 @@ def test_a_page_can_go_elsewhere_and_leave_the_card_alone(unmeasured, tmp_path):
     assert write_report(unmeasured).card is None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_pictures_that_are_no_longer_shown_go_and_others_stay(unmeasured):
     write_fakes(unmeasured / "results")
     (unmeasured / "results" / "eval.json").unlink()
@@ -143,6 +148,7 @@ def test_damaged_files_are_named(unmeasured, name, damage):
     assert not (unmeasured / "results" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_torn_last_line_of_metrics_is_left_out(unmeasured):
     path = unmeasured / "metrics.jsonl"
     count = len(path.read_text().splitlines())
@@ -193,6 +199,7 @@ def test_a_section_replaces_itself_in_a_card():
             with_report(broken, "x")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_card_with_half_a_marker_is_said_and_kept(unmeasured):
     card = unmeasured / "README.md"
     card.write_text(card.read_text() + REPORT_START)
