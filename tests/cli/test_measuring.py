@@ -46,15 +46,15 @@ def test_the_way_to_a_report(run: Run, teacher: str, folders: list[Path], tmp_pa
         assert "prefill" in timed.stdout
         assert "decode" in timed.stdout
         assert "peak memory is above the weights" in timed.stdout
-        reported = run("report", folder)
-        assert reported.exit_code == 0, reported.stderr
-        assert {path.name for path in (folder / "results").iterdir()} >= {
-            "eval.json",
-            "bench.json",
-            "report.html",
-            "report.md",
-        }
-        assert "results/report.md" in (folder / "README.md").read_text()
+    reported = run("report", folders[0])
+    assert reported.exit_code == 0, reported.stderr
+    assert {path.name for path in (folders[0] / "results").iterdir()} >= {
+        "eval.json",
+        "bench.json",
+        "report.html",
+        "report.md",
+    }
+    assert "results/report.md" in (folders[0] / "README.md").read_text()
     page = tmp_path / "compare.html"
     compared = run("compare", *folders, "--output", page)
     assert compared.exit_code == 0, compared.stderr

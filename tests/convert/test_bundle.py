@@ -143,10 +143,14 @@ def test_effects_of_a_needed_module_are_kept(package: Path) -> None:
     assert "TABLE = {}\n\n\nTABLE[SEVEN] = 1" in bundle_source([], [], version="1")
 
 
+def test_the_order_of_methods_changes_nothing() -> None:
+    source = bundle_source(available(), ["LlamaForCausalLM"], version="1")
+    assert source == bundle_source(reversed(available()), ["LlamaForCausalLM"], version="1")
+
+
 @pytest.mark.parametrize("methods", [[name] for name in available()] + [available()])
 def test_every_method_fits_into_one_file(methods: list[str]) -> None:
     source = bundle_source(methods, ["LlamaForCausalLM"], version="1")
-    assert source == bundle_source(reversed(methods), ["LlamaForCausalLM"], version="1")
     classes = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     assert {get_method(name).module_class.__name__ for name in methods} <= classes
     assert "pydantic" not in {

@@ -65,6 +65,7 @@ def run_until(recipe_file, output, *, kill, resume):
 
 
 @pytest.mark.compat
+@pytest.mark.slow
 def test_killed_in_both_stages_it_ends_with_the_same_bits(tmp_path, recipe_file):
     whole = run_conversion(embedded_model_path(), load_recipe(str(recipe_file)), tmp_path / "whole", device="cpu")
     output = tmp_path / "killed"

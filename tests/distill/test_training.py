@@ -242,6 +242,7 @@ torch.save(trainee.trained_tensors() | {"step": torch.tensor(state.step)}, folde
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     script = tmp_path / "team.py"
     script.write_text(TEAM_SCRIPT)

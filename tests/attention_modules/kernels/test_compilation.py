@@ -44,6 +44,7 @@ def test_compiled_for_every_target(
     assert all(0 < row["registers"] <= 255 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (128, "float16")], ids=["64-fp32", "128-fp16"])
 def test_maps_inside_the_kernels_in_other_dtypes(repository: Path, head_dim: int, dtype: str) -> None:
     command = [sys.executable, repository / "benchmarks" / "kernels_static.py", "--check", "--operators", "fused"]
