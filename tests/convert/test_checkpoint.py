@@ -377,7 +377,8 @@ def test_companions_are_what_a_conversion_takes_over(folder: Path) -> None:
     left = ["README.md", "optimizer.pt", "checkpoint-5/config.json", "trainer_state.json", "modeling_odd.py", "x.gguf"]
     for name in taken + left:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(name)
+        # This one is read, and must be JSON.
+        (folder / name).write_text("{}" if name == "generation_config.json" else name)
     assert set(open_checkpoint(folder).companions) == set(taken)
 
 
