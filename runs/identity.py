@@ -24,6 +24,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "recipe": training_part(run.recipe),
         "model": fingerprint(json.dumps(run.checkpoint.config_dict, sort_keys=True, default=str)),
         "weights": dict(run.weights.digests) if run.weights is not None else {},
+        "rewritten from": dict(run.origin_digests or {}),
         "tokenizer": dict(digest_files(tokenizer).digests),
         "data": dict(digest_files(files_below(_local_data(run.recipe))).digests),
         "plan": fingerprint(json.dumps(run.plan.to_config(), sort_keys=True)),

@@ -1,7 +1,7 @@
 """Dense feed-forwards made mixtures of experts, in a class that transformers has."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...errors import PlanError
+from ..reading.checkpoint import Checkpoint
 from ..reading.weight_files import FLOAT_TYPES
+from .branches import Branch, check_tensors, merged, open_branches
 from .classes import CLASSES, PARTS, ExpertClass, Shared
-from .fitting import check_settings, class_for, with_defaults
+from .fitting import check_settings, class_for, dense_layers, with_defaults
+from .routing import Centroids
 from .starts import Copies, Matrices, random_rows
 from .steps import Step
 from .tensors import Target, columns, elementwise, joined, made, rows
@@ -41,6 +44,11 @@ class Experts(Step):
         start: what the experts start as.
         zero_router: leave the routers at zero instead of drawing them.
         seed: what they are drawn from.
+        sources: fine-tuned branches of the model, folders or Hub ids, that take turns in being what copies are made of.
+        include_base: whether the model itself is the first of them.
+        rest: what else the result has: `average` over all that experts are made of, `base`, or one of the sources.
+        texts: for each copy the texts of its subject, for routers that know it; None draws them.
+        text_tokens: how much of each is read.
     """
 
     def __init__(
@@ -55,6 +63,11 @@ class Experts(Step):
         start: Copies | None = None,
         zero_router: bool = False,
         seed: int = 0,
+        sources: Sequence[str] = (),
+        include_base: bool = True,
+        rest: str = "average",
+        texts: Sequence[Sequence[str]] | None = None,
+        text_tokens: int = 4096,
     ) -> None:
         self.num_experts = num_experts
         self.active = active
@@ -65,6 +78,13 @@ class Experts(Step):
         self.start = start or Copies()
         self.zero_router = zero_router
         self.seed = seed
+        self.branches = tuple(sources)
+        self.include_base = include_base
+        self.rest = rest
+        self.texts = texts
+        self.text_tokens = text_tokens
+        self._branches: tuple[Branch, ...] = ()
+        self._centroids: Centroids | None = None
         self._row = CLASSES["mixtral"]
         self._dense: Mapping[str, Any] = {}
         self._rounded: str | None = None
@@ -72,12 +92,28 @@ class Experts(Step):
     @property
     def summary(self) -> str:
         part = "" if self.granularity == 1 else f", each 1/{self.granularity} as wide"
-        return f"each feed-forward made {self.num_experts} experts of which a token goes through {self.active}{part}"
+        of = ""
+        if self.branches:
+            names = [*(["the model"] if self.include_base else []), *self.sources]
+            of = f" out of those of {', '.join(names)}"
+        counts = f"{self.num_experts} experts of which a token goes through {self.active}"
+        return f"each feed-forward made {counts}{part}{of}"
 
     @property
     def inexact(self) -> str | None:
-        reasons = [reason for reason in (self.start.inexact, self._rounded) if reason is not None]
-        return " and ".join(reasons) or None
+        mixed = "experts of several models" if self.branches else None
+        return " and ".join(filter(None, (mixed, self.start.inexact, self._rounded))) or None
+
+    @property
+    def sources(self) -> Mapping[str, Checkpoint]:
+        names = [branch.checkpoint.name for branch in self._branches]
+        places = [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names)]
+        return {name: branch.checkpoint for name, branch in zip(places, self._branches, strict=True)}
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        self._branches = open_branches(self.branches, checkpoint)
+        if self.texts is not None:
+            self._centroids = Centroids(checkpoint, self.texts, tokens=self.text_tokens)
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what would not be exact, and settle the class."""
@@ -86,7 +122,7 @@ class Experts(Step):
         check_settings(config, self._dense, self._row)
         self._check_counts(self._dense["intermediate_size"])
         count = self._dense["num_hidden_layers"]
-        _dense_layers(self._row, [number for number in range(count) if not self._is_meant(number)], count)
+        dense_layers(self._row, [number for number in range(count) if not self._is_meant(number)], count)
 
     def _check_counts(self, width: int) -> None:
         for name, count in {"active": self.active, "num_experts": self.num_experts}.items():
@@ -95,6 +131,16 @@ class Experts(Step):
                     f"experts cannot have {name} {count} with a granularity of {self.granularity}, for all parts of a "
                     f"feed-forward must be taken equally often: give a multiple of {self.granularity}"
                 )
+        copies, models = self.num_experts // self.granularity, len(self.branches) + self.include_base
+        if self.branches and copies % models:
+            raise PlanError(
+                f"experts cannot be {copies} copies of {models} models, of which all are needed equally often: give "
+                f"num_experts a multiple of {models * self.granularity}"
+            )
+        if self.texts is not None and len(self.texts) != copies:
+            raise PlanError(
+                f"experts are {copies} copies, and there are texts for {len(self.texts)}: give each copy its own texts"
+            )
         if width % self.granularity:
             raise PlanError(
                 f"experts cannot be 1/{self.granularity} of feed-forwards that are {width} wide: give a granularity "
@@ -131,19 +177,27 @@ class Experts(Step):
         return self.layers is None or self.layers(number, self._dense["num_hidden_layers"])
 
     def claims(self, tensor: Target) -> bool:
-        return OF_LAYERS.fullmatch(tensor.name) is not None
+        # With branches it also says what becomes of all else.
+        return bool(self.branches) or OF_LAYERS.fullmatch(tensor.name) is not None
 
     def rewrite(self, claimed: Mapping[str, Target]) -> Iterable[Target]:
+        for branch in self._branches:
+            check_tensors(branch, claimed)
+        models = [branch.tensors for branch in self._branches]
+        if self.include_base or not models:
+            models.insert(0, claimed)
+        rest = self._rest(claimed, models)
         layers: dict[str, dict[str, Target]] = {}
         biased = set()
         for name, tensor in claimed.items():
             found = OF_LAYERS.fullmatch(name)
             if found is None:
+                yield merged(name, rest)
                 continue
             layer, part, projection = found.group(1, "part", "projection")
             if projection in self._row.biases:
                 biased.add(name)
-                yield tensor
+                yield merged(name, rest)
             elif part is not None and part.removesuffix(WEIGHT) in PARTS and part.endswith(WEIGHT):
                 layers.setdefault(layer, {})[part.removesuffix(WEIGHT)] = tensor
             else:
@@ -158,17 +212,28 @@ class Experts(Step):
                 "complete"
             )
         for layer, parts in layers.items():
-            gate, up, down = (parts[part] for part in PARTS)
+            names = [parts[part].name for part in PARTS]
+            gate, up, down = (merged(name, rest) for name in names)
             yield from self._zero_biases(layer, _computing_type(down), biased)
             if self._is_meant(int(layer.rpartition(".")[2])):
-                yield from self._mixture(layer, (gate, up, down))
+                copies = [(model[names[0]], model[names[1]], model[names[2]]) for model in models]
+                yield from self._mixture(layer, copies, (gate, up, down))
             else:
                 yield from (gate, up, down)
 
-    def _mixture(self, layer: str, matrices: Matrices) -> Iterator[Target]:
-        """The tensors of one layer's mixture."""
+    def _rest(self, claimed: Mapping[str, Target], models: list[Mapping[str, Target]]) -> list[Mapping[str, Target]]:
+        """What is averaged to give all that is no expert."""
+        if self.rest == "average":
+            return models
+        if self.rest == "base":
+            return [claimed]
+        return [branch.tensors for branch in self._branches if branch.name == self.rest][:1]
+
+    def _mixture(self, layer: str, copies: list[Matrices], matrices: Matrices) -> Iterator[Target]:
+        """The tensors of one layer's mixture: experts made of copies in turn, and for the rest a feed-forward."""
         row, dtype = self._row, _computing_type(matrices[-1])
-        experts = [self._expert(layer, number, matrices) for number in range(self.num_experts)]
+        turns = [copies[number // self.granularity % len(copies)] for number in range(self.num_experts)]
+        experts = [self._expert(layer, number, copy) for number, copy in enumerate(turns)]
         if row.fused:
             yield from _fused(layer, row, experts)
         else:
@@ -182,7 +247,7 @@ class Experts(Step):
             name, shape = row.correction
             yield _zeros(f"{layer}.{name}", [self.num_experts if n < 0 else n for n in shape], torch.float32)
         router_dtype = dtype if row.router_dtype is None else FLOAT_TYPES[row.router_dtype]
-        yield self._router(f"{layer}.{row.router}", hidden, router_dtype)
+        yield self._router(layer, hidden, router_dtype)
 
     def _expert(self, layer: str, number: int, matrices: Matrices) -> Matrices:
         """The matrices of one expert: a part of the feed-forward, as it starts, its last matrix scaled."""
@@ -230,12 +295,16 @@ class Experts(Step):
             if name not in present:
                 yield _zeros(name, (heads * head_dim,), dtype)
 
-    def _router(self, name: str, hidden: int, dtype: torch.dtype) -> Target:
+    def _router(self, layer: str, hidden: int, dtype: torch.dtype) -> Target:
+        name = f"{layer}.{self._row.router}"
         shape, deviation = (self.num_experts, hidden), self._dense["initializer_range"]
         if self.zero_router:
             return _zeros(name, shape, dtype)
+        centroids = self._centroids
 
         def weights() -> Tensor:
+            if centroids is not None:
+                return centroids.rows(layer).repeat_interleave(self.granularity, 0).to(dtype)
             drawn = random_rows(shape, self.granularity, deviation=deviation, seed=self.seed, name=name)
             return drawn.to(dtype)
 
@@ -257,7 +326,7 @@ class Experts(Step):
         count, width = dense["num_hidden_layers"], dense["intermediate_size"]
         kept |= {row.width: width // self.granularity, row.experts: self.num_experts, row.active: self.active}
         kept |= {**row.config, **row.settings(dense), **self._shared_settings(width)}
-        kept |= _dense_layers(row, [number for number in range(count) if not self._is_meant(number)], count)
+        kept |= dense_layers(row, [number for number in range(count) if not self._is_meant(number)], count)
         return {**kept, "architectures": [row.architecture], "model_type": row.model_type}
 
     def _shared_settings(self, width: int) -> dict[str, int]:
@@ -274,35 +343,6 @@ def _fused(layer: str, row: ExpertClass, experts: list[Matrices]) -> Iterator[Ta
     first, last = (f"{layer}.{row.expert.format(part=row.parts[place])}" for place in (0, 2))
     yield joined(first, (count, 2 * width, hidden), [matrix for expert in experts for matrix in expert[:2]])
     yield joined(last, (count, hidden, width), [expert[2] for expert in experts])
-
-
-def _dense_layers(row: ExpertClass, dense: list[int], count: int) -> dict[str, Any]:
-    """The settings by which a class says which layers keep their feed-forward.
-
-    Raises:
-        PlanError: it cannot say so.
-    """
-    meant = [number for number in range(count) if number not in dense]
-    if not meant:
-        raise PlanError("experts would be made of no layer at all: give layers that the model has")
-    forms: dict[str | None, tuple[bool, str, dict[str, Any]]] = {
-        None: (not dense, "all layers", {}),
-        "list": (True, "", {"mlp_only_layers": dense}),
-        "first": (
-            dense == list(range(len(dense))),
-            "all layers but the first",
-            {"first_k_dense_replace": len(dense)},
-        ),
-        "range": (
-            meant == list(range(meant[0], meant[-1] + 1)),
-            "all layers but the first and the last",
-            {"moe_layer_start_index": meant[0], "moe_layer_end_index": meant[-1]},
-        ),
-    }
-    fits, where, said = forms[row.dense_layers]
-    if not fits:
-        raise PlanError(f"experts of a {row.model_type} must be in {where}, and layers leaves out {dense}")
-    return said
 
 
 def _zeros(name: str, shape: Iterable[int], dtype: torch.dtype) -> Target:

@@ -77,6 +77,40 @@ def check_settings(config: Mapping[str, Any], dense: Mapping[str, Any], row: Exp
             raise PlanError(f"experts cannot be made of feed-forwards {reason}")
 
 
+def dense_layers(row: ExpertClass, dense: list[int], count: int) -> dict[str, Any]:
+    """The settings by which a class says which layers keep their feed-forward.
+
+    Args:
+        row: the class.
+        dense: places of those layers, in ascending order.
+        count: how many layers there are.
+
+    Raises:
+        PlanError: it cannot say so.
+    """
+    meant = [number for number in range(count) if number not in dense]
+    if not meant:
+        raise PlanError("experts would be made of no layer at all: give layers that the model has")
+    forms: dict[str | None, tuple[bool, str, dict[str, Any]]] = {
+        None: (not dense, "all layers", {}),
+        "list": (True, "", {"mlp_only_layers": dense}),
+        "first": (
+            dense == list(range(len(dense))),
+            "all layers but the first",
+            {"first_k_dense_replace": len(dense)},
+        ),
+        "range": (
+            meant == list(range(meant[0], meant[-1] + 1)),
+            "all layers but the first and the last",
+            {"moe_layer_start_index": meant[0], "moe_layer_end_index": meant[-1]},
+        ),
+    }
+    fits, where, said = forms[row.dense_layers]
+    if not fits:
+        raise PlanError(f"experts of a {row.model_type} must be in {where}, and layers leaves out {dense}")
+    return said
+
+
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a model, also those that its config.json leaves to its class."""
     # A copy: reading a configuration takes keys out of what it is given.

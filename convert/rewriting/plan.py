@@ -113,6 +113,7 @@ def plan_rewrite(checkpoint: Checkpoint, steps: Sequence[Step]) -> RewritePlan:
         raise PlanError(f"{checkpoint.source} is a GGUF file, which no rewrite can read: give the model's safetensors")
     states = [State(stored_tensors(checkpoint), dict(checkpoint.config_dict))]
     for step in steps:
+        step.begin(checkpoint)
         before = states[-1]
         step.check(before.config)
         states.append(State(_rewritten(step, before.tensors), step.config(before.config)))
@@ -155,7 +156,7 @@ def write_rewritten(
         tell: told of what goes on.
 
     Returns:
-        The digest of each source file by name.
+        The digest of each source file by name, and behind `NAME:` of each file of the further checkpoint NAME.
 
     Raises:
         CheckpointError: a source file changed while it was read.
@@ -165,6 +166,9 @@ def write_rewritten(
     if tell is not None:
         tell(f"Rewriting: {', '.join(plan.summaries)}")
     files = {shard.name: inside(checkpoint.path, shard.name) for shard in checkpoint.shards}
+    for step in plan.steps:
+        for name, source in step.sources.items():
+            files |= {f"{name}:{shard.name}": inside(source.path, shard.name) for shard in source.shards}
     with ThreadPoolExecutor(max_workers=1) as pool:
         digests = pool.submit(digest_files, files)
         write_targets(plan.targets, folder, shard_bytes=shard_bytes)

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..reading.checkpoint import Checkpoint
 from .moments import Moments
 from .tensors import Target
 
@@ -35,6 +36,18 @@ class Step(ABC):
         A clause such as `weights rounded to bfloat16`, or None for a rewrite that promises to change nothing.
         """
         return None
+
+    @property
+    def sources(self) -> Mapping[str, Checkpoint]:
+        """Further checkpoints that it reads, by what they are called in public; their digests go into the receipt."""
+        return {}
+
+    def begin(self, checkpoint: Checkpoint) -> None:  # noqa: B027
+        """Be told of the checkpoint that the rewrite begins with, before anything else; no tensor has been read.
+
+        Raises:
+            PlanError: a further checkpoint that it needs does not fit this one.
+        """
 
     @abstractmethod
     def check(self, config: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ PIPELINES = {
 HOW_IT_WAS_MADE = "## How it was made"
 REPORT_START, REPORT_END = "<!-- attnconv:report -->", "<!-- /attnconv:report -->"
 # A card is published: of a data file it tells the name, not where it lies.
-_FOLDERS = re.compile(r"(?<=(?:path|text): )[/~].*/|(?<=(?:path|text): ')[/~].*/")
+_FOLDERS = re.compile(r"(?<=(?:path|text): )[/~].*/|(?<=(?:path|text): ')[/~].*/|(?<=- )[/~].*/|(?<=- ')[/~].*/")
 
 
 def make_card(

@@ -1,12 +1,12 @@
 """Feed-forwards made experts with a router before them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ..fields import Count, CountOrZero, Positive, Section
+from ..fields import Count, CountOrZero, Positive, Section, Text
 from ..schema import Layers
 from ..selectors import parse_layers
 from .base import REWRITES, RewriteBase
@@ -71,15 +71,22 @@ class ExpertsRewrite(RewriteBase):
 
     Attributes:
         target: the class, by its model type; `auto` takes the first that fits the model.
-        num_experts: experts of each layer.
+        num_experts: experts of each layer; null means 4, and with sources one copy of each model.
         active: how many of them a token goes through.
         granularity: how many experts are as wide as one feed-forward; both counts must be multiples of it.
         init: `{kind: copy}`, `{kind: drop, ratio: 0.5}` for neurons drawn anew, `{kind: noise, scale: 0.01}`.
-        router: `random` draws its weights; `zero` sends all tokens to the same experts, which training cannot change.
+        router: `random` draws its weights; `prompts` and `centroids` tell copies apart by what the model makes of
+            texts; `zero` sends all tokens to the same experts, which training cannot change.
+        prompts: for `prompts`, a list of texts for each copy.
+        domains: for `centroids`, a txt or jsonl file, which may end in .gz, for each copy.
+        text_tokens: tokens of each of these at most.
         shared: `dense` makes the expert that all tokens go through the feed-forward too, `none` lets it do nothing;
             `auto` is `dense` where the class has a gate for it.
         layers: which layers, as for attention; not all classes can keep some dense.
         seed: what random weights are drawn from.
+        sources: fine-tuned branches of the model, folders or Hub ids, whose feed-forwards become experts.
+        include_base: whether the model's own do too; it comes first.
+        rest: everything else: the `average` over all models that experts come from, `base`, or one of the sources.
     """
 
     kind: Literal["experts"] = "experts"
@@ -95,30 +102,59 @@ class ExpertsRewrite(RewriteBase):
         "ernie4_5_moe",
         "olmoe",
     ] = "auto"
-    num_experts: Count = 4
+    num_experts: Count | None = None
     active: Count = 2
     granularity: Count = 1
     init: Annotated[CopyStart | DropStart | NoiseStart, Field(discriminator="kind")] = CopyStart()
-    router: Literal["random", "zero"] = "random"
+    router: Literal["random", "zero", "prompts", "centroids"] = "random"
+    prompts: list[list[Text]] = Field(default_factory=list)
+    domains: list[Text] = Field(default_factory=list)
+    text_tokens: Count = 4096
     shared: Literal["auto", "dense", "none"] = "auto"
     layers: Layers = "all"
     seed: CountOrZero = 0
+    sources: list[Text] = Field(default_factory=list)
+    include_base: bool = True
+    rest: Text = "average"
+
+    @property
+    def count(self) -> int:
+        """Experts of each layer."""
+        if self.num_experts is not None:
+            return self.num_experts
+        return (len(self.sources) + self.include_base) * self.granularity if self.sources else 4
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
-        if self.num_experts < 2:
+        if self.count < 2:
             raise ValueError("num_experts must be at least 2: one expert leaves a router nothing to choose")
-        if self.active > self.num_experts:
-            raise ValueError(
-                f"active is {self.active}, and there are only {self.num_experts} experts: give at most num_experts"
-            )
+        if self.active > self.count:
+            raise ValueError(f"active is {self.active}, and there are only {self.count} experts: give at most as many")
+        if not self.sources and not self.include_base:
+            raise ValueError("include_base: false leaves nothing to make experts of: give sources")
+        if self.rest not in ("average", "base", *self.sources):
+            raise ValueError(f"rest is {self.rest!r}: write average, base, or one of the sources")
+        return self
+
+    @model_validator(mode="after")
+    def _router_has_texts(self) -> Self:
+        for key, router in {"prompts": "prompts", "domains": "centroids"}.items():
+            given = getattr(self, key)
+            if self.router == router and not given:
+                raise ValueError(
+                    f"router: {router} needs {key}: one for each copy, {self.count // self.granularity} here"
+                )
+            if given and self.router != router:
+                raise ValueError(f"{key} are for router: {router}, and router is {self.router}: leave one of them out")
+            if any(not texts for texts in given):
+                raise ValueError(f"{key} must hold some text for each copy")
         return self
 
     def step(self) -> "Step":
         from ...convert.rewriting.experts import Experts
 
         return Experts(
-            num_experts=self.num_experts,
+            num_experts=self.count,
             active=self.active,
             target=None if self.target == "auto" else self.target,
             granularity=self.granularity,
@@ -127,7 +163,22 @@ class ExpertsRewrite(RewriteBase):
             start=self.init.start(self.seed),
             zero_router=self.router == "zero",
             seed=self.seed,
+            sources=self.sources,
+            include_base=self.include_base,
+            rest=self.rest,
+            texts=self._texts(),
+            text_tokens=self.text_tokens,
         )
+
+    def _texts(self) -> list[list[str]] | None:
+        from ...evaluate.tasks.textfile import read_documents
+
+        if self.router == "prompts":
+            return self.prompts
+        if self.router != "centroids":
+            return None
+        # A token is seldom more than this many characters, and none of the rest would be read.
+        return [list(_first(read_documents(path), 16 * self.text_tokens)) for path in self.domains]
 
     def _chosen(self) -> Callable[[int, int], bool]:
         selector = parse_layers(self.layers)
@@ -137,3 +188,11 @@ class ExpertsRewrite(RewriteBase):
             return selector.matches(number, count, f"model.layers.{number}.mlp")
 
         return chosen
+
+
+def _first(documents: Iterator[str], characters: int) -> Iterator[str]:
+    for text in documents:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)

@@ -12,7 +12,7 @@ from attnconv.convert.rewriting.classes import CLASSES
 from attnconv.convert.rewriting.tensors import Columns, Joined, Target, columns, joined, made, mean, rows
 from attnconv.errors import PlanError, RecipeError
 from attnconv.files.json_files import read_json
-from attnconv.recipes import Recipe, parse_recipe
+from attnconv.recipes import Recipe, load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
 GRANITE = {"attention_multiplier": 0.2, "logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 4.0}
@@ -236,3 +236,21 @@ def test_the_text_that_a_mixture_writes_is_the_dense_one_whatever_the_precision(
     run_conversion(tmp_path / "cast", experts(num_experts=4, active=4, granularity=2), tmp_path / "out")
     before = logits(loaded(tmp_path / "cast"))
     assert (logits(loaded(tmp_path / "out")) - before).abs().max() <= EXACT * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "model"),
+    [
+        ("upcycle-qwen3", "qwen3", "Qwen3Moe"),
+        ("upcycle-granular", "llama", "Mixtral"),
+        ("upcycle-granular", "qwen2", "Qwen2Moe"),
+        ("drop-upcycle", "mistral", "Mixtral"),
+    ],
+)
+def test_a_shipped_recipe_gives_an_ordinary_model(tmp_path: Path, name: str, kind: str, model: str) -> None:
+    base = dense(kind, tmp_path / "base")
+    result = run_conversion(base, load_recipe(name), tmp_path / "out")
+    assert result.plan.is_native
+    assert type(loaded(tmp_path / "out")).__name__ == f"{model}ForCausalLM"
+    assert result.exactness is not None
+    assert result.exactness.promised == (name != "drop-upcycle")

@@ -14,8 +14,10 @@ from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, re
 
 SHIPPED = [
     "agent",
+    "btx",
     "cast-bf16",
     "cca",
+    "drop-upcycle",
     "gated",
     "gated-delta",
     "hedgehog",
@@ -32,7 +34,9 @@ SHIPPED = [
     "pool-heads",
     "quickstart",
     "sliding-window",
+    "upcycle-granular",
     "upcycle-mixtral",
+    "upcycle-qwen3",
 ]
 
 
