@@ -43,6 +43,8 @@ def inspect(
         show_inspection(inspection)
     if inspection.overwritten is not None:
         raise CheckpointError(inspection.overwritten)
+    if inspection.rewrite is not None and inspection.rewrite.refused is not None:
+        raise PlanError(inspection.rewrite.refused)
     if inspection.unmatched:
         # The model and what the recipe does to it have been shown; a conversion would stop here.
         raise PlanError("; ".join(inspection.unmatched))

@@ -15,6 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ..attention_modules import Geometry
     from ..evaluate.diagnose.inspection import Inspection, ModuleGroup
+    from ..evaluate.diagnose.rewriting import RewriteOutlook
     from ..recipes import Recipe
     from ..runs import ConversionResult
     from ..runs.demo import DemoResult
@@ -74,6 +75,8 @@ def show_inspection(inspection: "Inspection") -> None:
     console = make_console()
     fate = "is" if inspection.already_converted else f"with {inspection.recipe}" if inspection.recipe else ""
     console.print(f"{inspection.source}: {inspection.class_name} ({inspection.model_type}), {inspection.dtype}")
+    if inspection.rewrite is not None:
+        _show_rewrite(console, inspection.rewrite)
     table = make_table(["attention", ">count", "heads", "dim", *([fate, ">new params"] if fate else [])])
     for group in inspection.groups:
         cells = [group.modules, str(group.count), *_geometry_cells(group.geometry)]
@@ -83,6 +86,19 @@ def show_inspection(inspection: "Inspection") -> None:
         console.print(line)
     if inspection.footprints:
         _show_footprints(console, inspection, changed=bool(fate))
+
+
+def _show_rewrite(console: Console, rewrite: "RewriteOutlook") -> None:
+    if rewrite.refused is not None:
+        console.print("refused: the model cannot be rewritten so, and is shown as it is")
+        return
+    console.print(f"rewritten: {', '.join(rewrite.steps)}")
+    exact = f"not exact: {' and '.join(rewrite.inexact)}" if rewrite.inexact else "exact, which convert checks"
+    size = ""
+    if rewrite.bytes_before is not None and rewrite.bytes_after is not None:
+        size = f", {format_bytes(rewrite.bytes_before)} become {format_bytes(rewrite.bytes_after)}"
+    tensors = "" if rewrite.tensors is None else f", {rewrite.tensors:,} tensors"
+    console.print(f"the result: {rewrite.class_name}{tensors}{size}; its start: {exact}")
 
 
 def _geometry_cells(geometry: "Geometry") -> tuple[str, str]:
@@ -116,7 +132,7 @@ def _remarks(inspection: "Inspection") -> list[str]:
         lines["This model is converted already; the rows show what it is now."] = None
     elif inspection.recipe is None:
         lines["Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them."] = None
-    else:
+    elif inspection.rewrite is None or inspection.num_converted:
         counts = f"{inspection.num_converted} of {inspection.num_modules} modules would be converted"
         lines[f"{counts}, {inspection.parameters:,} new parameters."] = None
     return list(lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...attention_modules import AttentionModule, Geometry, create
 from ...convert.planning.plan import Plan, PlanEntry, make_plan, unmatched_rules
@@ -22,6 +22,7 @@ from ...files.json_files import read_json
 from ...files.own_files import CONFIG_FILE
 from ...recipes import Recipe
 from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
+from .rewriting import RewriteOutlook, foresee
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Inspection:
         groups: The attention modules in order.
         footprints: Bytes per sequence at several lengths; empty for a model that generates nothing.
         unmatched: A sentence for each attention rule of the recipe that matches no layer.
+        rewrite: What its rewrites make of the model, which is then what the groups show; None without any.
         overwritten: A sentence if weights that the conversion shares with its base were overwritten, else None.
     """
 
@@ -77,6 +79,7 @@ class Inspection:
     groups: tuple[ModuleGroup, ...]
     footprints: tuple[Footprint, ...]
     unmatched: tuple[str, ...] = ()
+    rewrite: RewriteOutlook | None = None
     overwritten: str | None = None
 
     @property
@@ -128,6 +131,14 @@ def inspect_model(
     model_class = model_class_of(config, trust_remote_code=trust_remote_code)
     probed = probe(config, model_class)
     carried = getattr(config, SECTION, None)
+    shown = (config.model_type, model_class.__name__, str(dtype).removeprefix("torch."))
+    before = footprints(_cached(config, probed, {}), dtype, lengths)
+    rewrite = None
+    if recipe is not None and recipe.rewrite and carried is None:
+        rewrite, changed = _rewritten(source, recipe, trust_remote_code)
+        if changed is not None:
+            config, model_class = changed, model_class_of(changed)
+            probed, dtype = probe(config, model_class), _dtype_of(config)
     entries: Iterable[PlanEntry] = ()
     unmatched: tuple[str, ...] = ()
     if carried is not None:
@@ -137,23 +148,43 @@ def inspect_model(
         unmatched = unmatched_rules(recipe.attention, probed)
     by_name = {entry.name: entry for entry in entries}
     cores = {module.name: _build(module, by_name.get(module.name)) for module in probed}
-    layers = [
-        CachedLayer(module.geometry, native_window(config, module.layer_idx), cores[module.name])
-        for module in probed
-        if module.self_attention and module.geometry.causal
-    ]
+    layers = _cached(config, probed, cores)
+    after = footprints(layers, dtype, lengths)
+    rows = (Footprint(old.tokens, old.before, new.after) for old, new in zip(before, after, strict=True))
     return Inspection(
         source=source,
-        model_type=config.model_type,
-        class_name=model_class.__name__,
-        dtype=str(dtype).removeprefix("torch."),
+        model_type=shown[0],
+        class_name=shown[1],
+        dtype=shown[2],
         recipe=None if recipe is None else recipe.name,
         already_converted=carried is not None,
         groups=group_modules(probed, by_name, cores),
-        footprints=footprints(layers, dtype, lengths) if layers else (),
+        footprints=tuple(rows) if layers else (),
         unmatched=unmatched,
+        rewrite=rewrite,
         overwritten=None if carried is None else _overwritten(Path(source).expanduser()),
     )
+
+
+def _cached(
+    config: PreTrainedConfig, probed: Sequence[ProbedModule], cores: Mapping[str, AttentionModule | None]
+) -> list[CachedLayer]:
+    return [
+        CachedLayer(module.geometry, native_window(config, module.layer_idx), cores.get(module.name))
+        for module in probed
+        if module.self_attention and module.geometry.causal
+    ]
+
+
+def _rewritten(source: str, recipe: Recipe, trust_remote_code: bool) -> tuple[RewriteOutlook, PreTrainedConfig | None]:
+    """What rewrites make of a model, and the configuration of the result; None if they are refused."""
+    folder = locate(source, trust_remote_code=trust_remote_code).folder
+    config = read_json(folder / CONFIG_FILE)
+    outlook, after = foresee(source, folder, config, recipe, trust_remote_code=trust_remote_code)
+    if outlook.refused is not None:
+        return outlook, None
+    # A copy: reading a configuration takes keys out of what it is given.
+    return outlook, CONFIG_MAPPING[after["model_type"]].from_dict(dict(after))
 
 
 def _overwritten(folder: Path) -> str | None:
@@ -170,8 +201,12 @@ def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig
         read_json(location.folder / CONFIG_FILE), source, trust_remote_code=trust_remote_code, allow_converted=True
     )
     config = read_config(location.folder, trust_remote_code=trust_remote_code)
+    return config, _dtype_of(config)
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     dtype = config.get_text_config().dtype or config.dtype
-    return config, dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _build(module: ProbedModule, entry: PlanEntry | None) -> AttentionModule | None:

@@ -1,0 +1,80 @@
+"""What the rewrites of a recipe would make of a model, from headers and configuration alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...convert.reading.checkpoint import open_checkpoint
+from ...convert.reading.weight_files import weight_files
+from ...convert.rewriting.plan import plan_rewrite
+from ...errors import CheckpointError, PlanError
+from ...recipes import Recipe
+
+
+@dataclass(frozen=True)
+class RewriteOutlook:
+    """What becomes of a model before its attention is converted.
+
+    Attributes:
+        steps: What is done, a clause each.
+        inexact: Why the result does not start as the model, a clause each; empty if it is to start exactly.
+        class_name: Class of the result; None if it is refused.
+        tensors: How many tensors the result has; None if the weights are not here.
+        bytes_before: Bytes of the model's tensors; None if they are not here.
+        bytes_after: Bytes of the result's.
+        refused: Why the model cannot be rewritten so; None if it can.
+    """
+
+    steps: tuple[str, ...]
+    inexact: tuple[str, ...] = ()
+    class_name: str | None = None
+    tensors: int | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    refused: str | None = None
+
+
+def foresee(
+    source: str, folder: Path, config: Mapping[str, Any], recipe: Recipe, *, trust_remote_code: bool = False
+) -> tuple[RewriteOutlook, Mapping[str, Any]]:
+    """Plan the rewrites of a recipe; of weights that are not on this machine nothing is downloaded.
+
+    Args:
+        source: The model as it was named.
+        folder: Its local folder.
+        config: Its config.json.
+        recipe: A recipe with rewrites.
+        trust_remote_code: Whether a model that brings its own code may run it.
+
+    Returns:
+        What they make of it, and the config.json of the result: that of the model if it is refused.
+    """
+    steps = [rewrite.step() for rewrite in recipe.rewrite]
+    sizes: dict[str, Any] = {}
+    after = config
+    try:
+        if all((folder / name).is_file() for name in weight_files(folder)):
+            checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+            plan = plan_rewrite(checkpoint, steps)
+            after = plan.config
+            sizes = {
+                "tensors": len(plan.targets),
+                "bytes_before": checkpoint.nbytes,
+                "bytes_after": sum(target.nbytes for target in plan.targets),
+            }
+        else:
+            for step in steps:
+                step.check(after)
+                after = step.config(after)
+    except (CheckpointError, PlanError) as error:
+        return RewriteOutlook(tuple(step.summary for step in steps), refused=str(error)), config
+    return (
+        RewriteOutlook(
+            steps=tuple(step.summary for step in steps),
+            inexact=tuple(step.inexact for step in steps if step.inexact is not None),
+            class_name=(after.get("architectures") or [None])[0],
+            **sizes,
+        ),
+        after,
+    )
