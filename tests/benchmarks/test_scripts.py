@@ -19,6 +19,7 @@ SCRIPTS = [
     "minilm_sst2",
     "method_table",
     "multiple_choice_check",
+    "rewrites",
     "smollm2_lolcats",
     "smollm2_passkeys",
     "stream_memory",

@@ -1,0 +1,155 @@
+"""Upcycling a checkpoint into mixtures of experts: exactness, memory and time, one row for each kind.
+
+    python benchmarks/rewrites.py --model models/smollm2-135m-instruct
+
+Each kind is written by a process of its own, in turns with `cp -r` of its result to the same file system, from a warm
+page cache. The process reports its highest resident memory after its imports (and a rewrite of one megabyte), after
+writing, and after the check of cut models that `convert` makes before it writes. Then source and result are loaded
+whole, by transformers in float32, and compared: logits, and greedy text.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import find_model, parser_of, peak_bytes, run_command, set_threads, write_result
+
+EXPERTS = {"kind": "experts", "target": "mixtral"}
+TO_FLOAT32 = {"kind": "cast", "dtype": "float32"}
+KINDS: Mapping[str, list[dict[str, Any]]] = {
+    "x 4": [{**EXPERTS, "num_experts": 4, "active": 2}],
+    "x 4, zero router": [{**EXPERTS, "num_experts": 4, "active": 2, "router": "zero"}],
+    "x 8": [{**EXPERTS, "num_experts": 8, "active": 2}],
+    "granular 2": [{**EXPERTS, "num_experts": 8, "active": 4, "granularity": 2}],
+    "granular 3, in float32": [TO_FLOAT32, {**EXPERTS, "num_experts": 6, "active": 3, "granularity": 3}],
+    "granular 3, rounded": [{**EXPERTS, "num_experts": 6, "active": 3, "granularity": 3}],
+}
+PROMPT = (
+    "The river had risen in the night. When they came down to the bridge in the morning, the old man was there, "
+    "counting the planks that were left, and he said that nobody would cross before the water fell. What they did"
+)
+NEW_TOKENS = 40
+REPEATED = 4
+"""How often the prompt follows itself where logits are compared."""
+
+
+def rewrite(model: Path, kind: str, output: Path) -> dict[str, Any]:
+    """Rewrite in this process; seconds, highest resident bytes, and the figure of the check."""
+    from attnconv.convert.reading.checkpoint import open_checkpoint
+    from attnconv.convert.rewriting.exactness import check_exactness
+    from attnconv.convert.rewriting.plan import plan_rewrite, write_rewritten
+    from attnconv.packaged.model import embedded_model_path
+    from attnconv.recipes import Recipe
+
+    def planned(source: Path) -> Any:
+        steps = [step.step() for step in Recipe(name="benchmark", rewrite=KINDS[kind]).rewrite]
+        return plan_rewrite(open_checkpoint(source), steps)
+
+    # A rewrite of a megabyte imports all that the one measured does.
+    with tempfile.TemporaryDirectory() as tiny:
+        write_rewritten(planned(embedded_model_path()), Path(tiny), shard_bytes=5 * 10**9)
+    found: dict[str, Any] = {"baseline_bytes": peak_bytes()}
+    output.mkdir()
+    began = time.perf_counter()
+    write_rewritten(planned(model), output, shard_bytes=5 * 10**9)
+    found |= {"seconds": time.perf_counter() - began, "writing_bytes": peak_bytes()}
+    began = time.perf_counter()
+    exactness = check_exactness(planned(model), allow_inexact=True)
+    return found | {
+        "check_seconds": time.perf_counter() - began,
+        "check_bytes": peak_bytes(),
+        "check": exactness.to_dict(),
+    }
+
+
+def compare(model: Path, output: Path) -> dict[str, Any]:
+    """Source and result loaded whole by transformers, one after the other, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    logits, texts = [], []
+    for folder in (model, output):
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        if any(info.values()):
+            sys.exit(f"{folder} does not fit its class: {info}")
+        with torch.no_grad():
+            logits.append(loaded.eval()(ids.repeat(1, REPEATED), use_cache=False).logits)
+            texts.append(loaded.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False))
+        del loaded
+    return {
+        "max_difference": float((logits[0] - logits[1]).abs().max()),
+        "max_logit": float(logits[0].abs().max()),
+        "bit_equal": torch.equal(*logits),
+        "same_text": torch.equal(*texts),
+    }
+
+
+def measure(model: Path, kind: str, scratch: Path, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+    target, copied = scratch / "out", scratch / "copy"
+    child = [sys.executable, __file__, "--model", model.resolve(), "--kind", kind, "--child", target]
+    rows, copies = [], []
+    for turn in range(repeats + 1):
+        shutil.rmtree(target, ignore_errors=True)
+        row = json.loads(run_command(child).stdout.splitlines()[-1])
+        began = time.perf_counter()
+        subprocess.run(["cp", "-r", str(target), str(copied)], check=True)
+        seconds = time.perf_counter() - began
+        shutil.rmtree(copied)
+        # The first turn warms the page cache.
+        if turn:
+            rows.append(row)
+            copies.append(seconds)
+    whole = compare(model, target)
+    written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    shutil.rmtree(target)
+    seconds, copy_seconds = statistics.median(row["seconds"] for row in rows), statistics.median(copies)
+    check = rows[0]["check"]
+    return {
+        "bytes": written,
+        "whole": {**whole, "relative": whole["max_difference"] / whole["max_logit"]},
+        "cut": {key: check[key] for key in ("promised", "reasons", "difference", "largest_logit", "layers")},
+        "seconds": seconds,
+        "cp_seconds": copy_seconds,
+        "times_cp": seconds / copy_seconds,
+        "writing_above_imports_bytes": max(row["writing_bytes"] - row["baseline_bytes"] for row in rows),
+        "check_seconds": statistics.median(row["check_seconds"] for row in rows),
+        "check_above_imports_bytes": max(row["check_bytes"] - row["baseline_bytes"] for row in rows),
+    }
+
+
+def main() -> None:
+    """Measure each kind."""
+    parser = parser_of(__doc__, model="smollm2-135m-instruct")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    parser.add_argument("--kind", choices=KINDS, help="measure this kind alone")
+    parser.add_argument("--child", type=Path, help="rewrite to this folder, in this process, and print the figures")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    model = find_model(arguments.model)
+    if arguments.child is not None:
+        print(json.dumps(rewrite(model, arguments.kind, arguments.child)))
+        return
+    kinds = [arguments.kind] if arguments.kind else list(KINDS)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        rows = {kind: measure(model, kind, Path(scratch), arguments.repeats) for kind in kinds}
+    write_result(
+        "rewrites",
+        settings={"model": model.name, "repeats": arguments.repeats, "rewrites": {kind: KINDS[kind] for kind in kinds}},
+        results=rows,
+        label=arguments.label,
+    )
+
+
+if __name__ == "__main__":
+    main()
