@@ -196,6 +196,8 @@ def timing(cases: Iterable[Row]) -> Row:
 
 def markdown(document: Mapping[str, Any], file: str) -> str:
     """The paragraph and the table of what `write_result` wrote into this file."""
+    from attnconv.formats import perplexity, size
+
     settings, rows = document["settings"], document["results"]["rows"]
     explanation = EXPLANATION.format(
         **{key: settings[key] for key in ("model", "dtype", "threads", "tokens")},
@@ -206,36 +208,28 @@ def markdown(document: Mapping[str, Any], file: str) -> str:
     )
     header = HEADER.format(state=settings["state_tokens"], length=settings["length"])
     first = next(iter(rows.values()))
-    base = [megabytes(first["base_state_bytes"]), "1", "1", perplexity(first["stages"][0]), "–"]
+    base = [size(first["base_state_bytes"]), "1", "1", perplexity(first["stages"][0]["perplexity"]), "–"]
     return "\n".join([explanation, "", header, line("the base, softmax", 0, base), *map(table_row, rows.items())])
 
 
 def table_row(item: tuple[str, Row]) -> str:
     """A recipe's line."""
+    from attnconv.formats import perplexity, size
+
     name, row = item
     swap, *healed = (stage for stage in row["stages"] if stage["stage"] != "teacher")
     spread = [
         "{median:.2f} ({low:.2f}-{high:.2f})".format(**row[measure]["ratio"]) for measure in ("prefill", "decode")
     ]
-    after = perplexity(healed[-1]) if healed else "not trained"
-    return line(f"`{name}`", row["parameters"], [megabytes(row["state_bytes"]), *spread, perplexity(swap), after])
+    after = perplexity(healed[-1]["perplexity"]) if healed else "not trained"
+    return line(
+        f"`{name}`", row["parameters"], [size(row["state_bytes"]), *spread, perplexity(swap["perplexity"]), after]
+    )
 
 
 def line(name: str, parameters: int, cells: Sequence[str]) -> str:
     """A line of the table."""
     return f"| {' | '.join([name, f'{parameters:,}', *cells])} |"
-
-
-def megabytes(size: int) -> str:
-    """Bytes in millions, to three digits or all before the point."""
-    millions = size / 1e6
-    return f"{millions:.{0 if millions >= 100 else 1}f} MB"
-
-
-def perplexity(stage: Row) -> str:
-    """Two digits after the point of what is small, none of what is large."""
-    value = stage["perplexity"]
-    return f"{value:,.{2 if value < 100 else 0}f}"
 
 
 def with_block(readme: str, block: str) -> str:

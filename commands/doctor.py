@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..formats import duration, size
 from .session import FAILED, AsJson, examples, print_json, session_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def doctor(
 
 
 def _show_environment(environment: "Environment") -> None:
-    from .tables import format_bytes, make_console, make_table
+    from .tables import make_console, make_table
 
     console = make_console()
     versions = make_table(["package", "version"])
@@ -62,7 +63,7 @@ def _show_environment(environment: "Environment") -> None:
     console.print(versions)
     console.print(f"\n{environment.system}")
     for device in environment.devices:
-        memory = "" if device.memory_bytes is None else f", {format_bytes(device.memory_bytes)}"
+        memory = "" if device.memory_bytes is None else f", {size(device.memory_bytes)}"
         console.print(f"{device.device}: {device.name}{memory}")
     console.print(f"\nTriton kernels: {', '.join(environment.kernels)}")
     for device in environment.devices:
@@ -87,7 +88,7 @@ def _show_checks(result: "SelfCheck") -> None:
 def _sentence(result: "SelfCheck") -> str:
     """What the checks came to."""
     if not result.failed:
-        return f"All is well: {len(result.checks)} checks of the packaged model in {result.seconds:.1f} s."
+        return f"All is well: {len(result.checks)} checks of the packaged model in {duration(result.seconds)}."
     first = result.failed[0]
     return (
         f"{len(result.failed)} of {len(result.checks)} checks failed; the first is {first.name} of {first.method} "

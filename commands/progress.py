@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..formats import number, percent, rate
 from .tables import make_console
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def measuring_progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], Non
             nonlocal said
             if text and text != said:
                 said = text
-                typer.echo(f"{100 * done / max(total, 1):3.0f} % {text}", err=True)
+                typer.echo(f"{percent(done / max(total, 1), 0):>5} {text}", err=True)
 
         yield say
 
@@ -79,11 +80,9 @@ class LineProgress:
 
     def step(self, loss: float, per_second: float) -> None:
         """A line after each tenth of the steps."""
-        from ..distill.progress import format_rate
-
         self.done += 1
         if self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
-            figures = f"step loss {loss:.4g}, {format_rate(per_second)} {self.unit}/s"
+            figures = f"step loss {number(loss)}, {rate(per_second)} {self.unit}/s"
             typer.echo(f"  step {self.done} of {self.total}: {figures}", err=True)
 
     def end(self) -> None:

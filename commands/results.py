@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .tables import command_line, format_bytes, make_console, make_table
+from ..formats import amount, change, count, percent, ratio, size
+from .tables import command_line, make_console, make_table
 
 if TYPE_CHECKING:
     from ..evaluate.bench import BenchResult
@@ -47,24 +48,6 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"Next: {command_line('report', evaluation.path.parent.parent)}", soft_wrap=True)
 
 
-def format_value(value: float | None, style: str) -> str:
-    """A figure as tables print it."""
-    if value is None:
-        return "-"
-    if style == "percent":
-        return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def format_change(value: float | None, figure: "Figure") -> str:
-    """A change as tables print it: a factor, or a difference with its sign."""
-    if value is None:
-        return "-"
-    if figure.compare == "ratio":
-        return f"{value:.3f} x"
-    return f"{100 * value:+.1f}" if figure.style == "percent" else f"{value:+.4f}"
-
-
 def _shown(figures: "Sequence[Figure]") -> "Iterator[Figure]":
     by_keys: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
@@ -76,20 +59,25 @@ def _shown(figures: "Sequence[Figure]") -> "Iterator[Figure]":
 
 def _cells(figure: "Figure", two: bool) -> list[str]:
     label = ", ".join([figure.metric, *(f"{key} {value}" for key, value in figure.group.items())])
-    own = format_value(figure.model, figure.style)
+    own = amount(figure.model, figure.style)
     interval = figure.interval
     if not two:
-        return [label, own, _interval([format_value(end, figure.style) for end in interval or ()])]
+        return [label, own, _interval([amount(end, figure.style) for end in interval or ()])]
     if figure.base is None:
-        return [label, "", own, "", _interval([format_value(end, figure.style) for end in interval or ()])]
-    ends = [format_change(end, figure) for end in figure.change_interval or ()]
+        return [label, "", own, "", _interval([amount(end, figure.style) for end in interval or ()])]
+    ends = [_change(end, figure) for end in figure.change_interval or ()]
     return [
         label,
-        format_value(figure.base, figure.style),
+        amount(figure.base, figure.style),
         own,
-        format_change(figure.change, figure),
+        _change(figure.change, figure),
         _interval(ends),
     ]
+
+
+def _change(value: float | None, figure: "Figure") -> str:
+    # The column is of one figure, so its unit need not be said at each end.
+    return change(value, figure.compare, figure.style).removesuffix(" points")
 
 
 def _interval(ends: list[str]) -> str:
@@ -128,7 +116,7 @@ def show_bench(result: "BenchResult") -> None:
     for row in rows:
         for role, case in (("base", row.base), ("model", row.model)):
             if case is not None and case.skipped:
-                size = f"{row.context:,} tokens, batch {row.batch}"
+                size = f"{count(row.context)} tokens, batch {row.batch}"
                 console.print(f"left out: {row.measure} of the {role}, {size}: {case.skipped}")
     console.print(setup_sentence(result.results))
     console.print(f"All figures are in {result.path}.")
@@ -142,7 +130,7 @@ def _bench_table(
     batches = any(row.batch != 1 for row in rows)
     table = make_table(["", ">tokens", *([">batch"] if batches else []), *columns])
     for row in rows:
-        size = [f"{row.context:,}", *([f"{row.batch}"] if batches else [])]
+        size = [count(row.context), *([count(row.batch)] if batches else [])]
         table.add_row(row.measure, *size, *cells(row, two))
     return table
 
@@ -163,16 +151,16 @@ def _time(case: "Case | None") -> str:
     if case is None or case.median is None or case.low is None or case.high is None:
         return "-"
     unit, factor = ("ms", 1e3) if case.measure == "decode" or case.median < 1 else ("s", 1.0)
-    middle, low, high = (format_value(factor * value, "number") for value in (case.median, case.low, case.high))
+    middle, low, high = (amount(factor * value, "number") for value in (case.median, case.low, case.high))
     return f"{middle} {unit} [{low}-{high}]"
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f} x"
+def _times(value: float | None) -> str:
+    return "" if value is None else ratio(value, 3)
 
 
-def _bytes(count: int | None) -> str:
-    return "" if count is None else format_bytes(count)
+def _bytes(value: int | None) -> str:
+    return "" if value is None else size(value)
 
 
 def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> None:
@@ -185,11 +173,11 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
         ["layer", "heads", ">span", ">90 % within", ">entropy", ">first tokens", ">induction", "advice", ">window"]
     )
     for layer in diagnosis.layers:
-        roles = ", ".join(f"{count} {role}" for role, count in layer.role_counts.items() if count)
+        roles = ", ".join(f"{heads} {role}" for role, heads in layer.role_counts.items() if heads)
         widest = max(head.window_90 for head in layer.heads)
         induction = [head.induction for head in layer.heads if head.induction is not None]
-        figures = [f"{layer.mean('mean_distance'):.0f}", f"{widest:.0f}", f"{layer.mean('entropy'):.2f}"]
-        figures += [f"{layer.mean('sink_mass'):.0%}", f"{max(induction):.0%}" if induction else "-"]
+        figures = [count(layer.mean("mean_distance")), count(widest), f"{layer.mean('entropy'):.2f}"]
+        figures += [percent(layer.mean("sink_mass"), 0), percent(max(induction, default=None), 0)]
         one = advised.get(layer.index)
         window = None if one is None else one.options.get("window")
         table.add_row(
@@ -198,11 +186,11 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
     # Where the terminal is narrow, the roles give way: a method's name can be copied as it stands.
     table.columns[-2].no_wrap = True
     console.print(table)
-    texts = f"{diagnosis.tokens:,} tokens of {diagnosis.text} in windows of {diagnosis.context:,}"
+    texts = f"{count(diagnosis.tokens)} tokens of {diagnosis.text} in windows of {count(diagnosis.context)}"
     console.print(f"\n{texts}. Means over heads, except the widest 90 % window and the best induction head.")
-    for role, count in diagnosis.role_counts.items():
-        if count:
-            console.print(f"{role}: {count} heads; {MEANINGS[role]}")
+    for role, heads in diagnosis.role_counts.items():
+        if heads:
+            console.print(f"{role}: {heads} heads; {MEANINGS[role]}")
     console.print("\nWhy:")
     for one in advice:
         console.print(f"  {one.layer}: {one.method}: {one.reason}")
@@ -235,7 +223,5 @@ def show_compared(compared: "ConversionComparison") -> None:
 
 def _in_unit(value: float, style: str) -> str:
     if style == "bytes":
-        return format_bytes(int(value))
-    return format_value(value, style) + (
-        f" {'s' if style == 'seconds' else style}" if style in ("ms", "seconds") else ""
-    )
+        return size(value)
+    return amount(value, style) + (f" {'s' if style == 'seconds' else style}" if style in ("ms", "seconds") else "")

@@ -4,13 +4,15 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..formats import count, duration, number, options, percent, rate, significant, size
 
 if TYPE_CHECKING:
     from ..attention_modules import Geometry
@@ -43,20 +45,6 @@ def make_table(columns: Sequence[str]) -> Table:
     return table
 
 
-def format_bytes(count: int) -> str:
-    """`1536` as `1.5 KiB`."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def format_options(options: Mapping[str, Any]) -> str:
-    """`window=64, feature_map=hedgehog`."""
-    return ", ".join(f"{key}={value}" for key, value in options.items())
-
-
 def command_line(*arguments: object) -> str:
     """A command of ours as it can be pasted into the shell that this process was started from."""
     program = Path(sys.argv[0])
@@ -80,7 +68,7 @@ def show_inspection(inspection: "Inspection") -> None:
     table = make_table(["attention", ">count", "heads", "dim", *([fate, ">new params"] if fate else [])])
     for group in inspection.groups:
         cells = [group.modules, str(group.count), *_geometry_cells(group.geometry)]
-        table.add_row(*cells, *([_fate_cell(group), f"{group.parameters:,}"] if fate else []))
+        table.add_row(*cells, *([_fate_cell(group), f"{count(group.parameters)}"] if fate else []))
     console.print(table)
     for line in _remarks(inspection):
         console.print(line)
@@ -94,11 +82,11 @@ def _show_rewrite(console: Console, rewrite: "RewriteOutlook") -> None:
         return
     console.print(f"rewritten: {', '.join(rewrite.steps)}")
     exact = f"not exact: {' and '.join(rewrite.inexact)}" if rewrite.inexact else "exact, which convert checks"
-    size = ""
+    sizes = ""
     if rewrite.bytes_before is not None and rewrite.bytes_after is not None:
-        size = f", {format_bytes(rewrite.bytes_before)} become {format_bytes(rewrite.bytes_after)}"
-    tensors = "" if rewrite.tensors is None else f", {rewrite.tensors:,} tensors"
-    console.print(f"the result: {rewrite.class_name}{tensors}{size}; its start: {exact}")
+        sizes = f", {size(rewrite.bytes_before)} become {size(rewrite.bytes_after)}"
+    tensors = "" if rewrite.tensors is None else f", {count(rewrite.tensors)} tensors"
+    console.print(f"the result: {rewrite.class_name}{tensors}{sizes}; its start: {exact}")
 
 
 def _geometry_cells(geometry: "Geometry") -> tuple[str, str]:
@@ -125,7 +113,7 @@ def _remarks(inspection: "Inspection") -> list[str]:
         if group.refused is not None:
             lines[f"refused: {group.modules}: {group.refused}; keep it softmax in the recipe"] = None
         elif group.method is not None:
-            lines[f"{group.method}: {format_options(group.options) or 'no options'}"] = None
+            lines[f"{group.method}: {options(group.options)}"] = None
             if group.lossy:
                 lines[f"lossy: leaves out {' and '.join(group.lossy)}; convert needs --allow-lossy"] = None
     if inspection.already_converted:
@@ -134,16 +122,16 @@ def _remarks(inspection: "Inspection") -> list[str]:
         lines["Add --recipe NAME to see what a recipe would do; `attnconv recipes list` names them."] = None
     elif inspection.rewrite is None or inspection.num_converted:
         counts = f"{inspection.num_converted} of {inspection.num_modules} modules would be converted"
-        lines[f"{counts}, {inspection.parameters:,} new parameters."] = None
+        lines[f"{counts}, {count(inspection.parameters)} new parameters."] = None
     return list(lines)
 
 
 def _show_footprints(console: Console, inspection: "Inspection", *, changed: bool) -> None:
     table = make_table([">tokens", ">KV cache", *([">converted", ">share"] if changed else [])])
     for row in inspection.footprints:
-        share = f"{row.after / row.before:.1%}" if row.before else "-"
-        cells = [f"{row.tokens:,}", format_bytes(row.before)]
-        table.add_row(*cells, *([format_bytes(row.after), share] if changed else []))
+        share = percent(row.after / row.before if row.before else None)
+        cells = [count(row.tokens), size(row.before)]
+        table.add_row(*cells, *([size(row.after), share] if changed else []))
     console.print(f"\nself-attention memory of one sequence while generating, in {inspection.dtype}:")
     console.print(table)
 
@@ -166,7 +154,7 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
     if result.exactness is not None:
         console.print(f"The start: {result.exactness.sentence}.")
     if result.plan.is_native:
-        console.print(f"Done in {result.seconds:.1f} s: {', '.join(result.plan.rewrites)}.")
+        console.print(f"Done in {duration(result.seconds)}: {', '.join(result.plan.rewrites)}.")
         console.print(f"The model is in {result.output}: an ordinary one, which transformers loads by itself.")
         console.print(f"Next: {command_line('eval', result.output, '--against', base)}", soft_wrap=True)
         return
@@ -174,7 +162,7 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
     what = ", ".join(
         f"{count} of {len(result.plan.entries)} attention modules to {name}" for name, count in counts.items()
     )
-    console.print(f"Converted {what} in {result.seconds:.1f} s.")
+    console.print(f"Converted {what} in {duration(result.seconds)}.")
     if result.self_contained:
         console.print(
             f"The model is in {result.output}: from_pretrained with trust_remote_code=True, without attnconv."
@@ -190,21 +178,21 @@ def show_conversion(result: "ConversionResult", *, base: str) -> None:
 
 def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
     """A row for each moment; a column for each figure that any of them has."""
-    from ..distill.progress import format_rate
-
     rows = list(metrics)
-    formats = {"perplexity": "{:.3f}", "bits_per_character": "{:.4f}", "loss": "{:.4g}"}
+    formats: dict[str, Callable[[float], str]] = {
+        "perplexity": number,
+        "bits_per_character": significant,
+        "loss": number,
+    }
     # What moves beside a bar is the loss of one step; this is the mean since the line of metrics before.
     names = {"bits_per_character": "bits/char", "loss": "mean loss"}
     for unit in ("tokens", "images"):
-        formats |= {unit: "{:,}", f"{unit}_per_second": "{}"}
+        formats |= {unit: count, f"{unit}_per_second": rate}
         names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
-        rates = f"{unit}_per_second"
-        rows = [{**row, rates: format_rate(row[rates])} if rates in row else row for row in rows]
     present = [key for key in formats if any(key in row for row in rows)]
     table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
     for row in rows:
-        table.add_row(row["stage"], *(formats[key].format(row[key]) if key in row else "" for key in present))
+        table.add_row(row["stage"], *(formats[key](row[key]) if key in row else "" for key in present))
     return table
 
 
@@ -216,10 +204,10 @@ def show_demo(result: "DemoResult") -> None:
     console.print(_metrics_table(result.metrics))
     for name, answer in (("Teacher", result.teacher), ("Converted", result.converted)):
         kind = "key/value cache" if not answer.recurrent_layers else f"{answer.recurrent_layers} recurrent states"
-        held = f", {format_bytes(answer.cache_bytes)} in its {kind} at the end:"
+        held = f", {size(answer.cache_bytes)} in its {kind} at the end:"
         console.print(Text.assemble("\n", (name, "bold"), held))
         console.print(answer.text)
-    console.print(f"\nAll of it took {result.seconds:.0f} s. The model is in {result.output}. Try next:")
+    console.print(f"\nAll of it took {duration(result.seconds)}. The model is in {result.output}. Try next:")
     for command in (
         f"inspect {shlex.quote(str(result.output))}",
         "inspect HuggingFaceTB/SmolLM2-135M --recipe lolcats",

@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from ..evaluate.tasks.answering import answering
 from .batches import Batch
 
-# Logits held at once, in numbers: 2**23 of them are 32 MB in fp32, and a loss needs about four times that.
+# Logits held at once, in numbers: 2**23 of them are 32 MiB in fp32, and a loss needs about four times that.
 LOGITS_AT_ONCE = 2**23
 
 

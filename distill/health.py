@@ -10,6 +10,7 @@ import torch
 from ..convert.reading.shards import Shard
 from ..convert.reading.weight_files import FLOAT_TYPES
 from ..errors import TrainingError
+from ..formats import number, ratio
 from ..recipes import DataSection
 from .data import name_of
 from .packing import Position
@@ -53,12 +54,12 @@ def warn_if_worse(measured: Mapping[str, Any], before: str, after: str) -> None:
     if first is None or last is None or last <= WORSE * first:
         return
     logger.warning(
-        "THE STAGE %s MADE THE MODEL WORSE: it began at a perplexity of %.4g and ended at %.4g, %.3g x as much. "
+        "THE STAGE %s MADE THE MODEL WORSE: it began at a perplexity of %s and ended at %s, %s as much. "
         "Lower its learning_rate, or leave the stage out.",
         after,
-        first,
-        last,
-        last / first,
+        number(first),
+        number(last),
+        ratio(last / first, 3),
     )
 
 

@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..formats import number, short
 from .metrics import Record
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
         panel.set_title(f"Stage {lines[0].index + 1}: {lines[0].stage.replace('_', ' ')}", loc="left", fontsize=11)
         panel.set_xlabel(f"training {lines[0].unit}")
         panel.set_ylabel(LOSS_NAMES.get(lines[0].stage, "loss"))
-        panel.xaxis.set_major_formatter(_tokens)
+        panel.xaxis.set_major_formatter(lambda value, _: short(value))
         _scale(panel, losses)
     figure.savefig(path, dpi=150)
 
@@ -93,12 +94,4 @@ def _scale(panel: "Axes", values: Sequence[float]) -> None:
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-
-
-def _tokens(value: float, _: float) -> str:
-    """`1500000` as `1.5M`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))

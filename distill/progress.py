@@ -17,13 +17,10 @@ from rich.progress import Progress as RichBars
 from rich.table import Column
 from typing_extensions import Self
 
+from ..formats import number, rate
+
 # Columns of a terminal from which on a bar has room beside the figures.
 WIDE = 128
-
-
-def format_rate(per_second: float) -> str:
-    """`1,234`, and below ten `0.5`."""
-    return f"{per_second:,.1f}" if per_second < 10 else f"{per_second:,.0f}"
 
 
 class Progress(Protocol):
@@ -108,9 +105,8 @@ class TerminalProgress:
     def step(self, loss: float, per_second: float) -> None:
         """Move the bar on by one step."""
         if self.task is not None:
-            self.bars.update(
-                self.task, advance=1, figures=f"step loss {loss:.4g}  {format_rate(per_second)} {self.unit}/s"
-            )
+            figures = f"step loss {number(loss)}  {rate(per_second)} {self.unit}/s"
+            self.bars.update(self.task, advance=1, figures=figures)
 
     def end(self) -> None:
         """Show the line as finished."""

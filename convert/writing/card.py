@@ -9,6 +9,7 @@ from typing import Any
 from ...attention_modules.counts import AttentionCounts
 from ...attention_modules.registry import get_method
 from ...errors import INSTALL_COMMAND, INSTALL_PLACE
+from ...formats import count, number
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint
 from ..rewriting.exactness import Exactness
@@ -230,4 +231,6 @@ def _attention(found: Mapping[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, int | float):
+        return number(value) if isinstance(value, float) else count(value)
+    return str(value).replace("|", "\\|")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import DataError
+from ...formats import count
 from ..engine.models import DTYPES
 
 PREFILL, DECODE, TRANSFER = "prefill", "decode", "transfer"
@@ -85,7 +86,7 @@ class Piece:
     def __str__(self) -> str:
         """For people."""
         what = {PREFILL: "prefill of", DECODE: "decoding after", TRANSFER: "attention transfer on"}[self.measure]
-        return f"{what} {self.context:,} tokens, batch {self.batch}"
+        return f"{what} {count(self.context)} tokens, batch {self.batch}"
 
 
 def pieces_of(settings: BenchSettings, *, training: bool) -> list[Piece]:

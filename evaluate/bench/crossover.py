@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...formats import count
 from .cases import BASE, DECODE, MODEL, PREFILL, Case
 
 # Words for a model that is below its base, above it, and level with it.
@@ -86,7 +87,11 @@ def _judged(
         return Crossover(batch, None, None, None, "no length was measured for both models")
     below, above, level = words
     contexts = list(medians)
-    where = f"at every measured length up to {contexts[-1]:,}" if len(contexts) > 1 else f"at {contexts[0]:,} tokens"
+    where = (
+        f"at every measured length up to {count(contexts[-1])}"
+        if len(contexts) > 1
+        else f"at {count(contexts[0])} tokens"
+    )
     crossing = interpolate(medians)
     if crossing is None:
         if all(ratio < 1 for ratio in medians.values()):
@@ -96,12 +101,12 @@ def _judged(
         if all(ratio >= 1 for ratio in medians.values()):
             return Crossover(batch, None, None, None, f"{above} {where}")
         best = [context for context, ratio in medians.items() if ratio < 1]
-        last = f"at {contexts[-1]:,} tokens, the longest measured"
+        last = f"at {count(contexts[-1])} tokens, the longest measured"
         return Crossover(batch, None, None, None, f"{below} at {_listed(best)} tokens, but not {last}")
     left = max(context for context in contexts if medians[context] >= 1)
     right = min(context for context in contexts if context > left)
     low, high = interpolate(favourable), interpolate(unfavourable)
-    note = f"{below} from about here on; {above} at {left:,} tokens, {below} at {right:,}"
+    note = f"{below} from about here on; {above} at {count(left)} tokens, {below} at {count(right)}"
     if any(ratio < 1 for context, ratio in medians.items() if context < left):
         note += "; it changes more than once"
     return Crossover(batch, round(crossing), _rounded(low), _rounded(high), note)
@@ -112,7 +117,7 @@ def _rounded(value: float | None) -> int | None:
 
 
 def _listed(contexts: Sequence[int]) -> str:
-    return ", ".join(f"{context:,}" for context in contexts)
+    return ", ".join(f"{count(context)}" for context in contexts)
 
 
 def interpolate(ratios: Mapping[int, float]) -> float | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ...formats import count, duration, size
 from .cases import DECODE, PREFILL, Case, Piece
 
 
@@ -26,7 +27,7 @@ def refusal(
         available: Bytes of memory that can be had; None if unknown.
     """
     if piece.context > positions:
-        return f"the model was made for {positions:,.0f} positions"
+        return f"the model was made for {count(positions)} positions"
     own = [case for case in earlier if case.role == role and case.batch == piece.batch]
     if piece.measure == DECODE:
         for case in own:
@@ -35,7 +36,7 @@ def refusal(
     shorter = [case for case in own if case.measure == piece.measure and case.context < piece.context]
     for case in shorter:
         if case.skipped is not None:
-            return f"not tried, since {case.context:,} tokens were left out: {_root(case.skipped)}"
+            return f"not tried, since {count(case.context)} tokens were left out: {_root(case.skipped)}"
     return None if piece.measure == DECODE else _estimate(piece, shorter, limit, available)
 
 
@@ -52,10 +53,10 @@ def _estimate(piece: Piece, shorter: Sequence[Case], limit: float, available: in
     ratio = piece.context / last.context
     seconds = (last.median or 0.0) * ratio ** _growth(shorter)
     if seconds > limit:
-        return f"one repeat may take {seconds:,.0f} s, more than the {limit:,.3g} s allowed"
+        return f"one repeat may take {duration(seconds)}, more than the {duration(limit)} allowed"
     needed = (last.peak_bytes or 0) * ratio
     if needed > (math.inf if available is None else available):
-        return f"it needs at least {needed / 2**30:,.1f} GiB more memory, and {(available or 0) / 2**30:,.1f} are free"
+        return f"it needs at least {size(needed)} more memory, and {size(available or 0)} are free"
     return None
 
 

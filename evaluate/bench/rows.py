@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...formats import count, counted
 from .cases import BASE, MODEL, Case
 from .crossover import Crossover
 from .schema import BenchmarkFile
@@ -68,9 +69,9 @@ def crossover_sentences(crossover: Mapping[str, Sequence[Crossover]]) -> tuple[s
 def _place(entry: Crossover) -> str:
     if entry.context is None:
         return ""
-    ends = [f"{end:,}" for end in (entry.low, entry.high) if end is not None]
+    ends = [count(end) for end in (entry.low, entry.high) if end is not None]
     spread = f" (by the quartiles {' to '.join(ends)})" if len(ends) == 2 and ends[0] != ends[1] else ""
-    return f"{entry.context:,} tokens{spread}, "
+    return f"{count(entry.context)} tokens{spread}, "
 
 
 def setup_sentence(bench: BenchmarkFile) -> str:
@@ -79,12 +80,8 @@ def setup_sentence(bench: BenchmarkFile) -> str:
     place = setup.gpu or f"{setup.cpu}, {setup.threads} of {setup.cores} cores"
     medians = "medians"
     if settings is not None:
-        medians += f" of {_count(settings.repeats, 'run')} and {_count(settings.decode_tokens, 'decoding step')}"
+        medians += f" of {counted(settings.repeats, 'run')} and {counted(settings.decode_tokens, 'decoding step')}"
     return (
         f"{place}; torch {setup.versions.get('torch', 'unknown')}; {bench.model.dtype}; "
         f"{medians}, quartiles in brackets; peak memory is above the weights"
     )
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"

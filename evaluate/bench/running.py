@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import TrainingError
+from ...formats import count
 from ..engine.journal import Journal
 from ..engine.models import find_device
 from ..engine.results import describe_model, describe_setup, results_folder, write_results
@@ -244,7 +245,7 @@ class _Bench:
             available=available,
         )
         if reason is None and piece.measure == DECODE and contestant.positions <= self._steps:
-            reason = f"{self._steps} steps of decoding do not fit into {contestant.positions:,.0f} positions"
+            reason = f"{self._steps} steps of decoding do not fit into {count(contestant.positions)} positions"
         return reason
 
     @property
@@ -262,7 +263,7 @@ class _Bench:
             room = min(item.positions for item in able) - self._steps
             if room < length:
                 length = int(room)
-                note = f"decoding began after {length:,} tokens, so that it ends within the model's positions"
+                note = f"decoding began after {count(length)} tokens, so that it ends within the model's positions"
         return random_prompt(self._tokens, context=length, batch=piece.batch).to(self.watch.device), note
 
     def _turns(self, piece: Piece, able: Sequence[Contestant], prompt: torch.Tensor) -> list[Case]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...formats import duration
 from .cache_size import held_bytes
 from .cases import Case, Piece, Role
 from .clock import Stopwatch
@@ -152,7 +153,7 @@ def _turn(lane: Lane, watch: Stopwatch, number: int, limit: float) -> None:
         lane.seconds.append(reading.seconds)
         lane.peaks.append(None if reading.peak_bytes is None else reading.peak_bytes + held)
     elif number == -1 and reading.seconds > limit:
-        lane.skipped = f"one run took {reading.seconds:.3g} s, more than the {limit:.3g} s allowed"
+        lane.skipped = f"one run took {duration(reading.seconds)}, more than the {duration(limit)} allowed"
 
 
 def _unless_memory_runs_out(lane: Lane, action: Callable[[], None], watch: Stopwatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...formats import percent
 from ...recipes import load_recipe, recipe_text
 from .measures import NUM_SINKS
 from .profiles import Diagnosis, LayerProfile
@@ -78,10 +79,8 @@ def _advise(layer: LayerProfile, widest: int, linear: _Options, *, keep: bool) -
         reason = f"it sees no more than {layer.native_window} tokens by itself"
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     if keep:
-        best = 100 * max(head.induction or 0.0 for head in layer.heads)
-        reason = (
-            f"{retrieval} of {count} heads retrieve, the best with {best:.0f} % of its attention on what it looks for"
-        )
+        best = percent(max(head.induction or 0.0 for head in layer.heads), 0)
+        reason = f"{retrieval} of {count} heads retrieve, the best with {best} of its attention on what it looks for"
         return LayerAdvice(layer.index, layer.name, "softmax", reason=reason)
     needed = math.ceil(max(head.window_90 for head in layer.heads))
     if needed <= widest and not retrieval:

@@ -16,7 +16,7 @@ from .measures import normalised
 # The least that a weight counts as: without it a key that one model cannot see at all would make the divergence
 # infinite. A hidden key that the base gave all its attention costs 13.8 nats.
 EPSILON = 1e-6
-# Numbers of attention weights of the base that are kept until the other model has run: 2**27 of them are 512 MB.
+# Numbers of attention weights of the base that are kept until the other model has run: 2**27 of them are 512 MiB.
 WEIGHTS_AT_ONCE = 2**27
 
 

@@ -20,6 +20,7 @@ from ...convert.reading.links import describe_overwritten, overwritten_links
 from ...convert.reading.sources import locate
 from ...files.json_files import read_json
 from ...files.own_files import CONFIG_FILE
+from ...formats import ranges
 from ...recipes import Recipe
 from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
 from .rewriting import RewriteOutlook, foresee
@@ -267,16 +268,5 @@ def join_names(names: Sequence[str]) -> str:
     varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
     if len(varying) > 1:
         return f"{names[0]} ... {names[-1]}"
-    parts = [_ranges([int(part) for part in c]) if i in varying else c[0] for i, c in enumerate(columns)]
+    parts = [ranges(int(part) for part in c).replace(" ", "") if i in varying else c[0] for i, c in enumerate(columns)]
     return "".join(parts)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2,5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

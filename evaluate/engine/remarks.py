@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ...convert.planning.plan import Plan
 from ...convert.reading.config_file import SECTION
+from ...formats import count
 
 # Settings of a task that say how long its texts are at most, in tokens.
 LENGTHS = ("context", "lengths")
@@ -25,9 +26,9 @@ def remarks_on(config: PreTrainedConfig, tasks: Iterable[Mapping[str, Any]]) -> 
     if window is None or longest is None or longest > window:
         return []
     return [
-        f"No text of these tasks is longer than the window of {window:,} tokens, inside which the model attends as "
-        f"its base does: they say nothing of longer texts; use `--suite standard`, or `--text FILE` with `--context` "
-        f"of more than {window:,}."
+        f"No text of these tasks is longer than the window of {count(window)} tokens, inside which the model attends "
+        f"as its base does: they say nothing of longer texts; use `--suite standard`, or `--text FILE` with "
+        f"`--context` of more than {count(window)}."
     ]
 
 

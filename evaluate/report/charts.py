@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...formats import short, size
 from .drawing import COLORS, INK, MUTED, SURFACE, new_figure
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def scale(panel: "Axes", name: str, axis: Axis, values: Sequence[float], *, from
     if not linear:
         (panel.set_xscale if name == "x" else panel.set_yscale)("log")
     # After the scale, which brings a formatter of its own.
-    side.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value) if axis.bytes else short(value)))
+    side.set_major_formatter(FuncFormatter(lambda value, _: size(value) if axis.bytes else short(value)))
     if linear:
         side.set_major_locator(MaxNLocator(5, integer=axis.whole))
         if name == "y" and from_zero and not axis.log and low >= 0:
@@ -232,21 +233,3 @@ def shortened(text: str, most: int) -> str:
 def _name(names: Sequence[str], value: float) -> str:
     place = round(value)
     return names[place] if 0 <= place < len(names) and abs(value - place) < 1e-6 else ""
-
-
-def short(value: float) -> str:
-    """`1500000` as `1.5M`; whole powers of two of a thousand and more as `4k`."""
-    if value >= 1024 and value == int(value) and (int(value) & (int(value) - 1)) == 0 and value < 2**20:
-        return f"{value / 1024:g}k"
-    for unit, sign in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.4g}{sign}"
-    return f"{value:.4g}".replace("-", "−")
-
-
-def short_bytes(value: float) -> str:
-    """`1536` as `1.5 KiB`."""
-    for unit, sign in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= unit:
-            return f"{value / unit:.3g} {sign}" if value < 1000 * unit else f"{value / unit:.0f} {sign}"
-    return f"{value:.0f} B"

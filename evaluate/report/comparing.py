@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...formats import count
 from ..bench.cases import Case
 from ..engine.results import FOLDER
 from ..engine.schema import TaskResult
@@ -167,7 +168,7 @@ def _speed_columns(reports: Sequence[Report]) -> tuple[int | None, list[Column]]
     shared = set.intersection(*contexts) if contexts else set()
     if not shared:
         return None, []
-    at = f"at {max(shared):,} tokens"
+    at = f"at {count(max(shared))} tokens"
     columns = [
         Column(DECODE, f"decoding {at}, ms per token", "lower", "ms"),
         Column(PREFILL, f"reading {at}, seconds", "lower", "seconds"),

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ... import __version__
 from ...errors import OutputError
+from ...formats import MISSING, amount, change, change_span, count, duration, number, size, span
 from .blocks import Block, Cell, Chart, Charts, Page, Section, Table, Text, Tiles, Tone, section, texts
+from .cells import count_cell
 from .charts import Axis, Dot, dot_chart
 from .comparing import CACHE, DECODE, PREFILL, ConversionComparison
 from .differences import Column, ComparedModel, Difference, Value, best_of
-from .formats import MISSING, amount, change, change_span, count_cell, duration, number, size, span
 from .html import render_html
 from .markdown import render_markdown
 from .pareto import Point, front, pareto_chart
@@ -93,7 +94,7 @@ def _summary(comparison: ConversionComparison, judged: Column | None) -> list[st
             unit = " ms per token" if column.style == "ms" else ""
             parts.append(f"{fastest.name} {words}, {printed(column, fastest.values[column.key].value)}{unit}")
     if parts and comparison.context is not None:
-        said.append(f"At {comparison.context:,} tokens, {'; '.join(parts)}.")
+        said.append(f"At {count(comparison.context)} tokens, {'; '.join(parts)}.")
     return said
 
 
@@ -108,7 +109,7 @@ def _superlative(column: Column) -> str:
 def _table(comparison: ConversionComparison) -> Table:
     rows = []
     for row in comparison.rows:
-        methods = ", ".join(f"{method} × {count}" for method, count in row.methods.items())
+        methods = ", ".join(f"{times} of {method}" for method, times in row.methods.items())
         cells = [Cell(row.name), Cell(methods or "softmax, as it was"), count_cell(row.parameters)]
         rows.append((*cells, *(_cell(comparison, row, column) for column in comparison.columns)))
     columns = ("model", "methods", "new parameters", *(column.label for column in comparison.columns))

@@ -3,8 +3,9 @@
 from functools import partial
 
 from ...attention_modules.registry import get_method
+from ...formats import options, ranges
 from .blocks import Cell, Chart, Charts, Section, Table, section, texts
-from .formats import count_cell, options, ranges
+from .cells import count_cell
 from .gathering import UNCHANGED, ConvertedModule, Report
 from .heatmaps import method_colors, strip_chart
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ...files.documents import Number
+from ...formats import number, ratio
 from ..engine.items import Figure
 from ..engine.schema import TaskResult
 from ..tasks.fidelity import FidelityExtra, HeadMap, LayerStatistic
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
+from .cells import amount_cell
 from .charts import Axis, Dot, Series, dot_chart, line_chart
 from .drawing import BASE, COLORS, MODEL
-from .formats import amount_cell, number
 from .gathering import Report
 from .heatmaps import heat_chart
 from .quality_part import figure_table
@@ -62,7 +63,7 @@ def statistics_section(report: Report) -> Section | None:
 
 def _path_chart(id: str, rows: Sequence[tuple[str, Figure]]) -> Charts:
     dots = [
-        Dot(f"without {path}", figure.model, figure.interval, f"×{number(figure.model)}")
+        Dot(f"without {path}", figure.model, figure.interval, ratio(figure.model))
         for path, figure in rows
         if figure.model is not None
     ]
@@ -147,7 +148,7 @@ def _maps(name: str, extras: Sequence[FidelityExtra]) -> list[Block]:
             # The first token takes most of many heads' attention; the others would all be white beside it.
             top = _robust_top(row.teacher)
             drawer = partial(heat_chart, grid, x="key token", y="query token", color=color, square=True, top=top)
-            title = f"{head}: {role}" + (f", KL {row.kl:.3g}" if row.kl is not None and role == "converted" else "")
+            title = f"{head}: {role}" + (f", KL {number(row.kl)}" if row.kl is not None and role == "converted" else "")
             charts.append(Chart(f"{_slug(name)}-map-{place}-{role}", title, description, drawer))
         tables.append(_map_table(head, row, chosen.tokens))
     size = chosen.size or len(chosen.maps[0].teacher)

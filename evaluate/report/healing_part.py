@@ -7,10 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from ...distill.metrics import Record
+from ...formats import count, number
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
+from .cells import amount_cell, count_cell
 from .charts import Axis, Mark, Series, line_chart
 from .drawing import BASE, COLORS, MODEL
-from .formats import amount_cell, count_cell, number
 from .gathering import Report
 
 LOSSES = {
@@ -72,7 +73,7 @@ def _loss_chart(lines: Sequence[Record]) -> Chart:
     first = lines[0]
     series = [Series(first.stage, tokens, losses, COLORS[first.index % len(COLORS)])]
     kind = LOSSES.get(first.stage, "loss")
-    description = f"{kind} from {number(losses[0])} to {number(losses[-1])} over {tokens[-1]:,} {first.unit}."
+    description = f"{kind} from {number(losses[0])} to {number(losses[-1])} over {count(tokens[-1])} {first.unit}."
     axes = Axis(f"training {first.unit}"), Axis(kind, log=True)
     name = f"Stage {first.index + 1}: {first.stage.replace('_', ' ')}"
     return Chart(f"loss-{first.index}", name, description, partial(line_chart, series, *axes))
@@ -82,7 +83,7 @@ def _layer_errors(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """Errors of the layers in the first and in the last record that have them, by moment."""
     having = [record for record in records if any(map(math.isfinite, record.layers.values()))]
     chosen = [having[0], having[-1]] if len(having) > 1 else having
-    return {f"after {record.tokens:,} {record.unit}": record.layers for record in chosen}
+    return {f"after {count(record.tokens)} {record.unit}": record.layers for record in chosen}
 
 
 def _layer_chart(moments: Mapping[str, Mapping[str, float]]) -> Chart:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .charts import short
+from ...formats import number
 from .drawing import COLORS, GRID, IDLE, INK, MUTED, SURFACE, WIDTH, new_figure
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _key(panel: "Axes", top: float, color: str) -> None:
     for level in range(1, LEVELS + 1):
         place = (6 * (level - 1), 0)
         shades.add_artist(Rectangle(place, 6, 7, facecolor=color, edgecolor="none", alpha=level / LEVELS))
-    ends = [TextArea(text, textprops={"color": MUTED}) for text in ("0", short(float(f"{top:.3g}")))]
+    ends = [TextArea(text, textprops={"color": MUTED}) for text in ("0", number(float(f"{top:.3g}")))]
     row = HPacker(children=[ends[0], shades, ends[1]], align="center", pad=0, sep=4)
     box = AnchoredOffsetbox(
         "lower right",

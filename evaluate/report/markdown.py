@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from ...formats import MISSING
 from .blocks import CODE_SPAN, Block, Cell, Charts, Listing, Page, Table, Text
 from .drawing import drawing_style, to_png
-from .formats import MISSING
 
 IMAGES = "images"
 

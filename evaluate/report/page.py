@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ... import __version__
+from ...formats import amount, change, count, duration, number, percent, ratio, significant, size, span
 from ..bench.schema import BenchmarkFile
 from ..engine.items import Figure
 from ..tasks.base import task_classes
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
+from .cells import verdict
 from .conversion_part import conversion_section, layers_of
 from .fidelity_part import fidelity_section, statistics_section
-from .formats import amount, change, duration, number, size, span, verdict
 from .gathering import UNCHANGED, Report
 from .healing_part import healing_section
 from .quality_part import headline, position_section, quality_section, retrieval_section
@@ -60,7 +61,7 @@ def _what(report: Report) -> str:
     kept = layers.count(UNCHANGED)
     which = f"{len(layers) - kept} of the {len(layers)}" if kept else f"all {len(layers)}"
     methods = " and ".join(report.methods)
-    added = f", which adds {report.parameters:,} parameters" if report.parameters else ""
+    added = f", which adds {count(report.parameters)} parameters" if report.parameters else ""
     return f"In {which} attention layers of {report.base or 'its base'}, attention was replaced by {methods}{added}."
 
 
@@ -97,7 +98,7 @@ def _speed(report: Report) -> str:
     for measure, words in (("prefill", "reading a prompt"), ("decode", "generating after a prompt")):
         pair = paired_cases(bench, measure)
         if pair is not None:
-            parts.append(f"{words} of {pair.model.context:,} tokens is {_times(pair)}")
+            parts.append(f"{words} of {count(pair.model.context)} tokens is {_times(pair)}")
     held = paired_cases(bench, CACHE)
     if held is not None:
         parts.append(f"the cache takes {size(held.model.cache_bytes)} instead of {size(held.base.cache_bytes)}")
@@ -109,12 +110,16 @@ def _times(pair: Pair) -> str:
     """`2.10 times faster`, as the medians say."""
     if _tone(pair.factor) == "":
         return "as fast as before"
-    return f"{pair.factor:.3g} times faster" if pair.factor > 1 else f"{1 / pair.factor:.3g} times slower"
+    return (
+        f"{significant(pair.factor, 3)} times faster"
+        if pair.factor > 1
+        else f"{significant(1 / pair.factor, 3)} times slower"
+    )
 
 
 def _tone(factor: float) -> Tone:
     """Whether a gain is one: what is printed as 1 is neither good nor bad."""
-    return "" if f"{factor:.3g}" == "1" else "good" if factor > 1 else "bad"
+    return "" if significant(factor, 3) == "1.00" else "good" if factor > 1 else "bad"
 
 
 def make_tiles(report: Report) -> list[Tile]:
@@ -150,7 +155,7 @@ def _receipt_tile(report: Report) -> list[Tile]:
         return []
     before, after = rows[0]["perplexity"], rows[-1]["perplexity"]
     ends = f"{number(before)} → {number(after)}"
-    return [Tile("Perplexity, while converting", f"×{number(after / before)}", ends, _tone(before / after))]
+    return [Tile("Perplexity, while converting", ratio(after / before), ends, _tone(before / after))]
 
 
 def _speed_tiles(bench: BenchmarkFile) -> list[Tile]:
@@ -162,14 +167,14 @@ def _speed_tiles(bench: BenchmarkFile) -> list[Tile]:
             ends = f"{duration(base.median)} → {duration(model.median)}"
             if measure == "decode" and base.ms_per_token is not None and model.ms_per_token is not None:
                 ends = f"{number(base.ms_per_token)} → {number(model.ms_per_token)} ms/token"
-            label = f"{words}, {model.context:,} tokens"
-            tiles.append(Tile(label, f"×{number(pair.factor)}", ends, _tone(pair.factor)))
+            label = f"{words}, {count(model.context)} tokens"
+            tiles.append(Tile(label, ratio(pair.factor, 3), ends, _tone(pair.factor)))
     held = paired_cases(bench, CACHE)
     if held is not None:
         ends = f"{size(held.base.cache_bytes)} → {size(held.model.cache_bytes)}"
         share = 1 / held.factor
-        less = f"−{100 * (1 - share):.1f}%" if share < 0.995 else f"×{number(share)}"
-        label = f"Cache, {held.model.context:,} tokens"
+        less = f"-{percent(1 - share)}" if share < 0.995 else ratio(share)
+        label = f"Cache, {count(held.model.context)} tokens"
         tiles.append(Tile(label, less, ends, _tone(held.factor)))
     return tiles
 
@@ -253,11 +258,11 @@ def card_lines(report: Report) -> Sequence[tuple[str, str, str, str]]:
     for measure, words in (("prefill", "reading a prompt"), ("decode", "decoding")) if bench is not None else ():
         pair = paired_cases(bench, measure) if bench is not None else None
         if pair is not None:
-            label = f"{words}, {pair.model.context:,} tokens"
+            label = f"{words}, {count(pair.model.context)} tokens"
             rows.append((label, duration(pair.base.median), duration(pair.model.median), _times(pair)))
     held = paired_cases(bench, CACHE) if bench is not None else None
     if held is not None:
-        label = f"cache, {held.model.context:,} tokens"
+        label = f"cache, {count(held.model.context)} tokens"
         share = change(1 / held.factor, "ratio", "number")
         rows.append((label, size(held.base.cache_bytes), size(held.model.cache_bytes), share))
     return rows

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from ...formats import amount, change, change_span, count, span
 from ..engine.items import Figure
 from ..engine.schema import TaskResult
 from ..tasks.base import task_classes
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
+from .cells import count_cell, group_label, neutral, verdict
 from .charts import Axis, Dot, Series, dot_chart, line_chart
 from .drawing import BASE, MODEL
-from .formats import amount, change, change_span, count_cell, group_label, neutral, span, verdict
 from .gathering import Report
 from .heatmaps import heat_chart
 
@@ -188,7 +189,7 @@ def _retrieval_charts(id: str, title: str, figures: Sequence[Figure]) -> Charts:
             grid,
             x=LENGTHS[key],
             y="depth",
-            columns=[f"{length:,.0f}" for length in lengths],
+            columns=[count(length) for length in lengths],
             rows=[f"{depth:g}" for depth in depths],
             top=1.0,
             texts=printed,

@@ -5,9 +5,9 @@ from typing import Any
 from ...convert.writing.card import loading
 from ...convert.writing.self_contained import is_self_contained
 from ...files.own_files import RECIPE_FILE
+from ...formats import number, size
 from ..engine.schema import Setup
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
-from .formats import number, size
 from .gathering import Report
 
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...files.documents import Number
+from ...formats import count, duration, number
 from ..bench.cases import Case
 from ..bench.crossover import Crossover
 from ..bench.schema import BenchmarkFile
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
+from .cells import amount_cell, count_cell, size_cell
 from .charts import Axis, Mark, Series, line_chart
 from .drawing import BASE, MODEL
-from .formats import amount_cell, count_cell, duration, number, size_cell
 from .gathering import Report
 
 CROSSED = {"prefill": "reading a prompt", "decode": "generating", "memory": "cache"}
@@ -191,8 +192,8 @@ def _curve(bench: BenchmarkFile, quantity: Quantity, batch: int) -> Chart | None
     equal = next((row.context for row in bench.crossover.get(quantity.crossover, []) if row.batch == batch), None)
     marks = []
     if equal is not None and min(xs) <= equal <= max(xs):
-        marks.append(Mark(equal, f"equal at {equal:,.0f}", vertical=True))
-    ends = ", ".join(f"{line.label} {number(line.ys[-1])} at {line.xs[-1]:,}" for line in series)
+        marks.append(Mark(equal, f"equal at {count(equal)}", vertical=True))
+    ends = ", ".join(f"{line.label} {number(line.ys[-1])} at {count(line.xs[-1])}" for line in series)
     description = f"{quantity.axis.label} against the context in tokens: {ends}."
     drawer = partial(line_chart, series, Axis("context, tokens", log=True, whole=True), quantity.axis, marks=marks)
     return Chart(f"{quantity.id}-{batch}", title, description, drawer)
@@ -211,8 +212,8 @@ def _crossovers(bench: BenchmarkFile) -> Table | None:
 def _ahead(row: Crossover) -> Cell:
     if row.context is None:
         return Cell("none")
-    spread = "" if row.low is None or row.high is None else f"{row.low:,.0f} to {row.high:,.0f}"
-    return Cell(f"{row.context:,.0f} tokens", row.context, note=spread)
+    spread = "" if row.low is None or row.high is None else f"{count(row.low)} to {count(row.high)}"
+    return Cell(f"{count(row.context)} tokens", row.context, note=spread)
 
 
 def _case_table(bench: BenchmarkFile) -> Table:

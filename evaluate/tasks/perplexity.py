@@ -14,7 +14,7 @@ from .answering import answering
 
 logger = logging.getLogger(__name__)
 
-# Logits held at once, in numbers: 2**24 of them are 64 MB in fp32 whatever the size of the vocabulary.
+# Logits held at once, in numbers: 2**24 of them are 64 MiB in fp32 whatever the size of the vocabulary.
 LOGITS_AT_ONCE = 2**24
 
 

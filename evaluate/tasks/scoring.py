@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import DataError
 
-# Logits held at once, in numbers: 2**25 of them are 128 MB in fp32 whatever the size of the vocabulary.
+# Logits held at once, in numbers: 2**25 of them are 128 MiB in fp32 whatever the size of the vocabulary.
 LOGITS_AT_ONCE = 2**25
 
 

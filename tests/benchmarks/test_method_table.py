@@ -152,9 +152,9 @@ def test_the_table(script: ModuleType) -> None:
     assert "state at 8,192 tokens | prefill of 2,048 tokens" in header
     assert {len(re.findall(r"\|", row)) for row in (header, rule, *lines)} == {8}
     assert lines == [
-        "| the base, softmax | 0 | 377 MB | 1 | 1 | 14.37 | – |",
-        "| `lolcats` | 1,474,560 | 11.9 MB | 3.00 (2.50-3.50) | 0.50 (0.50-0.75) | 2,187 | 36.22 |",
-        "| `sliding-window` | 0 | 11.9 MB | 3.00 (2.50-3.50) | 0.50 (0.50-0.75) | 2,187 | not trained |",
+        "| the base, softmax | 0 | 360.0 MiB | 1 | 1 | 14.37 | – |",
+        "| `lolcats` | 1,474,560 | 11.4 MiB | 3.00 (2.50-3.50) | 0.50 (0.50-0.75) | 2,187 | 36.22 |",
+        "| `sliding-window` | 0 | 11.4 MiB | 3.00 (2.50-3.50) | 0.50 (0.50-0.75) | 2,187 | not trained |",
     ]
 
 

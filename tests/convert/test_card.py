@@ -169,7 +169,7 @@ def test_a_self_contained_model_asks_for_no_attnconv(base: Path) -> None:
 def test_figures_come_as_a_table(base: Path) -> None:
     text = card_of(base).text
     assert "| | perplexity | bits per character | tokens |\n|---|---|---|---|\n| teacher | 14.37 |  |  |" in text
-    assert "| attention_transfer | 40.6 |  | 61440 |" in text
+    assert "| attention_transfer | 40.6 |  | 61,440 |" in text
     assert "nan" not in text
     assert "mean relative squared error 0.25" in text
 

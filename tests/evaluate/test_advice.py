@@ -60,7 +60,7 @@ def test_advice() -> None:
     assert "5 of 5 heads need more than 128 tokens" in found[0].reason
     assert found[1].options == {"window": 128, "num_sinks": 4}
     assert "101 newest" in found[1].reason
-    assert found[2].reason.startswith("1 of 5 heads retrieve, the best with 80 %")
+    assert found[2].reason.startswith("1 of 5 heads retrieve, the best with 80%")
     assert found[3].reason == "1 of 6 heads retrieve, which a window would end"
     assert found[4].reason == "it runs 2 times"
 

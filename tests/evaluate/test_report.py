@@ -12,6 +12,7 @@ from small_conversions import heal
 
 from attnconv.convert.writing.card import REPORT_END, REPORT_START
 from attnconv.evaluate.report import write_report
+from attnconv.formats import ratio
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def shown(value, style):
     """A number as a reader expects it, whatever the report's own code thinks."""
     if style == "percent":
         return f"{100 * value:.1f}%"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}".replace("-", "−")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def test_the_page_is_whole_self_contained_and_accessible(measured):
@@ -77,7 +78,7 @@ def test_changes_carry_their_verdict(measured):
     assert rows[0] == ["task", "metric", "base", "converted", "change", "verdict", "items"]
     by_name = {(row[0], row[1]): row for row in rows[1:]}
     figure = evaluation_of(folder)["tasks"]["book"]["figures"][0]
-    assert by_name["book", "perplexity"][4].startswith(f"×{figure['change']:.4g}")
+    assert by_name["book", "perplexity"][4].startswith(ratio(figure["change"]))
     assert by_name["book", "perplexity"][5] == "worse"
     assert by_name["openbookqa", "accuracy"][5] == "within chance"
     assert by_name["agreement", "KL divergence"][2] == "-"

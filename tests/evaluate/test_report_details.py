@@ -129,6 +129,6 @@ def test_a_browser_keeps_figures_inside_their_tiles(folder, tmp_path, width):
 
     edit(folder / "results" / "eval.json", none_left)
     files = write_report(folder)
-    assert "−100.0 pts" in files.html.read_text()
+    assert "-100.0 pts" in files.html.read_text()
     found = visit(files.html, TILES, width=width, height=900, scheme="light", profile=tmp_path / "profile").answer
     assert found == {"over": 0, "all": 6}

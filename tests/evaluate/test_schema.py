@@ -16,11 +16,11 @@ from attnconv.evaluate.bench.schema import BenchmarkFile
 from attnconv.evaluate.engine.items import Figure, Metric
 from attnconv.evaluate.engine.results import read_results, results_path
 from attnconv.evaluate.engine.schema import EvaluationFile, MeasuredModel, TaskResult
-from attnconv.evaluate.report.formats import number
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.page import make_page
 from attnconv.files.documents import parse_document
 from attnconv.files.json_files import json_text
+from attnconv.formats import number
 
 RECORD = Record(0, "lora", 1, 10, 1.5, 1e-3, 0.1, 100.0, {"layer": 0.5})
 

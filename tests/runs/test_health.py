@@ -71,7 +71,7 @@ def test_a_stage_that_made_the_model_worse_is_told_loudly(base, recipe, tmp_path
     with caplog.at_level(logging.WARNING, "attnconv"):
         run_conversion(base, chosen, tmp_path / "out", device="cpu")
     assert caplog.text.count("MADE THE MODEL WORSE") == 1
-    assert "began at a perplexity of 4 and ended at 240, 60 x as much" in caplog.text
+    assert "began at a perplexity of 4 and ended at 240, 60.0 x as much" in caplog.text
 
 
 @pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("nan"), False), (float("-inf"), False)])
