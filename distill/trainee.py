@@ -21,7 +21,7 @@ from ..errors import TrainingError
 from .targets import ALL_LINEAR, CORES, EXPERTS, LoraSettings, find_targets
 
 FIRST_ADAPTER = "default"
-# Queries of all heads and layers in a micro-batch; each keeps about 4 KB for its gradients if nothing is recomputed.
+# Queries of all heads and layers in a micro-batch; each keeps about 4 KiB for its gradients if nothing is recomputed.
 RECOMPUTE_ABOVE = 50_000
 
 

@@ -1,4 +1,9 @@
-"""Safetensors files read by their headers alone: 8 bytes of length, a JSON table of tensors, and data left alone."""
+"""Safetensors files read by their headers alone: 8 bytes of length, a JSON table of tensors, and data left alone.
+
+`safetensors.safe_open` judges each file, so that nothing is streamed which it would refuse when loading. The table is
+read here besides, for it does not tell where a tensor's bytes begin, which copying without loading needs, nor how many
+bytes of a file are missing or too many.
+"""
 
 import json
 import struct
@@ -6,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from ...errors import CheckpointError
 
@@ -82,17 +89,38 @@ def read_shard(path: Path, name: str) -> Shard:
         )
     if size > expected:
         raise CheckpointError(f"{path} is damaged: {size - expected} bytes follow the data that its header lists.")
+    _refuse_unusual(path)
     return Shard(name, path, tensors)
+
+
+def _refuse_unusual(path: Path) -> None:
+    """Refuse what safetensors itself does: gaps, overlaps, sizes that are not those of the shapes."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ").splitlines()[0]
+        raise CheckpointError(f"{path} is damaged: safetensors refuses it ({reason}); download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _parse(header: bytes, path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(header)
+        table = json.loads(header, object_pairs_hook=_named_once)
     # A header nested thousands of levels deep is none that a writer of tensors makes.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not valid JSON.") from error
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not valid JSON ({error}).") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a table of tensors.")
+    return table
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # safetensors takes the last of two entries of one name, other readers the first.
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands there twice")
     return table
 
 
