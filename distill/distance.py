@@ -3,8 +3,9 @@
 import torch
 
 from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.head import evaluating
 from .batches import Batch
-from .head import evaluating, run_layers
+from .head import run_layers
 from .losses import output_errors
 from .trainee import Trainee
 

@@ -5,7 +5,7 @@ import torch
 from ..errors import TrainingError
 from ..recipes.stages.logits import LogitsStage
 from .batches import Batch
-from .head import ModelHead
+from .head import TrainedHead
 from .lora import core_group
 from .losses import distillation_loss
 from .objective import Figures, Objective, ParameterGroup
@@ -32,7 +32,7 @@ class LogitDistillation(Objective):
     def __init__(self, trainee: Trainee, stage: LogitsStage, adapter: str | None) -> None:
         self.trainee = trainee
         self.temperature = stage.temperature
-        self.head = ModelHead(trainee.model, stage.kind)
+        self.head = TrainedHead(trainee.model, stage.kind)
         self.groups: list[ParameterGroup] = []
         if adapter is not None:
             self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))
@@ -54,9 +54,9 @@ class LogitDistillation(Objective):
     def backward(self, batch: Batch, total: int) -> Figures:
         """One pass of the teacher, one of the student, then the head of both in pieces."""
         with torch.no_grad(), self.trainee.as_teacher():
-            taught = self.head.hidden_states(batch)
+            taught = self.head.run(batch)
         with self.trainee.as_student():
-            hidden = self.head.hidden_states(batch)
+            hidden = self.head.run(batch)
         valid = batch.padding_mask
 
         def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:

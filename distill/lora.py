@@ -4,7 +4,7 @@ import torch
 
 from ..recipes.stages.lora import LoraStage
 from .batches import Batch
-from .head import ModelHead
+from .head import TrainedHead
 from .losses import next_token_loss
 from .objective import Figures, Objective, ParameterGroup
 from .trainee import Trainee
@@ -23,7 +23,7 @@ class LoraTuning(Objective):
 
     def __init__(self, trainee: Trainee, stage: LoraStage, adapter: str) -> None:
         self.trainee = trainee
-        self.head = ModelHead(trainee.model, stage.kind)
+        self.head = TrainedHead(trainee.model, stage.kind)
         self.groups = [ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate)]
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
@@ -40,7 +40,7 @@ class LoraTuning(Objective):
         """One pass through the layers, then the head and its loss in pieces."""
         targets = batch.targets
         with self.trainee.as_student():
-            hidden = self.head.hidden_states(batch)
+            hidden = self.head.run(batch)
 
         def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:
             return next_token_loss(logits, targets[:, positions]) / total

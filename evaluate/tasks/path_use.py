@@ -9,9 +9,10 @@ from ...attention_modules.paths import leaving_out
 from ...attention_modules.registry import get_method
 from ...convert.planning.plan import Plan
 from ...convert.reading.config_file import SECTION
+from ...convert.surgery.head import ModelHead
 from ..engine.items import Item, Metric
 from .base import Outcome, Scope, Subject, Task, Unit, register_task
-from .perplexity import head_takes_slices, token_losses
+from .perplexity import token_losses
 from .textdata import TextSettings, TwoOrMore, Windows, cut_blocks, window_units
 
 
@@ -56,7 +57,7 @@ class PathUseTask(Task[PathUseSettings]):
         """Score the blocks of one batch of windows, once without each path."""
         windows: Windows = unit.content
         ids = windows.ids.to(subject.device)
-        in_slices = head_takes_slices(subject.model)
+        in_slices = ModelHead(subject.model).takes_slices()
         intact = token_losses(subject.model, ids, in_slices=in_slices)
         items = []
         for path in planned_paths(subject.checkpoint.config):

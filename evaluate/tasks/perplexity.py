@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...convert.surgery.head import ModelHead, slices
 from ...errors import DataError
-from .answering import answering
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def perplexity(
     was_training = model.training
     model.eval()
     try:
-        in_slices = head_takes_slices(model)
+        in_slices = ModelHead(model).takes_slices()
         for batch in stack_windows(windows, batch_size):
             total += float(token_losses(model, batch.to(device), in_slices=in_slices).sum())
             predicted += batch.shape[0] * (batch.shape[1] - 1)
@@ -140,7 +140,7 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, *, in_slices: 
     Args:
         model: A causal language model in eval mode.
         input_ids: `[batch, T]`, on the model's device.
-        in_slices: What `head_takes_slices` says of the model, if it was asked already.
+        in_slices: What `ModelHead.takes_slices` says of the model, if it was asked already.
 
     Returns:
         `[batch, T - 1]` float64 on the CPU, in nats.
@@ -166,54 +166,17 @@ def logit_slices(
     Args:
         model: A causal language model in eval mode.
         input_ids: `[batch, T]`, on the model's device.
-        in_slices: What `head_takes_slices` says of the model, if it was asked already.
+        in_slices: What `ModelHead.takes_slices` says of the model, if it was asked already.
         size: Positions in a slice; None means as many as `LOGITS_AT_ONCE` allows.
     """
-    if head_takes_slices(model) if in_slices is None else in_slices:
-        yield from _sliced_logits(model, input_ids, size)
+    head = ModelHead(model)
+    if head.takes_slices() if in_slices is None else in_slices:
+        size = size or max(1, LOGITS_AT_ONCE // ((head.vocabulary or 1) * input_ids.shape[0]))
+        hidden = head.hidden_states(input_ids=input_ids, use_cache=False)
+        yield from (head.logits(hidden[:, part]) for part in slices(input_ids.shape[1], size))
         return
-    whole = _logits(model, input_ids)
+    whole = model(input_ids=input_ids, use_cache=False).logits
     yield from whole.split(size or max(1, LOGITS_AT_ONCE // (whole.shape[-1] * whole.shape[0])), dim=1)
-
-
-def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
-    return logits
-
-
-def _sliced_logits(model: PreTrainedModel, input_ids: torch.Tensor, size: int | None = None) -> Iterator[torch.Tensor]:
-    """Yield the model's logits `[batch, slice, vocabulary]` in order, from one pass through its layers.
-
-    The layers run once; then the model's own head runs over slices of the last hidden states, with whatever it does
-    to them (scaling, soft-capping).
-    """
-    base = model.base_model
-    output = base(input_ids=input_ids, use_cache=False)
-    hidden = output.last_hidden_state
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = size or max(1, LOGITS_AT_ONCE // (vocabulary * input_ids.shape[0]))
-    for start in range(0, input_ids.shape[1], size):
-        output.last_hidden_state = hidden[:, start : start + size]
-        with answering(base, output):
-            logits = _logits(model, input_ids[:, start : start + size])
-        yield logits
-
-
-def head_takes_slices(model: PreTrainedModel) -> bool:
-    """Whether the logits of a few tokens are the same in slices as all at once."""
-    head = model.get_output_embeddings()
-    if model.base_model is model or getattr(head, "weight", None) is None:
-        return False
-    sample = torch.arange(4, device=model.device)[None]
-    whole = _logits(model, sample).float()
-    try:
-        sliced = torch.cat(list(_sliced_logits(model, sample, size=3)), dim=1).float()
-    # A model whose head wants more than the last hidden states can fail in any way.
-    except Exception:
-        logger.debug("the head of %s takes no slices", type(model).__name__, exc_info=True)
-        return False
-    scale = whole.nan_to_num().abs().max().item()
-    return sliced.shape == whole.shape and torch.allclose(sliced, whole, rtol=0.02, atol=0.02 * scale, equal_nan=True)
 
 
 def characters_before(tokenizer: PreTrainedTokenizerBase, window: torch.Tensor, position: int) -> int:

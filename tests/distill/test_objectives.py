@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from attnconv.convert.surgery.attention_function import attention_tap
 from attnconv.distill.distance import output_distance
-from attnconv.distill.head import ModelHead
+from attnconv.distill.head import TrainedHead
 from attnconv.distill.logits import LogitDistillation
 from attnconv.distill.lora import LoraTuning
 from attnconv.distill.objective import Figures
@@ -177,7 +177,7 @@ def test_the_head_refuses_what_it_cannot_take_apart(make_trainee, batch):
         TrainingError,
         match="no language-model head, which the stage lora needs: take a stage attention_transfer or features",
     ):
-        ModelHead(trainee.model.model, "lora")
+        TrainedHead(trainee.model.model, "lora")
     plain = type(trainee.model).forward
 
     def shifted(self, *args, **kwargs):
@@ -188,7 +188,7 @@ def test_the_head_refuses_what_it_cannot_take_apart(make_trainee, batch):
 
     trainee.model.forward = shifted.__get__(trainee.model)
     with pytest.raises(TrainingError, match="more than its layers and its head"):
-        ModelHead(trainee.model, "lora")
+        TrainedHead(trainee.model, "lora")
 
 
 def test_normalising_makes_the_loss_the_relative_error(make_trainee, batch):
