@@ -1,0 +1,169 @@
+"""Latent attention: the DeepSeek-V3 class computes what the model did, exactly where nothing is left out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewritten import (
+    EXACT,
+    PROMPTS,
+    assert_same,
+    assert_saved_alike,
+    dense,
+    loaded,
+    logits,
+    logits_of_a_fresh_process,
+    rewriting,
+    word_tokenizer,
+)
+from safetensors.torch import load_file
+
+from attnconv.convert.rewriting.latent_layer import rotary_components
+from attnconv.errors import PlanError, RecipeError
+from attnconv.files.json_files import read_json
+from attnconv.recipes import parse_recipe
+from attnconv.runs import run_conversion
+
+# So that rounding in one more norm and one more product is not blown up by random layers.
+MILD = {"initializer_range": 0.1}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def calibrate(text: Path) -> dict[str, Any]:
+    return {"path": str(text), "tokens": 600, "sequence_length": 100}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("mistral", {"sliding_window": None, "num_key_value_heads": 6}),
+    ],
+)
+def test_nothing_is_lost_where_nothing_is_left_out(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    base = dense(kind, tmp_path / "base", **MILD, **settings)
+    result = run_conversion(base, rewriting({"kind": "latent"}), tmp_path / "out")
+    assert result.plan.is_native
+    model = loaded(tmp_path / "out")
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    heads = settings.get("num_key_value_heads", 3)
+    assert model.config.kv_lora_rank + model.config.qk_rope_head_dim == 2 * heads * 8 + 1
+    assert_same(loaded(base), model)
+    assert_saved_alike(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_fresh_process_needs_transformers_alone(tmp_path: Path) -> None:
+    base = dense("llama", tmp_path / "base", **MILD)
+    step = {"kind": "latent", "calibrate": calibrate(word_tokenizer(base))}
+    run_conversion(base, rewriting(step), tmp_path / "out")
+    fresh = logits_of_a_fresh_process(tmp_path / "out", tmp_path / "logits")
+    wanted = logits(loaded(base))
+    assert (fresh - wanted).abs().max() <= EXACT * wanted.abs().max()
+
+
+def test_what_repeats_takes_the_numbers_of_one_head(tmp_path: Path) -> None:
+    """Three equal heads: 8 numbers of their keys, 8 of their values, and the constant."""
+    plain = dense("llama", tmp_path / "plain", num_key_value_heads=1, **MILD)
+    text = word_tokenizer(plain)
+    run_conversion(plain, rewriting({"kind": "degroup", "kv_heads": 3}), tmp_path / "base")
+    step = {"kind": "latent", "numbers": 17, "rotary": 8, "calibrate": calibrate(text)}
+    run_conversion(tmp_path / "base", rewriting(step), tmp_path / "out")
+    config = loaded(tmp_path / "out").config
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == (9, 8)
+    assert_same(loaded(plain), loaded(tmp_path / "out"), 1e-5)
+
+
+def test_the_cache_holds_the_numbers_that_were_asked_for_and_more_of_them_are_nearer(tmp_path: Path) -> None:
+    base = dense("llama", tmp_path / "base", **MILD)
+    text = word_tokenizer(base)
+    wanted, far = logits(loaded(base)), []
+    for numbers in (41, 17):
+        step = {"kind": "latent", "numbers": numbers, "calibrate": calibrate(text)}
+        run_conversion(base, rewriting(step), tmp_path / str(numbers))
+        model = loaded(tmp_path / str(numbers))
+        with torch.no_grad():
+            layers = model(PROMPTS, use_cache=True).past_key_values.layers
+        assert {layer.keys.shape[-1] + layer.values.shape[-1] for layer in layers} == {numbers}
+        far.append(float((logits(model) - wanted).square().mean()))
+    assert far[0] < far[1]
+
+
+def test_without_the_constant_engines_read_it_and_the_norm_changes_it(tmp_path: Path) -> None:
+    base = dense("llama", tmp_path / "base", num_key_value_heads=1, **MILD)
+    step = {"kind": "latent", "constant": False, "calibrate": calibrate(word_tokenizer(base))}
+    run_conversion(base, rewriting(step), tmp_path / "out")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config["attention_bias"], config["rope_interleave"], config["qk_rope_head_dim"]) == (False, True, 8)
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith("bias")]
+    old, new = loaded(base), loaded(tmp_path / "out")
+    wanted = logits(old)
+    assert (logits(new) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    # With the norm taken away, it is the same model: one key head, rotated as it was.
+    for layer in new.model.layers:
+        scale = layer.self_attn.kv_a_layernorm.weight.data[0].item()
+        layer.self_attn.kv_a_layernorm = torch.nn.Identity()
+        assert scale > 0
+    assert (logits(new) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_those_keys_stay_rotary_that_would_lose_most_without() -> None:
+    frequencies = 1e4 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    energies = torch.tensor([[[8.0, 1.0], [4.0, 1.0], [4.0, 0.1], [4.0, 0.1]]], dtype=torch.float64)
+    # The slowest of four frequencies turns by a radian in 1,000 positions only.
+    assert rotary_components(energies, frequencies, 3).tolist() == [1, 1, 1, 0]
+    assert rotary_components(energies, frequencies, 8).tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "step", "said"),
+    [
+        ("llama", {"attention_bias": True}, {}, r"with biases \(attention_bias\), which DeepSeek-V3 has no place for"),
+        ("qwen2", {}, {}, "with biases"),
+        ("qwen3", {}, {}, "normalised head by head"),
+        ("smollm3", {}, {}, "no rotary embedding"),
+        ("mistral", {"sliding_window": 8}, {}, "with a sliding window"),
+        ("mixtral", {"num_local_experts": 2}, {}, "of a mixtral model, whose feed-forwards are experts"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            {},
+            "the rotary embedding dynamic, whose frequencies depend on the length",
+        ),
+        ("llama", {"rope_parameters": LLAMA3}, {"constant": False}, "llama3, for which it needs the constant"),
+        ("llama", {}, {"numbers": 50}, "is to keep 50 numbers .* 3 key/value heads have 48: give fewer"),
+        ("llama", {}, {"numbers": 20, "rotary": 7}, "cannot rotate 7 of 20 numbers: an even number from 2 to 18"),
+        ("llama", {}, {"numbers": 20, "rotary": 20}, "cannot rotate 20 of 20"),
+        ("llama", {}, {"numbers": 20, "rotary": 4, "constant": False}, "as many numbers as a head has, 8, and not 4"),
+    ],
+)
+def test_what_does_not_fit_the_class_is_refused(
+    tmp_path: Path, kind: str, settings: dict[str, Any], step: dict[str, Any], said: str
+) -> None:
+    base = dense(kind, tmp_path / "base", **settings)
+    with pytest.raises(PlanError, match=said):
+        run_conversion(
+            base, rewriting({"kind": "latent", "calibrate": {"path": "missing.txt"}, **step}), tmp_path / "out"
+        )
+
+
+def test_a_constant_beyond_the_type_is_refused(tmp_path: Path) -> None:
+    base = dense("llama", tmp_path / "base", initializer_range=0.9, dtype="float16")
+    loaded(base).half().save_pretrained(base)
+    with pytest.raises(PlanError, match="constant is too large for float16: cast the model to bfloat16"):
+        run_conversion(base, rewriting({"kind": "latent"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["numbers: 20", "rotary: 4", "constant: false"])
+def test_a_recipe_that_leaves_something_out_needs_a_text(text: str) -> None:
+    with pytest.raises(RecipeError, match="on a text: give calibrate"):
+        parse_recipe(f"name: a\nrewrite: [{{kind: latent, {text}}}]")
