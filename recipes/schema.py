@@ -1,34 +1,22 @@
 """The recipe: what becomes of which layers, and how the model heals."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PlainValidator, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from .data import DataSection, EvaluateSection
 from .fields import Section, Text
 from .rewrites.base import Rewrite
-from .selectors import LayerSelector, parse_layers
+from .selectors import Layers, LayerSelector, parse_layers
 from .stages.base import Stage
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LINK = re.compile(r"https?://\S+")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def _checked_layers(value: object) -> object:
-    parse_layers(value)
-    return value
-
-
-Layers = Annotated[
-    str | int | dict[str, int],
-    PlainValidator(_checked_layers),
-    WithJsonSchema({"type": ["string", "integer", "object"]}),
-]
 
 
 class AttentionRule(Section):

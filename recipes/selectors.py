@@ -5,6 +5,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Annotated
+
+from pydantic import PlainValidator, WithJsonSchema
 
 from ..errors import RecipeError
 
@@ -233,3 +236,16 @@ def _parse_mapping(value: Mapping[object, object]) -> LayerSelector:
             raise ValueError(f"offset must be below every, got {dict(value)!r}")
         return EveryLayers(**numbers)
     return FirstLayers(**numbers) if chosen[0] == "first" else LastLayers(**numbers)
+
+
+def _checked_layers(value: object) -> object:
+    parse_layers(value)
+    return value
+
+
+Layers = Annotated[
+    str | int | dict[str, int],
+    PlainValidator(_checked_layers),
+    WithJsonSchema({"type": ["string", "integer", "object"]}),
+]
+"""A field of a recipe that chooses layers."""

@@ -124,6 +124,7 @@ def write_native(
                 recipe_name=recipe.name,
                 recipe_yaml=recipe_yaml,
                 papers=[recipe.paper] if recipe.paper else [],
+                native_config=plan.config,
             )
             write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     team.wait()

@@ -16,6 +16,7 @@ from ..rewriting.exactness import Exactness
 from .base_card import read_base
 from .receipt import Receipt
 from .save import auto_classes
+from .serving import serving_text
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -44,6 +45,7 @@ def make_card(
     recipe_yaml: str,
     papers: Sequence[str] = (),
     self_contained: bool = False,
+    native_config: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the card of a converted model.
 
@@ -56,6 +58,7 @@ def make_card(
         recipe_yaml: the recipe as it was run.
         papers: addresses of papers besides those of the methods used.
         self_contained: whether the model brings all its code along.
+        native_config: config.json of a model that needs no code of this package, for what is known of serving it.
 
     Returns:
         The text of `README.md`, metadata first.
@@ -79,6 +82,7 @@ def make_card(
         *([" ".join(known.sentences())] if known.is_local else []),
         "## Load it",
         _native_loading(name, auto_class) if plan.is_native else _loading(name, auto_class, self_contained),
+        *([] if native_config is None else ["## Serve it", serving_text(name, native_config)]),
         *_measured(receipt),
         HOW_IT_WAS_MADE,
         f"With the recipe `{recipe_name}`; `receipt.json` holds versions, digests of the input and every figure.",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from attnconv.convert.rewriting.latent_layer import rotary_components
 from attnconv.errors import PlanError, RecipeError
 from attnconv.files.json_files import read_json
-from attnconv.recipes import parse_recipe
+from attnconv.recipes import load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
 # So that rounding in one more norm and one more product is not blown up by random layers.
@@ -63,8 +63,13 @@ def test_nothing_is_lost_where_nothing_is_left_out(tmp_path: Path, kind: str, se
 
 def test_a_fresh_process_needs_transformers_alone(tmp_path: Path) -> None:
     base = dense("llama", tmp_path / "base", **MILD)
-    step = {"kind": "latent", "calibrate": calibrate(word_tokenizer(base))}
-    run_conversion(base, rewriting(step), tmp_path / "out")
+    settings = {
+        "numbers": "null",
+        **{f"calibrate.{key}": value for key, value in calibrate(word_tokenizer(base)).items()},
+    }
+    recipe = load_recipe("latent", [f"rewrite.0.{key}={value}" for key, value in settings.items()])
+    run_conversion(base, recipe, tmp_path / "out")
+    assert "neither the bias" in (tmp_path / "out" / "README.md").read_text()
     fresh = logits_of_a_fresh_process(tmp_path / "out", tmp_path / "logits")
     wanted = logits(loaded(base))
     assert (fresh - wanted).abs().max() <= EXACT * wanted.abs().max()

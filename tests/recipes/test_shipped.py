@@ -24,6 +24,7 @@ SHIPPED = [
     "hedgehog-encoder",
     "hedgehog-vision",
     "hybrid",
+    "latent",
     "liger",
     "lightning",
     "linear",
@@ -37,6 +38,7 @@ SHIPPED = [
     "upcycle-granular",
     "upcycle-mixtral",
     "upcycle-qwen3",
+    "window-native",
 ]
 
 

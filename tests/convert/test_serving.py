@@ -1,0 +1,50 @@
+"""What cards say of engines: what the table holds, and nothing that nobody looked at."""
+
+from typing import Any
+
+import pytest
+import transformers
+
+from attnconv.convert.writing.serving import TABLE, WORDS, serving_text, servings
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "state", "command"),
+    [
+        ("LlamaForCausalLM", {}, "read", "vllm serve mine"),
+        ("MistralForCausalLM", {"sliding_window": None}, "read", "vllm serve mine"),
+        ("MistralForCausalLM", {"sliding_window": 64}, "unknown", None),
+        (
+            "MinistralForCausalLM",
+            {"layer_types": ["sliding_attention"]},
+            "read",
+            "serve mine --model-impl transformers",
+        ),
+        ("Qwen3ForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "read", "--model-impl"),
+        ("Qwen3ForCausalLM", {"layer_types": ["full_attention"]}, "read", "vllm serve mine"),
+        ("MixtralForCausalLM", {"sliding_window": 64}, "no", None),
+        ("GraniteSWAForCausalLM", {"layer_types": ["sliding_attention"]}, "read", "vllm serve mine"),
+        ("DeepseekV3ForCausalLM", {"attention_bias": True}, "no", None),
+        ("DeepseekV3ForCausalLM", {"rope_parameters": {"rope_type": "longrope"}}, "no", None),
+        ("DeepseekV3ForCausalLM", {"attention_bias": False}, "unknown", None),
+        ("GemmaForCausalLM", {}, "unknown", None),
+        ("", {}, "unknown", None),
+    ],
+)
+def test_a_card_promises_what_was_looked_at(
+    architecture: str, settings: dict[str, Any], state: str, command: str | None
+) -> None:
+    config = {"architectures": [architecture], **settings}
+    (row,) = servings(config)
+    assert row.state == state
+    text = serving_text("mine", config)
+    assert WORDS[row.state] in text
+    assert ("vllm serve" in text) is (command is not None)
+    assert command is None or command in text
+
+
+def test_rows_are_about_classes_that_there_are() -> None:
+    names = {name for row in TABLE for name in row.architectures}
+    assert [name for name in names - {"GraniteSWAForCausalLM"} if not hasattr(transformers, name)] == []
+    # A row that says no or nothing says why.
+    assert all(row.remark for row in TABLE if row.state in ("no", "unknown"))
