@@ -74,6 +74,8 @@ def show_inspection(inspection: "Inspection") -> None:
         console.print(line)
     if inspection.footprints:
         _show_footprints(console, inspection, changed=bool(fate))
+    for line in inspection.serving:
+        console.print(f"serving: {line}")
 
 
 def _show_rewrite(console: Console, rewrite: "RewriteOutlook") -> None:

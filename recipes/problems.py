@@ -105,8 +105,11 @@ def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[i
     """
     path: list[int | str] = []
     current: Any = model
+    tagged: Any = None
     for part in location:
-        tagged = next((member for member in _members(current) if part in _tags(member)), None)
+        # Behind a tag stands a key, which may have the same name.
+        members = () if tagged is not None else _members(current)
+        tagged = next((member for member in members if part in _tags(member)), None)
         if tagged is not None:
             current = tagged
             continue

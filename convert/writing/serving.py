@@ -109,7 +109,7 @@ WORDS: Mapping[State, str] = {
 
 
 def servings(config: Config) -> tuple[Serving, ...]:
-    """What is known of each engine for a model, one row for each.
+    """What is known of each engine for a model, one row for each engine that anybody looked at.
 
     Args:
         config: the model's config.json.
@@ -119,7 +119,25 @@ def servings(config: Config) -> tuple[Serving, ...]:
     for row in TABLE:
         if architecture in row.architectures and row.engine not in found and row.when(config):
             found[row.engine] = row
-    return tuple(found.values()) or (Serving(VLLM, (architecture,), "unknown", remark="nobody looked"),)
+    return tuple(found.values())
+
+
+def serving_lines(name: str, config: Config) -> tuple[str, ...]:
+    """What is known of serving a model, a plain line for each engine.
+
+    Args:
+        name: the model's name.
+        config: its config.json.
+    """
+    lines = []
+    for row in servings(config):
+        command, remark = row.command(name), f": {row.remark}" if row.remark else ""
+        lines.append(
+            f"{row.engine} {WORDS[row.state]}{remark}"
+            if command is None
+            else f"{command} ({row.engine}, {WORDS[row.state]}){remark}"
+        )
+    return tuple(lines)
 
 
 def serving_text(name: str, config: Config) -> str:
@@ -130,7 +148,7 @@ def serving_text(name: str, config: Config) -> str:
         config: its config.json.
     """
     parts = []
-    for row in servings(config):
+    for row in servings(config) or (Serving(VLLM, (), "unknown", remark="nobody looked"),):
         remark = f": {row.remark}" if row.remark else ""
         command = row.command(name)
         if command is None:

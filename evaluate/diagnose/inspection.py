@@ -18,6 +18,7 @@ from ...convert.reading.config_file import SECTION, check_config, read_config
 from ...convert.reading.gguf_file import read_gguf
 from ...convert.reading.links import describe_overwritten, overwritten_links
 from ...convert.reading.sources import locate
+from ...convert.writing.serving import serving_lines
 from ...files.json_files import read_json
 from ...files.own_files import CONFIG_FILE
 from ...formats import ranges
@@ -69,6 +70,7 @@ class Inspection:
         unmatched: A sentence for each attention rule of the recipe that matches no layer.
         rewrite: What its rewrites make of the model, which is then what the groups show; None without any.
         overwritten: A sentence if weights that the conversion shares with its base were overwritten, else None.
+        serving: What is known of engines that serve the model as it is, a line each; empty beside a recipe.
     """
 
     source: str
@@ -82,6 +84,7 @@ class Inspection:
     unmatched: tuple[str, ...] = ()
     rewrite: RewriteOutlook | None = None
     overwritten: str | None = None
+    serving: tuple[str, ...] = ()
 
     @property
     def num_modules(self) -> int:
@@ -164,6 +167,7 @@ def inspect_model(
         unmatched=unmatched,
         rewrite=rewrite,
         overwritten=None if carried is None else _overwritten(Path(source).expanduser()),
+        serving=() if carried is not None or recipe is not None else _serving(source, config, model_class.__name__),
     )
 
 
@@ -191,6 +195,10 @@ def _rewritten(source: str, recipe: Recipe, trust_remote_code: bool) -> tuple[Re
 def _overwritten(folder: Path) -> str | None:
     names = overwritten_links(folder)
     return describe_overwritten(folder, names) if names else None
+
+
+def _serving(source: str, config: PreTrainedConfig, architecture: str) -> tuple[str, ...]:
+    return serving_lines(source, {**config.to_dict(), "architectures": [architecture]})
 
 
 def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:

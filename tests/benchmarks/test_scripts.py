@@ -20,6 +20,7 @@ SCRIPTS = [
     "method_table",
     "multiple_choice_check",
     "rewrites",
+    "native_attention",
     "smollm2_lolcats",
     "smollm2_passkeys",
     "stream_memory",
@@ -29,7 +30,7 @@ SCRIPTS = [
 
 WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
 MEASURING_A_MODEL = [script for script in SCRIPTS if script not in WITHOUT_MODEL]
-NEEDING_DATA = ["method_table", "smollm2_lolcats", "transfer_speed"]
+NEEDING_DATA = ["method_table", "native_attention", "smollm2_lolcats", "transfer_speed"]
 # Runs every script in one process, for importing torch takes longer than all else that they do here.
 RUN_ALL = """
 import contextlib, io, json, runpy, sys

@@ -131,7 +131,12 @@ def test_a_transformers_without_the_class_is_told_so(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("keep: '0'", "window"), ("window: 0", "greater than"), ("window: 8, keep: {evry: 2}", "evry")]
+    ("text", "said"),
+    [
+        ("keep: '0'", "rewrite.0.window: this key is"),
+        ("window: 0", "greater than"),
+        ("window: 8, keep: {evry: 2}", "evry"),
+    ],
 )
 def test_a_recipe_says_what_is_wrong_with_its_windows(text: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):

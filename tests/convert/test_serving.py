@@ -1,11 +1,14 @@
 """What cards say of engines: what the table holds, and nothing that nobody looked at."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from tiny_models import save, tiny_llama
 
-from attnconv.convert.writing.serving import TABLE, WORDS, serving_text, servings
+from attnconv.convert.writing.serving import TABLE, WORDS, serving_lines, serving_text, servings
+from attnconv.evaluate.diagnose.inspection import inspect_model
 
 
 @pytest.mark.parametrize(
@@ -27,8 +30,6 @@ from attnconv.convert.writing.serving import TABLE, WORDS, serving_text, serving
         ("DeepseekV3ForCausalLM", {"attention_bias": True}, "no", None),
         ("DeepseekV3ForCausalLM", {"rope_parameters": {"rope_type": "longrope"}}, "no", None),
         ("DeepseekV3ForCausalLM", {"attention_bias": False}, "unknown", None),
-        ("GemmaForCausalLM", {}, "unknown", None),
-        ("", {}, "unknown", None),
     ],
 )
 def test_a_card_promises_what_was_looked_at(
@@ -41,6 +42,9 @@ def test_a_card_promises_what_was_looked_at(
     assert WORDS[row.state] in text
     assert ("vllm serve" in text) is (command is not None)
     assert command is None or command in text
+    (line,) = serving_lines("mine", config)
+    assert WORDS[row.state] in line
+    assert command is None or command in line
 
 
 def test_rows_are_about_classes_that_there_are() -> None:
@@ -48,3 +52,15 @@ def test_rows_are_about_classes_that_there_are() -> None:
     assert [name for name in names - {"GraniteSWAForCausalLM"} if not hasattr(transformers, name)] == []
     # A row that says no or nothing says why.
     assert all(row.remark for row in TABLE if row.state in ("no", "unknown"))
+
+
+def test_a_class_that_nobody_looked_at_is_unknown() -> None:
+    for config in ({"architectures": ["GemmaForCausalLM"]}, {}):
+        assert serving_text("mine", config) == "vLLM is not known to serve it: nobody looked."
+        assert serving_lines("mine", config) == ()
+
+
+def test_inspect_tells_of_the_model_as_it_is(tmp_path: Path) -> None:
+    folder = save(tiny_llama(), tmp_path / "base")
+    (line,) = inspect_model(str(folder)).serving
+    assert line.startswith(f"vllm serve {folder} (vLLM, as read")
