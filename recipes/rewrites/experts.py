@@ -7,8 +7,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ..fields import Count, CountOrZero, Positive, Section, Text
-from ..schema import Layers
-from ..selectors import parse_layers
+from ..selectors import Layers, parse_layers
 from .base import REWRITES, RewriteBase
 
 if TYPE_CHECKING:
