@@ -222,6 +222,11 @@ class Latent(AttentionStep):
     def _second(self, index: int) -> Tensor:
         if self._moments is not None:
             return self._moments[index].second
+        if self.inexact is not None:
+            raise PlanError(
+                "latent leaves something out and does not know how large keys and values are: settle it first, in a "
+                "recipe by calibrate"
+            )
         # Where nothing is left out it does not matter which directions are large.
         return torch.eye(self.heads.hidden, dtype=torch.float64)
 

@@ -174,7 +174,8 @@ class PruneHeads(HeadSelection):
         self._kept = kept
 
     def chosen(self, layer: int) -> tuple[list[int], list[int]]:
-        assert self._kept is not None, "importance is measured before anything is written"
+        if self._kept is None:
+            raise PlanError("prune_heads does not know which heads matter: settle it first, in a recipe by calibrate")
         kept = self._kept[layer]
         if self.unit == "query":
             return kept, list(range(self.heads.kv))

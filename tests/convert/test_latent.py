@@ -19,7 +19,12 @@ from rewritten import (
 )
 from safetensors.torch import load_file
 
+from attnconv.convert.rewriting.checkpoint import rewrite_checkpoint
+from attnconv.convert.rewriting.latent import Latent
 from attnconv.convert.rewriting.latent_layer import rotary_components
+from attnconv.convert.rewriting.pooling import PoolHeads
+from attnconv.convert.rewriting.selection import PruneHeads
+from attnconv.convert.rewriting.steps import Step
 from attnconv.errors import PlanError, RecipeError
 from attnconv.files.json_files import read_json
 from attnconv.recipes import load_recipe, parse_recipe
@@ -166,6 +171,16 @@ def test_a_constant_beyond_the_type_is_refused(tmp_path: Path) -> None:
     loaded(base).half().save_pretrained(base)
     with pytest.raises(PlanError, match="constant is too large for float16: cast the model to bfloat16"):
         run_conversion(base, rewriting({"kind": "latent"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "step", [Latent(numbers=20), PoolHeads(kv_heads=1), PoolHeads(kv_heads=1, how="select"), PruneHeads(keep=1)]
+)
+def test_steps_that_were_not_settled_say_so(tmp_path: Path, step: Step) -> None:
+    base = dense("llama", tmp_path / "base")
+    with pytest.raises(PlanError, match="calibrate"):
+        rewrite_checkpoint(base, [step], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["numbers: 20", "rotary: 4", "constant: false"])
