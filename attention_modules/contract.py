@@ -44,6 +44,9 @@ class AttentionContract(nn.Module, ABC):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
     # Whether the state stays as it is while the context grows.
     is_recurrent: ClassVar[bool] = True
+    # Whether the model's own attention, cache and kernels mix the values, and the method acts on what each head made of
+    # them; its `forward` then takes that as `mixed`.
+    keeps_softmax: ClassVar[bool] = False
     # What the method asks for besides queries, keys and values; see `tokens.Surroundings`. The layer's input is asked
     # for by `reads_hidden_states`, which may depend on the options.
     reads_positions: ClassVar[bool] = False

@@ -33,6 +33,10 @@ class Counter:
         """All modules together; states add up, for they are there at the same time."""
         return summed(self.by_module.values())
 
+    def counts(self, core: AttentionContract) -> bool:
+        """Whether a module is among those that are counted."""
+        return core in self._counts
+
     def places(
         self, core: AttentionContract, query: Tensor, key: Tensor, valid: Tensor | None, state: AttentionState | None
     ) -> "Places | None":
@@ -45,6 +49,8 @@ class Counter:
         places: "Places",
         state: AttentionState | None,
         hidden_states: Tensor | None = None,
+        serving: Tensor | None = None,
+        held: int = 0,
     ) -> None:
         """Count a call that ran.
 
@@ -53,6 +59,9 @@ class Counter:
             places: where its queries stand.
             state: its state after the call.
             hidden_states: `[batch, T, hidden]`, the layer's input, if the caller has it.
+            serving: `[batch, num_heads, T]` bool, heads that a query got an answer from, where others were worked out
+                too; None where these are the same.
+            held: bytes of keys and values that are kept elsewhere than in `state`.
         """
         counts, geometry = self._counts[core], core.geometry
         seen = places.rank if geometry.causal else places.total.expand_as(places.rank)
@@ -66,15 +75,14 @@ class Counter:
         counts.queries += queries
         counts.exact_pairs += exact
         counts.dense_pairs += dense
-        counts.head_queries += int(heads[at].sum())
+        counts.head_queries += int(heads[at].sum()) if serving is None else int((serving & at[:, None]).sum())
         counts.head_slots += queries * geometry.num_heads
         counts.multiply_adds += int((attended * heads)[at].sum()) * width
         counts.dense_multiply_adds += dense * geometry.num_heads * width
         if through_state:
             counts.summarized_pairs += int(rest[at].sum())
             counts.multiply_adds += int((rest[at] > 0).sum()) * through_state
-        if state is not None:
-            counts.state_bytes = max(counts.state_bytes, state.nbytes)
+        counts.state_bytes = max(counts.state_bytes, held if state is None else state.nbytes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Places:
 
     Attributes:
         rank: `[batch, T]` int64, real tokens up to each query, itself included.
-        total: `[batch, 1]` int64, real tokens of each row.
+        total: `[batch, 1]` int64, real tokens of each row, or `[batch, T]`, those that each query sees.
         real: `[batch, T]` bool, False for queries that are padding.
     """
 

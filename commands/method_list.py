@@ -100,6 +100,8 @@ def _values(schema: Mapping[str, Any]) -> str:
         *most, last = schema["enum"]
         return f"{', '.join(most)} or {last}" if most else str(last)
     kind = str(schema["type"])
+    if kind == "array":
+        return f"list of {_values(schema['items'])}s"
     if kind not in ("integer", "number"):
         return {"boolean": "true or false", "null": "null"}.get(kind, kind)
     words: list[str] = ["whole number" if kind == "integer" else "number"]

@@ -7,6 +7,7 @@ import torch
 from ..errors import TrainingError
 from ..recipes.stages.features import FeaturesStage
 from .batches import Batch
+from .gates import Balance, refuse_ties
 from .head import run_layers
 from .lora import core_group
 from .losses import TINY_POWER, mean_square, output_errors
@@ -34,6 +35,8 @@ class FeatureDistillation(Objective):
     def __init__(self, trainee: Trainee, stage: FeaturesStage) -> None:
         self.trainee = trainee
         self.groups = core_group(trainee, stage.learning_rate)
+        refuse_ties(trainee, stage.kind)
+        self.balance = Balance(trainee, stage.balance, stage.kind)
         if not self.groups:
             raise TrainingError("The stage features has nothing to train: no converted layer has parameters.")
 
@@ -49,10 +52,12 @@ class FeatureDistillation(Objective):
         """One pass of the teacher and one of the student."""
         with torch.no_grad(), self.trainee.as_teacher():
             taught = run_layers(self.trainee.model, batch)
-        with self.trainee.as_student():
+        with self.trainee.as_student(self.balance.look):
             self.trainee.model.eval()
             loss = feature_error(run_layers(self.trainee.model, batch), taught, batch.padding_mask)
             loss = loss * (batch.num_tokens / total)
+            term = self.balance.term(batch.num_tokens / total)
+            loss = loss if term is None else loss + term
             loss.backward()
         return Figures(loss.detach())
 

@@ -45,13 +45,17 @@ class TrainedHead(ModelHead):
         return slices(length, max(1, self.positions_at_once // batch))
 
     def backward(
-        self, hidden_states: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor]
+        self,
+        hidden_states: torch.Tensor,
+        loss: Callable[[torch.Tensor, slice], torch.Tensor],
+        term: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run a loss on the logits of `[batch, T, hidden]` and its gradient back through head and layers.
 
         Args:
             hidden_states: What `run` returned, with its graph.
             loss: From the logits of some positions, and which they are, to what these add to the loss.
+            term: what the layers themselves add to the loss, with its graph.
 
         Returns:
             The loss, detached.
@@ -62,8 +66,12 @@ class TrainedHead(ModelHead):
             part = loss(self.logits(leaf[:, positions]), positions)
             part.backward()
             total = total + part.detach()
-        hidden_states.backward(leaf.grad)
-        return total
+        if term is None:
+            hidden_states.backward(leaf.grad)
+            return total
+        # The two share the graph of the layers.
+        torch.autograd.backward([hidden_states, term], [leaf.grad, torch.ones_like(term)])
+        return total + term.detach()
 
 
 def run_layers(model: PreTrainedModel, batch: Batch) -> Any:

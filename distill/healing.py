@@ -17,7 +17,7 @@ from ..convert.surgery.swap import apply_plan
 from ..errors import CheckpointError, TrainingError
 from ..evaluate import perplexity
 from ..files.digests import FileDigests
-from ..recipes import DataSection, Recipe, StageBase
+from ..recipes import DataSection, Recipe, StageBase, TrainingStage
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
@@ -27,6 +27,7 @@ from .metrics import MetricsFile
 from .objective import Objective
 from .packing import Position
 from .progress import Progress
+from .routers import RouterFit, run_fit
 from .targets import find_targets
 from .team import Team
 from .trainee import Trainee
@@ -181,8 +182,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
             state = StageState(index, position=_position(run, stream))
         _add_adapters(run, trainee, index + 1)
         moments = snapshot.optimizer if snapshot is not None and snapshot.state.stage == index else {}
-        job = StageJob(index, stage, _objective(trainee, stage), trainee, stream, run.team, run.work, run.progress)
-        state = run_stage(job, state, moments)
+        state = _run(run, trainee, stage, stream, state, moments)
         run.record(_section_key(stream), asdict(state.position))
         label = stage_label(run.recipe, index)
         run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
@@ -317,8 +317,27 @@ def _add_adapters(run: Run, trainee: Trainee, stages: int) -> None:
         trainee.add_adapter(wanted[number], seed=run.seed + number)
 
 
-def _objective(trainee: Trainee, stage: StageBase) -> Objective:
-    return stage.objective(trainee, None if stage.adapter is None else trainee.adapters[-1])
+def _run(
+    run: Run,
+    trainee: Trainee,
+    stage: StageBase,
+    stream: TokenStream | ImageStream,
+    state: StageState,
+    moments: dict[str, torch.Tensor],
+) -> StageState:
+    """Train or settle a stage from where it stands to its end."""
+    objective = stage.objective(trainee, None if stage.adapter is None else trainee.adapters[-1])
+    if isinstance(stage, TrainingStage) and isinstance(objective, Objective):
+        job = StageJob(state.stage, stage, objective, trainee, stream, run.team, run.work, run.progress)
+        return run_stage(job, state, moments)
+    assert isinstance(objective, RouterFit)
+    run.progress.phase(f"{stage_name(state.stage, stage)}: observing")
+    state = run_fit(objective, state, stream, run.team)
+    run.progress.end()
+    if run.team.leads:
+        run.work.save(state, trainee.trained_tensors(), {})
+    run.team.wait()
+    return state
 
 
 def _training_figures(run: Run, state: StageState, unit: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ import torch
 from ..errors import TrainingError
 from ..recipes.stages.logits import LogitsStage
 from .batches import Batch
+from .gates import Balance, refuse_ties
 from .head import TrainedHead
 from .lora import core_group
 from .losses import distillation_loss
@@ -38,6 +39,8 @@ class LogitDistillation(Objective):
             self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
+        refuse_ties(trainee, stage.kind)
+        self.balance = Balance(trainee, stage.balance, stage.kind)
         if not self.groups:
             raise TrainingError(
                 "The stage logits has nothing to train: no adapter, and no converted layer has parameters."
@@ -55,7 +58,7 @@ class LogitDistillation(Objective):
         """One pass of the teacher, one of the student, then the head of both in pieces."""
         with torch.no_grad(), self.trainee.as_teacher():
             taught = self.head.run(batch)
-        with self.trainee.as_student():
+        with self.trainee.as_student(self.balance.look):
             hidden = self.head.run(batch)
         valid = batch.padding_mask
 
@@ -66,4 +69,4 @@ class LogitDistillation(Objective):
             chosen = None if valid is None else valid[:, positions]
             return distillation_loss(logits, target, chosen, temperature=self.temperature) / total
 
-        return Figures(self.head.backward(hidden, loss))
+        return Figures(self.head.backward(hidden, loss, self.balance.term(self.count(batch) / total)))

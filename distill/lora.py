@@ -4,6 +4,7 @@ import torch
 
 from ..recipes.stages.lora import LoraStage
 from .batches import Batch
+from .gates import Balance, refuse_ties
 from .head import TrainedHead
 from .losses import next_token_loss
 from .objective import Figures, Objective, ParameterGroup
@@ -24,6 +25,8 @@ class LoraTuning(Objective):
     def __init__(self, trainee: Trainee, stage: LoraStage, adapter: str) -> None:
         self.trainee = trainee
         self.head = TrainedHead(trainee.model, stage.kind)
+        refuse_ties(trainee, stage.kind)
+        self.balance = Balance(trainee, stage.balance, stage.kind)
         self.groups = [ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate)]
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
@@ -39,13 +42,13 @@ class LoraTuning(Objective):
     def backward(self, batch: Batch, total: int) -> Figures:
         """One pass through the layers, then the head and its loss in pieces."""
         targets = batch.targets
-        with self.trainee.as_student():
+        with self.trainee.as_student(self.balance.look):
             hidden = self.head.run(batch)
 
         def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:
             return next_token_loss(logits, targets[:, positions]) / total
 
-        return Figures(self.head.backward(hidden, loss))
+        return Figures(self.head.backward(hidden, loss, self.balance.term(self.count(batch) / total)))
 
 
 def core_group(trainee: Trainee, learning_rate: float) -> list[ParameterGroup]:

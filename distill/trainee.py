@@ -4,7 +4,7 @@ import ctypes
 import gc
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -124,15 +124,20 @@ class Trainee:
             self.model.train(was_training)
 
     @contextmanager
-    def as_student(self) -> Iterator[None]:
+    def as_student(self, look: Callable[[AttentionCall], None] | None = None) -> Iterator[None]:
         """Within the context the model is in training mode.
 
         Unless the model is small it computes its new attention again for the backward pass: what the maths inside a
         layer would keep for its gradients is several times what enters and leaves it.
+
+        Args:
+            look: called with each converted layer's call, outside of what is computed again.
         """
         num_layers = len(self.cores())
 
         def attend(call: AttentionCall) -> torch.Tensor:
+            if look is not None:
+                look(call)
             small = call.query[..., 0].numel() * num_layers < RECOMPUTE_ABOVE
             return call.converted() if small else _recomputed(call)
 

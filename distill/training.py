@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InterruptedRun, TrainingError
-from ..recipes import StageBase
+from ..recipes import StageBase, TrainingStage
 from .batches import StepData, step_data
 from .data import TokenStream
 from .health import warn_if_repeated
@@ -53,7 +53,7 @@ class StageJob:
     """
 
     index: int
-    stage: StageBase
+    stage: TrainingStage
     objective: Objective
     trainee: Trainee
     stream: TokenStream | ImageStream
@@ -160,12 +160,12 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     return state
 
 
-def _save_is_due(stage: StageBase, step: int, seconds: float) -> bool:
+def _save_is_due(stage: TrainingStage, step: int, seconds: float) -> bool:
     """Whether to write a checkpoint after a step, `seconds` after the one before."""
     return stage.save_every is not None and (step % stage.save_every == 0 or seconds > SECONDS_BETWEEN_CHECKPOINTS)
 
 
-def learning_rate_factor(stage: StageBase, step: int, num_steps: int) -> float:
+def learning_rate_factor(stage: TrainingStage, step: int, num_steps: int) -> float:
     """What the peak learning rate is multiplied by at a step, counted from 0.
 
     It rises in equal parts over the warm-up, then stays (`constant`), falls in equal parts (`linear`) or as half a

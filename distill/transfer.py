@@ -7,6 +7,7 @@ from ..convert.surgery.attention_function import AttentionCall, attention_tap
 from ..errors import TrainingError
 from ..recipes.stages.attention_transfer import AttentionTransferStage
 from .batches import Batch
+from .gates import refuse_gates
 from .head import run_layers
 from .losses import output_errors, weight_cross_entropy
 from .objective import Figures, Objective, ParameterGroup
@@ -38,6 +39,7 @@ class AttentionTransfer(Objective):
     def __init__(self, trainee: Trainee, stage: AttentionTransferStage) -> None:
         self.trainee = trainee
         self.stage = stage
+        refuse_gates(trainee, stage.kind)
         parameters = trainee.core_parameters()
         if not parameters:
             raise TrainingError("The stage attention_transfer has nothing to train: no converted layer has parameters.")

@@ -4,7 +4,7 @@ from .data import CalibrateSection, DataSection, EvaluateSection
 from .loading import build_recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 from .schema import AttentionRule, OutputSection, Recipe
 from .selectors import LayerSelector, parse_layers
-from .stages.base import LoraPart, StageBase
+from .stages.base import LoraPart, StageBase, TrainingStage
 
 __all__ = [
     "AttentionRule",
@@ -16,6 +16,7 @@ __all__ = [
     "OutputSection",
     "Recipe",
     "StageBase",
+    "TrainingStage",
     "build_recipe",
     "list_recipes",
     "load_recipe",

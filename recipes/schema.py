@@ -137,6 +137,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _rewrites_have_their_method(self) -> Self:
+        methods = {rule.method for rule in self.attention}
+        for number, rewrite in enumerate(self.rewrite):
+            if rewrite.needs_method is not None and rewrite.needs_method not in methods:
+                raise ValueError(
+                    f"rewrite {number} ({rewrite.kind}) makes layers for the method {rewrite.needs_method!r}: add an "
+                    f"attention rule {{layers: all, method: {rewrite.needs_method}}}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_have_data(self) -> Self:
         hungry = [str(number) for number, stage in enumerate(self.stages) if stage.data is None]
         if hungry and self.data is None:

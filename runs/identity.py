@@ -45,7 +45,7 @@ def training_part(recipe: Recipe) -> dict[str, Any]:
         del plain[key]
     for stage in plain["stages"]:
         for key in OUTSIDE_STAGES:
-            del stage[key]
+            stage.pop(key, None)
     return plain
 
 

@@ -72,11 +72,11 @@ TOY_STAGE = '''"""A stage that does nothing new."""
 
 from typing import Literal
 
-from .base import STAGES, StageBase
+from .base import STAGES, TrainingStage
 
 
 @STAGES.register
-class ToyStage(StageBase):
+class ToyStage(TrainingStage):
     """Nothing new."""
 
     kind: Literal["toy"] = "toy"

@@ -219,12 +219,16 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
     info = get_method(rule.method)
     parsed = info.options_class(**rule.options)
     options = parsed.model_dump(mode="json")
-    lossy = tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
+    keeps = info.module_class.keeps_softmax
+    lossy = () if keeps else tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
     refused = info.module_class.misfit(module.geometry, parsed)
     refused = refused or info.module_class.misfit_tokens(parsed, module.image_tokens)
     if (info.module_class.reprojects or info.module_class.reads_unrotated) and not module.shows_rotation:
         refused = f"{rule.method!r} works before the rotary embedding, which {module.class_name} does not show"
-    if "mask" in module.extras:
+    if keeps:
+        # The model's own attention goes on as it is, whatever it does.
+        pass
+    elif "mask" in module.extras:
         refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
     elif module.calls > 1 and module.geometry.causal:
         refused = f"it runs {module.calls} times in one forward, so one state cannot serve it"

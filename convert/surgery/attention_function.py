@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...attention_modules.base import AttentionModule
+from ...attention_modules.counting import current_counter
 from ...attention_modules.packing import Documents, Group, attend_documents
 from ...attention_modules.tokens import Surroundings
 from ...attention_modules.weights import Statistic, response_weights
 from ...errors import PlanError
 from .calls import CallContext, foreign_call
-from .masks import new_token_mask, packed_documents
+from .masks import new_token_mask, packed_documents, tokens_seen
 from .surroundings import surroundings
 
 ATTENTION = "attnconv"
@@ -57,15 +58,22 @@ class AttentionCall:
     def student(self) -> Tensor:
         """The converted attention's output `[batch, num_heads, T, value_dim]`, with gradients to its core only."""
         hidden_states = None if self.hidden_states is None else self.hidden_states.detach()
-        return self._run(self.query.detach(), self.key.detach(), self.value.detach(), hidden_states)
+        mixed = self.teacher() if self.core.keeps_softmax else None
+        return self._run(self.query.detach(), self.key.detach(), self.value.detach(), hidden_states, mixed)
 
     def converted(self) -> Tensor:
         """The converted attention's output with gradients to everything."""
-        return self._run(self.query, self.key, self.value, self.hidden_states)
+        mixed = self._base(self.value) if self.core.keeps_softmax else None
+        return self._run(self.query, self.key, self.value, self.hidden_states, mixed)
 
-    def _run(self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor | None) -> Tensor:
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor | None, mixed: Tensor | None
+    ) -> Tensor:
         given: dict[str, Any] = {"scaling": self.scaling, "hidden_states": hidden_states, "around": self.around}
-        if self.documents is not None:
+        if mixed is not None:
+            # The model's own attention keeps documents apart by itself.
+            given["mixed"] = mixed
+        elif self.documents is not None:
             return attend_documents(self.core, self.documents, query, key, value, **given)
         out: Tensor = self.core(query, key, value, padding_mask=self.padding_mask, **given)
         return out
@@ -91,6 +99,8 @@ class AttentionCall:
     @torch.no_grad()
     def student_weights(self) -> Tensor:
         """What each key weighs in the converted attention's output: `[batch, num_heads, T, T]`, fp32 or fp64."""
+        if self.core.keeps_softmax:
+            return self.teacher_weights()
         if self.documents is None:
             return self.core.attention_weights(
                 self.query,
@@ -167,7 +177,7 @@ def attnconv_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The function that transformers calls: shapes as in its attention interface, output `[batch, T, heads, dim]`.
 
     Raises:
@@ -177,6 +187,10 @@ def attnconv_attention(
         raise PlanError(f"{type(module).__name__} was not converted, so attn_implementation='attnconv' cannot serve it")
     core = core_of(module)
     context = _context_of(module, kwargs)
+    tap = module.__dict__.get("_attnconv_tap")
+    if core.keeps_softmax and tap is None:
+        given = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return _acting_on_heads(module, core, context, (query, key, value, attention_mask), given)
     _refuse_unsupported(kwargs)
     _refuse_split_sequences()
     length, layer = query.shape[2], context.layer
@@ -198,12 +212,10 @@ def attnconv_attention(
     is_chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None
     documents = packed_documents(kwargs, None if is_chunked else attention_mask, padding_mask, *sizes)
     around = surroundings(module, core, query, key, kwargs.get("position_ids"), context.embeddings)
-    tap = module.__dict__.get("_attnconv_tap")
     if tap is not None:
 
         def base(values: Tensor) -> Tensor:
-            (config,) = module.__dict__["_attnconv_config"]
-            function = original_function(module, config)
+            function = _own_function(module)
             out = function(module, query, key, values, attention_mask, scaling=scaling, dropout=0.0, **kwargs)[0]
             return out.transpose(1, 2)
 
@@ -211,7 +223,7 @@ def attnconv_attention(
         tensors = query, key, value, padding_mask, scaling, context.hidden_states
         return tap(AttentionCall(name, core, *tensors, around, documents, base)).transpose(1, 2).contiguous(), None
     out = None
-    given: dict[str, Any] = {"scaling": scaling, "hidden_states": context.hidden_states, "around": around}
+    given = {"scaling": scaling, "hidden_states": context.hidden_states, "around": around}
     if documents is not None:
         out = attend_documents(core, documents, query, key, value, **given)
         # What comes next continues the last document of a row.
@@ -224,6 +236,35 @@ def attnconv_attention(
         continued = core(query, key, value, padding_mask=padding_mask, state=state, **given)
         out = continued if out is None else out
     return out.transpose(1, 2).contiguous(), None
+
+
+def _acting_on_heads(
+    module: nn.Module, core: AttentionModule, context: CallContext, call: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """A call whose values the model's own function mixes, with whatever cache, mask and kernel it does that."""
+    query, key, value, attention_mask = call
+    mixed, weights = _own_function(module)(module, *call, **kwargs)
+    wanted = query.shape[0], query.shape[2], query.shape[1], core.geometry.value_dim
+    if tuple(mixed.shape) != wanted:
+        raise foreign_call(context.name, f"got heads of shape {tuple(mixed.shape)} from its attention, not {wanted}")
+    scaling = kwargs["scaling"]
+    given: dict[str, Any] = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "hidden_states": context.hidden_states,
+        "mixed": mixed.transpose(1, 2),
+    }
+    if current_counter() is not None:
+        given["held"] = key.nbytes + value.nbytes if context.has_cache else 0
+        given["seen"] = tokens_seen(attention_mask, query.shape[0], query.shape[2], key.shape[2], core.geometry.causal)
+    out = core(query, key, value, **given)
+    context.attended = True
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that a converted module's model uses."""
+    (config,) = module.__dict__["_attnconv_config"]
+    return original_function(module, config)
 
 
 def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> CallContext:

@@ -9,6 +9,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from ...attention_modules.base import AttentionModule
+from ...attention_modules.registry import get_method
 from ...attention_modules.state import AttentionState
 from ...compat import LayerTypes, let_masks_pass_over, plain_cache_layers, wrap_layer_types
 from ...errors import PlanError
@@ -275,6 +276,8 @@ def register_cache_layers() -> None:
                 return types, kwargs
             types, kwargs = list(types), list(kwargs)
             for entry in section.get("modules", {}).values():
+                if get_method(entry["method"]).module_class.keeps_softmax:
+                    continue
                 index = entry.get("layer_idx")
                 if index is not None and index < len(types) and types[index] != "dummy":
                     types[index], kwargs[index] = LAYER_TYPE, {"inner": (types[index], kwargs[index])}

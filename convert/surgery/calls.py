@@ -39,6 +39,8 @@ class CallContext:
         name: the module's name in the model, for errors.
         attended: whether the call's attention has run in the core.
         embeddings: cosines and sines of the rotary embedding among its arguments, if the method asks for them.
+        has_cache: whether there was a cache among the arguments of a module whose model keeps it.
+        keeps_cache: whether the model's own cache layer holds keys and values, and its own attention reads them.
         came_as_argument: whether the context reached the attention function through the model's own arguments.
     """
 
@@ -48,6 +50,8 @@ class CallContext:
     attended: bool = False
     came_as_argument: bool = False
     embeddings: Any = None
+    has_cache: bool = False
+    keeps_cache: bool = False
 
     def check_update(self, cache: Cache, layer_idx: int) -> None:
         """Refuse a cache that the model's own code fills during the call, but that was not found before it.
@@ -55,6 +59,8 @@ class CallContext:
         Raises:
             PlanError: it is another one than that whose state the core continues.
         """
+        if self.keeps_cache:
+            return
         layers = self_attention_cache(cache).layers
         if self.layer is None:
             raise foreign_call(
@@ -99,6 +105,10 @@ def note_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     context = CallContext(hidden_states, name=module.__dict__["_attnconv_name"])
     if module.attnconv.reads_unrotated or module.attnconv.reprojects:
         context.embeddings = embeddings_among(module, args, kwargs)
+    if module.attnconv.keeps_softmax:
+        context.keeps_cache = True
+        context.has_cache = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        return context
     cache = _cache_among(args, kwargs, context.name)
     if cache is not None and module.attnconv.geometry.causal:
         layer_idx = kwargs.get("layer_idx", getattr(module, "layer_idx", None))

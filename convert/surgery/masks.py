@@ -43,6 +43,40 @@ def new_token_mask(mask: Any, batch: int, length: int, seen: int) -> Tensor | No
     return _is_visible(row).expand(batch, -1)
 
 
+def tokens_seen(mask: Any, batch: int, length: int, num_keys: int, causal: bool) -> Tensor:
+    """How many tokens each query sees, as far as the mask tells.
+
+    Args:
+        mask: as for `new_token_mask`; one that cannot be read counts as none.
+        batch: rows.
+        length: queries.
+        num_keys: keys they meet.
+        causal: whether keys after a query are hidden where there is no mask.
+
+    Returns:
+        `[batch, length]` int64, 0 for queries that are padding.
+    """
+    device = mask.device if isinstance(mask, Tensor) else None
+    order = torch.arange(num_keys - length, num_keys, device=device) + 1
+    everything = (order if causal else torch.full_like(order, num_keys)).expand(batch, -1)
+    if not isinstance(mask, Tensor):
+        return everything
+    if mask.ndim == 2:
+        real = _is_visible(mask) if mask.dtype.is_floating_point else mask.bool()
+        counts = real.cumsum(1) if causal else real.sum(1, keepdim=True).expand_as(real)
+        return counts[:, -length:] * real[:, -length:]
+    visible = _is_visible(mask[:, 0])
+    counts = visible.sum(-1).expand(batch, length)
+    if not causal or visible.shape[1] != length:
+        return counts
+    # Padding behind a text sees that, but not itself; where a query stands among the keys, the last one it sees tells.
+    places = torch.arange(visible.shape[-1], device=device)
+    last = (visible * places).amax(-1)
+    start = (last - places[:length]).amax().clamp_min(0)
+    own = (places[:length] + start).clamp_max(visible.shape[-1] - 1)
+    return counts * visible.gather(2, own.expand(visible.shape[0], -1)[..., None])[..., 0]
+
+
 def packed_documents(
     kwargs: Mapping[str, Any], mask: Any, valid: Tensor | None, batch: int, length: int, seen: int
 ) -> Documents | None:

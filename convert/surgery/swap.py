@@ -127,7 +127,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         text_config.attnconv = section
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and converted_modules(part):
-            _count_positions_from_mask(part)
+            if not all(core_of(module).keeps_softmax for module in converted_modules(part).values()):
+                _count_positions_from_mask(part)
             if any(core_of(module).reads_board for module in converted_modules(part).values()):
                 keep_board(part)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.

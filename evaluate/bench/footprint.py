@@ -50,7 +50,7 @@ def footprints(
     for tokens in lengths:
         before = [cache_bytes(layer.geometry, tokens, dtype, window=layer.window) for layer in layers]
         after = [
-            kept if layer.module is None else layer.module.state_bytes(1, tokens, dtype)
+            kept if layer.module is None or layer.module.keeps_softmax else layer.module.state_bytes(1, tokens, dtype)
             for layer, kept in zip(layers, before, strict=True)
         ]
         rows.append(Footprint(tokens, sum(before), sum(after)))

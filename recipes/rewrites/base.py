@@ -1,7 +1,7 @@
 """What rewrites of a checkpoint have in common, and their registry."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ..data import CalibrateSection
 from ..fields import Section
@@ -17,6 +17,9 @@ class RewriteBase(Section, ABC):
     Attributes:
         kind: what the rewrite does.
     """
+
+    # The attention method without which the result computes something else than its source.
+    needs_method: ClassVar[str | None] = None
 
     kind: str
 

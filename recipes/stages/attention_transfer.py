@@ -6,7 +6,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from ..fields import NotNegative, Section
-from .base import STAGES, StageBase
+from .base import STAGES, TrainingStage
 
 if TYPE_CHECKING:
     from ...distill.objective import Objective
@@ -34,7 +34,7 @@ class TransferLoss(Section):
 
 
 @STAGES.register
-class AttentionTransferStage(StageBase):
+class AttentionTransferStage(TrainingStage):
     """Train the new attention alone to give what softmax attention gives, layer by layer."""
 
     measures_layers: ClassVar[bool] = True

@@ -13,6 +13,7 @@ from ..kinds import Kinds
 
 if TYPE_CHECKING:
     from ...distill.objective import Objective
+    from ...distill.routers import RouterFit
     from ...distill.trainee import Trainee
 
 LearningRate = Annotated[float, Field(ge=1e-12, le=1000)]
@@ -30,20 +31,11 @@ class StageBase(Section, ABC):
     Attributes:
         kind: what the stage is.
         tokens: length of the stage in training tokens; either this or `steps`.
-        steps: length of the stage in optimizer steps; images need this.
+        steps: length of the stage in steps; images need this.
         sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
         batch_size: sequences a device takes at once.
-        gradient_accumulation: batches of one optimizer step.
-        learning_rate: peak learning rate, in [1e-12, 1000].
-        schedule: what the learning rate does after the warm-up.
-        warmup_steps: optimizer steps over which the learning rate rises from zero.
-        max_grad_norm: gradients are scaled down to this norm; null = never.
-        weight_decay: AdamW's decoupled weight decay.
         precision: dtype of the forward pass; weights that are trained stay fp32.
         data: text of this stage, if it is not that of the recipe.
-        log_every: optimizer steps between lines of metrics.
-        save_every: optimizer steps between checkpoints from which a run resumes, with one every three minutes besides;
-            null = only when a signal stops the run.
     """
 
     # Whether it brings each layer near the teacher's, so that how near it came is measured at its end.
@@ -54,16 +46,8 @@ class StageBase(Section, ABC):
     steps: Count | None = None
     sequence_length: Annotated[Count, Field(ge=2)] | None = None
     batch_size: Annotated[Count, Field(le=LARGEST_BATCH)] = 1
-    gradient_accumulation: Count = 1
-    learning_rate: LearningRate
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: CountOrZero = 0
-    max_grad_norm: Positive | None = 1.0
-    weight_decay: NotNegative = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     data: DataSection | None = None
-    log_every: Count = 10
-    save_every: Count | None = 100
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -76,8 +60,8 @@ class StageBase(Section, ABC):
         return None
 
     @abstractmethod
-    def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective":
-        """What the stage trains, and on which loss; this is where torch is imported.
+    def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective | RouterFit":
+        """What the stage trains and on which loss, or what it settles; this is where torch is imported.
 
         Args:
             trainee: the converted model.
@@ -94,12 +78,12 @@ class StageBase(Section, ABC):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step on one device; an image counts as one."""
-        return (self.sequence_length or 1) * self.batch_size * self.gradient_accumulation
+        """Tokens of one step on one device; an image counts as one."""
+        return (self.sequence_length or 1) * self.batch_size
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps on one device; `tokens` is rounded down to whole steps, but to one step at least."""
+        """Steps on one device; `tokens` is rounded down to whole steps, but to one step at least."""
         if self.steps is not None:
             return self.steps
         return max(1, (self.tokens or 0) // self.tokens_per_step)
@@ -113,7 +97,36 @@ class StageBase(Section, ABC):
         return None
 
 
-class NextTokenStage(StageBase):
+class TrainingStage(StageBase):
+    """A stage with an optimizer, whose steps `steps` counts.
+
+    Attributes:
+        gradient_accumulation: batches of one optimizer step.
+        learning_rate: peak learning rate, in [1e-12, 1000].
+        schedule: what the learning rate does after the warm-up.
+        warmup_steps: optimizer steps over which the learning rate rises from zero.
+        max_grad_norm: gradients are scaled down to this norm; null = never.
+        weight_decay: AdamW's decoupled weight decay.
+        log_every: optimizer steps between lines of metrics.
+        save_every: optimizer steps between checkpoints from which a run resumes, with one every three minutes besides;
+            null = only when a signal stops the run.
+    """
+
+    gradient_accumulation: Count = 1
+    learning_rate: LearningRate
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0
+    max_grad_norm: Positive | None = 1.0
+    weight_decay: NotNegative = 0.0
+    log_every: Count = 10
+    save_every: Count | None = 100
+
+    @property
+    def tokens_per_step(self) -> int:
+        return super().tokens_per_step * self.gradient_accumulation
+
+
+class NextTokenStage(TrainingStage):
     """A stage whose loss is about the next token."""
 
     def misfit(self, section: DataSection) -> str | None:
@@ -146,15 +159,19 @@ class CoreTraining(Section):
     Attributes:
         train_cores: whether the parameters of the new attention are trained in this stage.
         core_learning_rate: their peak learning rate; null = that of the stage.
+        balance: weight of the balance loss of methods that route tokens to heads.
     """
 
     train_cores: bool = False
     core_learning_rate: LearningRate | None = None
+    balance: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _rate_has_effect(self) -> Self:
         if self.core_learning_rate is not None and not self.train_cores:
             logger.warning("core_learning_rate has no effect where train_cores is false")
+        if self.balance and not self.train_cores:
+            logger.warning("balance has no effect on routers where train_cores is false")
         return self
 
 

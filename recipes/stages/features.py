@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from .base import STAGES, StageBase
+from ..fields import NotNegative
+from .base import STAGES, TrainingStage
 
 if TYPE_CHECKING:
     from ...distill.objective import Objective
@@ -10,10 +11,15 @@ if TYPE_CHECKING:
 
 
 @STAGES.register
-class FeaturesStage(StageBase):
-    """Train the new attention of all layers together on the distance of the model's features from the teacher's."""
+class FeaturesStage(TrainingStage):
+    """Train the new attention of all layers together on the distance of the model's features from the teacher's.
+
+    Attributes:
+        balance: weight of the balance loss of methods that route tokens to heads.
+    """
 
     kind: Literal["features"] = "features"
+    balance: NotNegative = 0.0
 
     def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective":
         from ...distill.features import FeatureDistillation

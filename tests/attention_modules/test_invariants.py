@@ -162,7 +162,7 @@ def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: s
     "geometry", GEOMETRIES, ids=lambda g: f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
 )
 def test_geometries(row: Row, causal: bool, geometry: Geometry) -> None:
-    geometry = replace(geometry, hidden_size=HIDDEN_SIZE, causal=causal)
+    geometry = row.widen(replace(geometry, hidden_size=HIDDEN_SIZE, causal=causal))
     inputs = tokens(37, geometry)
     expected = attend(build(row, geometry, implementation="naive"), inputs)
     close(attend(build(row, geometry), inputs), expected)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from attnconv.attention_modules import get_method
+from attnconv.attention_modules.heads.gate import HeadGate
 from attnconv.errors import RecipeError
 from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, recipe_text
 
@@ -32,6 +33,9 @@ SHIPPED = [
     "lolcats",
     "lolcats-plus",
     "lolcats-vision",
+    "moa",
+    "moh",
+    "moh-groups",
     "pool-heads",
     "quickstart",
     "sliding-window",
@@ -110,8 +114,12 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     alternatives = {"data", "data.path", "data.hub", "data.embedded", "data.name", "data.revision", "data.field"}
     alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
-        f"stages.{kind}.{key}" for kind in ("attention_transfer", "lora", "logits") for key in ("steps", "data")
+        f"stages.{kind}.{key}"
+        for kind in ("attention_transfer", "calibrate", "lora", "logits")
+        for key in ("steps", "data")
     }
+    if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):
+        alternatives |= {f"stages.{kind}.balance" for kind in ("lora", "logits", "features")}
     if recipe.data is not None and recipe.data.image_field is not None:
         alternatives |= {f"stages.{stage.kind}.{key}" for stage in recipe.stages for key in NOT_OF_IMAGES}
         alternatives.add("data.boundaries")

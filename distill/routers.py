@@ -1,0 +1,184 @@
+"""Routers of heads fitted in closed form: which heads matter for a token, foretold from the layer's input."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..attention_modules.heads.moh import MohAttention
+from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.head import evaluating
+from ..errors import TrainingError
+from ..recipes.stages.calibrate import CalibrateStage
+from .batches import Batch, step_data
+from .data import TokenStream
+from .head import run_layers
+from .images import ImageStream
+from .team import Team
+from .trainee import Trainee
+from .work_folder import StageState
+
+
+@dataclass
+class Sums:
+    """What the least squares of a layer need of the tokens seen so far.
+
+    Attributes:
+        inputs: `[hidden, hidden]` fp64, products of the layer's input with itself.
+        products: `[hidden, units]` fp64, of its input with what each unit contributes.
+        count: one number, tokens.
+    """
+
+    inputs: Tensor
+    products: Tensor
+    count: Tensor
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.inputs + other.inputs, self.products + other.products, self.count + other.count)
+
+
+class RouterFit:
+    """Ridge regression of each unit's contribution to a layer's output on the layer's input.
+
+    What a unit (a head, or the heads of a KV head) contributes of a token is the length of its part of the output
+    projection's result. The model runs as it was before the conversion, so what is observed depends on nothing that
+    is fitted, and nothing but sums is kept.
+
+    Args:
+        trainee: the converted model.
+        stage: the recipe's stage.
+
+    Raises:
+        TrainingError: no converted layer has a router that could be fitted.
+
+    Paper: https://arxiv.org/abs/2410.11842
+    """
+
+    def __init__(self, trainee: Trainee, stage: CalibrateStage) -> None:
+        self.trainee = trainee
+        self.stage = stage
+        self.cores = {
+            name: core
+            for name, core in trainee.cores().items()
+            if isinstance(core, MohAttention) and core.routed_router is not None
+        }
+        if not self.cores:
+            raise TrainingError(
+                "The stage calibrate fits routers of heads, and no converted layer has one: it is for the method "
+                "'moh' with router: linear"
+            )
+        self.sums: dict[str, Sums] = {}
+
+    @torch.no_grad()
+    def observe(self, batch: Batch) -> None:
+        """Add what some sequences show.
+
+        Raises:
+            TrainingError: a layer's heads do not go into an output projection as they are.
+        """
+        waiting: dict[int, AttentionCall] = {}
+        seen: set[str] = set()
+
+        def look(call: AttentionCall) -> Tensor:
+            teacher = call.teacher()
+            if call.name in self.cores:
+                waiting[teacher.data_ptr()] = call
+            return teacher
+
+        def project(module: nn.Module, args: tuple[Any, ...]) -> None:
+            call = waiting.pop(args[0].data_ptr(), None) if args and isinstance(args[0], Tensor) else None
+            if call is not None:
+                seen.add(call.name)
+                self._add(call, args[0], module)
+
+        model = self.trainee.model
+        with evaluating(model), attention_tap(model, look), _before_projections(model, project):
+            run_layers(model, batch)
+        missed = sorted(self.cores.keys() - seen)
+        if missed:
+            raise TrainingError(
+                f"The stage calibrate found no output projection behind {missed[0]} and {len(missed) - 1} more: its "
+                "heads go through something else first, so leave the stage out"
+            )
+
+    def _add(self, call: AttentionCall, heads: Tensor, projection: nn.Module) -> None:
+        core, weight = self.cores[call.name], projection.weight
+        assert isinstance(weight, Tensor)
+        assert call.hidden_states is not None
+        matrix = (weight.T if isinstance(projection, Conv1D) else weight).float()
+        valid = slice(None) if call.padding_mask is None else call.padding_mask.flatten()
+        hidden = call.hidden_states.flatten(0, 1)[valid].float()
+        # `[tokens, units, width]`, and what each unit's part of the projection does to lengths.
+        parts = heads.flatten(0, 1).flatten(1)[valid].float().unflatten(1, (core.num_units, -1))
+        columns = matrix.unflatten(1, (core.num_units, -1)).transpose(0, 1)
+        gram = columns.transpose(1, 2) @ columns
+        squares = torch.einsum("tuw,uwv,tuv->tu", parts, gram, parts)
+        lengths = squares.clamp_min(0).sqrt()
+        count = torch.tensor(float(len(hidden)), dtype=torch.float64, device=hidden.device)
+        found = Sums((hidden.T @ hidden).double(), (hidden.T @ lengths).double(), count)
+        before = self.sums.get(call.name)
+        self.sums[call.name] = found if before is None else before + found
+
+    @torch.no_grad()
+    def settle(self, team: Team) -> None:
+        """Put the fitted routers in.
+
+        Args:
+            team: the processes that have each observed a part.
+        """
+        for name, core in self.cores.items():
+            sums = self.sums[name]
+            team.add_up([sums.inputs, sums.products, sums.count])
+            ridge = self.stage.ridge * sums.inputs.diagonal().mean()
+            system = sums.inputs + ridge * torch.eye(len(sums.inputs), dtype=torch.float64, device=sums.inputs.device)
+            weights = torch.linalg.solve(system, sums.products).T
+            core.start_from(weights, sums.inputs / sums.count)
+
+
+@contextmanager
+def _before_projections(model: nn.Module, look: Any) -> Iterator[None]:
+    """Inside, `look(module, args)` is called before every module with a matrix of its own."""
+    handles = [
+        module.register_forward_pre_hook(look)
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_fit(fit: RouterFit, state: StageState, stream: TokenStream | ImageStream, team: Team) -> StageState:
+    """Observe a stage's tokens and settle what follows from them.
+
+    It takes seconds, so one that was interrupted begins anew.
+
+    Args:
+        fit: what to observe and settle.
+        state: where the stage stands: at its beginning or at its end.
+        stream: its data.
+        team: the processes that share it.
+
+    Returns:
+        where it ended.
+    """
+    stage = fit.stage
+    num_steps = max(1, stage.num_steps // team.size) if stage.steps is None else stage.steps
+    if state.step >= num_steps:
+        return state
+    sequences = stream.sequences(stage.sequence_length, state.position)
+    steps = step_data(sequences, batch_size=stage.batch_size, accumulation=1, team=team, collate=stream.collate)
+    for _ in range(num_steps):
+        data = next(steps)
+        for batch in data.batches:
+            fit.observe(batch)
+        tokens = state.tokens + stage.tokens_per_step * team.size
+        state = replace(state, step=state.step + 1, tokens=tokens, position=data.end)
+    fit.settle(team)
+    return state

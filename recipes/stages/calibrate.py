@@ -1,0 +1,27 @@
+"""Calibration: what a method needs to know of the model is observed, then settled in closed form."""
+
+from typing import TYPE_CHECKING, Literal
+
+from ..fields import Positive
+from .base import STAGES, StageBase
+
+if TYPE_CHECKING:
+    from ...distill.routers import RouterFit
+    from ...distill.trainee import Trainee
+
+
+@STAGES.register
+class CalibrateStage(StageBase):
+    """Fit the routers of `moh` to what each head contributes, by ridge regression on the layer's input.
+
+    Attributes:
+        ridge: weight of the penalty on the routers' size, in mean squares of the inputs.
+    """
+
+    kind: Literal["calibrate"] = "calibrate"
+    ridge: Positive = 0.1
+
+    def objective(self, trainee: "Trainee", adapter: str | None) -> "RouterFit":
+        from ...distill.routers import RouterFit
+
+        return RouterFit(trainee, self)
