@@ -69,7 +69,8 @@ class ExpertsRewrite(RewriteBase):
     whatever the router says.
 
     Attributes:
-        target: the class, by its model type; `auto` takes the first that fits the model.
+        target: the class, by its model type; `auto` takes the first that fits the model. `jetmoe` makes experts of the
+            query heads too, and takes none of the settings but the two counts and the seed.
         num_experts: experts of each layer; null means 4, and with sources one copy of each model.
         active: how many of them a token goes through.
         granularity: how many experts are as wide as one feed-forward; both counts must be multiples of it.
@@ -99,6 +100,7 @@ class ExpertsRewrite(RewriteBase):
         "glm4_moe",
         "hunyuan_v1_moe",
         "ernie4_5_moe",
+        "jetmoe",
         "olmoe",
     ] = "auto"
     num_experts: Count | None = None
@@ -136,6 +138,15 @@ class ExpertsRewrite(RewriteBase):
         return self
 
     @model_validator(mode="after")
+    def _fits_jetmoe(self) -> Self:
+        if self.target == "jetmoe":
+            fitting = {"kind", "target", "num_experts", "active", "seed"}
+            given = sorted(self.model_dump(exclude_defaults=True).keys() - fitting)
+            if given:
+                raise ValueError(f"target: jetmoe knows no {', '.join(given)}: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _router_has_texts(self) -> Self:
         for key, router in {"prompts": "prompts", "domains": "centroids"}.items():
             given = getattr(self, key)
@@ -151,7 +162,10 @@ class ExpertsRewrite(RewriteBase):
 
     def step(self) -> "Step":
         from ...convert.rewriting.experts import Experts
+        from ...convert.rewriting.jetmoe import JetMoe
 
+        if self.target == "jetmoe":
+            return JetMoe(num_experts=self.count, active=self.active, seed=self.seed)
         return Experts(
             num_experts=self.count,
             active=self.active,
