@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ..attention_modules.counts import AttentionCounts
 from ..formats import amount, change, count, percent, ratio, size
 from .tables import command_line, make_console, make_table
 
@@ -37,6 +38,9 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     console.print(f"\nmodel: {_named(results.model)}")
     if results.base is not None and two:
         console.print(f"base:  {_named(results.base)}")
+    for role, found in results.attention.items():
+        whose = "attention" if role == "model" else "attention of the base"
+        console.print(f"{whose}: {AttentionCounts.from_dict(found).sentence(format_bytes)}")
     for name, reason in evaluation.skipped.items():
         console.print(f"left out: {name}: {reason}")
     if two and not all(figure.paired for figure in _compared(tasks)):
@@ -97,6 +101,7 @@ def _compared(tasks: "Mapping[str, TaskResult]") -> "Iterator[Figure]":
 def show_bench(result: "BenchResult") -> None:
     """Medians with quartiles, side by side, what the caches hold, and where the model overtakes its base."""
     from ..evaluate.bench import bench_rows, crossover_sentences, setup_sentence
+    from ..evaluate.bench.rows import attention_of
 
     console = make_console()
     rows = bench_rows(result.results)
@@ -113,6 +118,8 @@ def show_bench(result: "BenchResult") -> None:
     console.print()
     for sentence in crossover_sentences(result.results.crossover):
         console.print(sentence)
+    for measure, counts in attention_of(rows).items():
+        console.print(f"attention, {measure}: {counts.sentence(format_bytes)}")
     for row in rows:
         for role, case in (("base", row.base), ("model", row.model)):
             if case is not None and case.skipped:

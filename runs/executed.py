@@ -17,12 +17,10 @@ from ..convert.surgery.swap import converted_modules
 from ..convert.writing.executed import check_executed
 from ..distill.healing import Run
 from ..errors import PlanError
-from ..evaluate import load_tokens
-from ..evaluate.tasks.packaged import data_file
+from ..evaluate.engine.attention import TEXT, last_logits, packaged_tokens
 
 logger = logging.getLogger(__name__)
 
-TEXT = "book"
 TOKENS = 512
 # Positions that some models keep for themselves.
 RESERVED = 8
@@ -59,7 +57,7 @@ def count_executed(run: Run, model: PreTrainedModel) -> dict[str, Any]:
 def _inputs(run: Run, model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Arguments of the model's forward, and what they are, the best first."""
     parameters = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    options = last_logits(model)
     if any(core_of(module).geometry.causal for module in converted_modules(model).values()):
         options |= {"use_cache": True} if "use_cache" in parameters else {}
     if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
@@ -76,8 +74,7 @@ def _text(run: Run, model: PreTrainedModel) -> tuple[str, Tensor]:
     loaded = run.tokenizer or load_tokenizer(run.checkpoint)
     tokenizer = getattr(loaded, "tokenizer", loaded)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        ids = load_tokens(data_file(TEXT), tokenizer, context=length, limit=length)
-        return TEXT, ids[None].clamp_max(config.vocab_size - 1)
+        return TEXT, packaged_tokens(tokenizer, length).clamp_max(config.vocab_size - 1)
     drawn = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     return "random tokens", drawn
 

@@ -117,6 +117,8 @@ class Case:
         ms_per_token: Milliseconds of a decoding step; None for the others.
         peak_bytes: Highest memory above weights and what was held before, the cache included.
         cache_bytes: What the cache holds after the prefill; None for training.
+        attention: What the converted layers did in one turn that is not timed, as `AttentionCounts.to_dict` has it;
+            None for a model without any, and for training.
         skipped: Why there are no figures; None if there are.
         note: What else is to be known.
     """
@@ -133,12 +135,20 @@ class Case:
     ms_per_token: float | None = None
     peak_bytes: int | None = None
     cache_bytes: int | None = None
+    attention: dict[str, Any] | None = None
     skipped: str | None = None
     note: str | None = None
 
     @classmethod
     def measured(
-        cls, piece: Piece, role: Role, seconds: Sequence[float], *, peak_bytes: int | None, cache_bytes: int | None
+        cls,
+        piece: Piece,
+        role: Role,
+        seconds: Sequence[float],
+        *,
+        peak_bytes: int | None,
+        cache_bytes: int | None,
+        attention: dict[str, Any] | None = None,
     ) -> "Case":
         """A case from what was timed."""
         low, median, high = quartiles(seconds)
@@ -156,6 +166,7 @@ class Case:
             ms_per_token=1000 * median if piece.measure == DECODE else None,
             peak_bytes=peak_bytes,
             cache_bytes=cache_bytes,
+            attention=attention,
             note=None if peak_bytes is not None else "peak memory cannot be measured on this system",
         )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...attention_modules.counts import AttentionCounts
 from ...formats import count, counted
 from .cases import BASE, MODEL, Case
 from .crossover import Crossover
@@ -53,6 +54,15 @@ def bench_rows(bench: BenchmarkFile) -> tuple[BenchRow, ...]:
     for case in bench.cases:
         sides.setdefault((case.measure, case.context, case.batch), {})[case.role] = case
     return tuple(BenchRow(*key, roles[MODEL], roles.get(BASE)) for key, roles in sides.items())
+
+
+def attention_of(rows: Sequence[BenchRow]) -> dict[str, AttentionCounts]:
+    """What the model's converted layers did, by measure, at the longest context of its smallest batch."""
+    found: dict[str, AttentionCounts] = {}
+    for row in sorted(rows, key=lambda row: (-row.batch, row.context)):
+        if row.model.attention is not None:
+            found[row.measure] = AttentionCounts.from_dict(row.model.attention)
+    return found
 
 
 def crossover_sentences(crossover: Mapping[str, Sequence[Crossover]]) -> tuple[str, ...]:

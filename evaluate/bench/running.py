@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...errors import TrainingError
 from ...formats import count
+from ..engine.attention import count_tokens
 from ..engine.journal import Journal
 from ..engine.models import find_device
 from ..engine.results import describe_model, describe_setup, results_folder, write_results
@@ -32,6 +33,8 @@ from .turns import DecodeLane, Lane, PrefillLane, TrainingLane, take_turns
 logger = logging.getLogger(__name__)
 
 JOURNAL = "bench.partial"
+# Tokens on which a converted model has to show that its layers run their methods.
+CHECKED = 64
 
 Progress = Callable[[int, int, str], None]
 TrainingStep = Callable[[torch.Tensor], object]
@@ -286,7 +289,10 @@ class _Bench:
     def _load(self) -> None:
         for item in self.contestants:
             if item.loaded is None:
-                item.load(self.watch.device)
+                model = item.load(self.watch.device)
+                if item.checkpoint.is_converted:
+                    # What runs something else is not worth timing.
+                    count_tokens(model, random_prompt(self._tokens, context=int(min(CHECKED, item.positions)), batch=1))
 
     def _unload(self) -> None:
         held = any(item.loaded is not None for item in self.contestants)

@@ -2,12 +2,17 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
+from ...attention_modules.counting import counting
+from ...attention_modules.counts import AttentionCounts
+from ...convert.surgery.swap import CORE, converted_modules
 from ...formats import duration
 from .cache_size import held_bytes
 from .cases import Case, Piece, Role
@@ -35,6 +40,7 @@ class Lane(ABC):
         self.cache: Any = None
         self.cache_bytes: int | None = None
         self.skipped: str | None = None
+        self.attention: dict[str, Any] | None = None
 
     # Most lanes need nothing.
     def prepare(self) -> None:  # noqa: B027
@@ -43,6 +49,10 @@ class Lane(ABC):
     @abstractmethod
     def act(self) -> Any:
         """Do what is measured."""
+
+    def counted(self) -> AbstractContextManager[None]:
+        """Inside, `act` keeps what the attention does in `attention`."""
+        return nullcontext()
 
     def settle(self, output: Any) -> int:
         """Take what `act` returned; returns bytes of the cache that were held during it."""
@@ -58,15 +68,31 @@ class Lane(ABC):
             return Case.left_out(piece, self.role, self.skipped)
         known = [peak for peak in self.peaks if peak is not None]
         peak = max(known) if known else None
-        return Case.measured(piece, self.role, self.seconds, peak_bytes=peak, cache_bytes=self.cache_bytes)
+        sizes = {"peak_bytes": peak, "cache_bytes": self.cache_bytes}
+        return Case.measured(piece, self.role, self.seconds, **sizes, attention=self.attention)
 
 
-class PrefillLane(Lane):
-    """The whole prompt `[batch, context]` at once, into a new cache."""
+class ModelLane(Lane):
+    """One that runs a model on a prompt `[batch, context]`."""
 
     def __init__(self, role: Role, runner: ModelRunner, prompt: torch.Tensor) -> None:
         super().__init__(role)
         self.runner, self.prompt = runner, prompt
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        model = self.runner.model
+        if not isinstance(model, PreTrainedModel) or not converted_modules(model):
+            yield
+            return
+        with counting(model) as counter:
+            yield
+        layers = {name.removesuffix(f".{CORE}"): counts for name, counts in counter.by_module.items()}
+        self.attention = AttentionCounts(self.prompt.shape[1], layers).to_dict()
+
+
+class PrefillLane(ModelLane):
+    """The whole prompt `[batch, context]` at once, into a new cache."""
 
     def act(self) -> Any:
         """Run the prompt."""
@@ -79,15 +105,14 @@ class PrefillLane(Lane):
         return 0
 
 
-class DecodeLane(Lane):
+class DecodeLane(ModelLane):
     """One token for each sequence of the batch, after a prompt `[batch, context]`; each turn goes one token further."""
 
     warm_up = 2
     tidy = False
 
     def __init__(self, role: Role, runner: ModelRunner, prompt: torch.Tensor) -> None:
-        super().__init__(role)
-        self.runner, self.prompt = runner, prompt
+        super().__init__(role, runner, prompt)
         self.token = prompt[:, -1:]
 
     def prepare(self) -> None:
@@ -147,7 +172,8 @@ def take_turns(lanes: Sequence[Lane], watch: Stopwatch, *, repeats: int, limit: 
 
 def _turn(lane: Lane, watch: Stopwatch, number: int, limit: float) -> None:
     """A lane's turn; those with negative numbers are its warm-up."""
-    reading = watch.read(lane.act, tidy=lane.tidy)
+    with lane.counted() if number == -lane.warm_up else nullcontext():
+        reading = watch.read(lane.act, tidy=lane.tidy)
     held = lane.settle(reading.output)
     if number >= 0:
         lane.seconds.append(reading.seconds)

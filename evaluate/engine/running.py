@@ -1,16 +1,19 @@
 """Running a suite: units of work one after another, each journaled, then figures with intervals in one document."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..tasks.base import Outcome, Scope, Subject, Task, make_task
+from .attention import count_attention
 from .bootstrap import make_figures
 from .items import Item
 from .jobs import Job, make_jobs, scope_of
@@ -122,7 +125,7 @@ def run_evaluation(
     with Journal(folder / JOURNAL) as journal:
         if restart:
             journal.remove()
-        seconds = _measure(jobs, subjects, journal, dtype, where, progress)
+        seconds = _measure(jobs, subjects, journal, dtype, where, progress, partial(_count_attention, journal, about))
         paired = len(subjects) == 1 or same_tokens(*subjects)
         setup = describe_setup(where)
         done = {
@@ -135,11 +138,13 @@ def run_evaluation(
         if earlier is not None and kept is None:
             results_path(folder, EvaluationFile).replace(folder / OLD)
         measured = {**(kept or {}), **done}
+        counted = {role: journal.entries.get(_attention_key(role, about)) for role in about}
         results = EvaluationFile(
             model=about["model"],
             base=about.get("base") or (earlier.base if earlier is not None and kept is not None else None),
             setup=setup,
             suite=suite.name,
+            attention={role: found for role, found in counted.items() if found},
             tasks=measured,
             remarks=remarks_on(subjects[-1].checkpoint.config, [task.settings for task in measured.values()]),
         )
@@ -155,6 +160,7 @@ def _measure(
     dtype: str,
     device: torch.device,
     progress: Progress | None,
+    loaded: Callable[[Subject, Sequence[Job]], None],
 ) -> dict[tuple[str, str], float]:
     """Work off what the journal does not hold; returns seconds by (task, role)."""
     in_all = sum(unit.tokens for job in jobs for unit in job.units)
@@ -172,6 +178,7 @@ def _measure(
             if progress is not None:
                 progress(done, in_all, f"loading {subject.source}")
             load_subject(subject, dtype=dtype, device=str(device))
+            loaded(subject, jobs)
             for job in own:
                 began = time.monotonic()
                 for key, unit in job.missing(journal):
@@ -190,6 +197,20 @@ def _measure(
     if progress is not None:
         progress(in_all, in_all, "")
     return seconds
+
+
+def _count_attention(
+    journal: Journal, about: Mapping[str, MeasuredModel], subject: Subject, jobs: Sequence[Job]
+) -> None:
+    """Count what a converted model's attention does, which is an error if that is not what it should."""
+    if subject.checkpoint.is_converted:
+        found = count_attention(subject, [job.task.settings for job in jobs])
+        journal.add(_attention_key(subject.role, about), found)
+
+
+def _attention_key(role: str, about: Mapping[str, MeasuredModel]) -> str:
+    identity = json.dumps([role, about[role].identity], sort_keys=True)
+    return f"attention/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:

@@ -114,9 +114,17 @@ class TaskResult(Document):
 
 
 class EvaluationFile(ResultsFile):
-    """`eval.json`."""
+    """`eval.json`.
+
+    Attributes:
+        suite: its tasks' settings
+        attention: what converted layers did in one pass over a text, by role, as `AttentionCounts` has it
+        tasks: by name
+        remarks: sentences for who reads the figures
+    """
 
     kind: Literal["eval"] = "eval"
     suite: str | None = None
+    attention: dict[str, dict[str, Any]] = Field(default_factory=dict)
     tasks: dict[str, TaskResult]
     remarks: list[str] = Field(default_factory=list)

@@ -12,6 +12,7 @@ from ..bench.cases import Case
 from ..engine.results import FOLDER
 from ..engine.schema import TaskResult
 from ..tasks.base import task_classes
+from .attention_part import evaluated_counts
 from .differences import Column, ComparedModel, Difference, Value, find_differences, same_settings
 from .gathering import Report, gather
 from .page import commands
@@ -19,6 +20,7 @@ from .page import commands
 logger = logging.getLogger(__name__)
 
 DECODE, PREFILL, CACHE = "decode", "prefill", "cache"
+DENSITY = "density"
 BASE = "base"
 
 
@@ -52,7 +54,7 @@ class ConversionComparison:
     @property
     def speed(self) -> tuple[Column, ...]:
         """The columns of the benchmark."""
-        return tuple(column for column in self.columns if not column.task)
+        return tuple(column for column in self.columns if column.key in (DECODE, PREFILL, CACHE))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -82,6 +84,7 @@ def compare_conversions(
     names = _names(reports)
     quality = _quality_columns(reports)
     context, speed = _speed_columns(reports)
+    counted = _counted_columns(reports)
     models = [_row(name, report, quality, speed, context) for name, report in zip(names, reports, strict=True)]
     base_values = _base_values(reports, quality, speed, context)
     base = next((report.base for report in reports if report.base), BASE)
@@ -89,7 +92,7 @@ def compare_conversions(
     comparison = ConversionComparison(
         base=base,
         rows=(*rows, *models),
-        columns=(*quality, *speed),
+        columns=(*quality, *speed, *counted),
         context=context,
         differences=tuple(find_differences(dict(zip(names, reports, strict=True)), models, quality)),
         remarks=tuple(_remarks(reports)),
@@ -178,6 +181,14 @@ def _speed_columns(reports: Sequence[Report]) -> tuple[int | None, list[Column]]
     return max(shared), [c for c in columns if any(_speed(cases, role, c) for role in ("model", BASE))]
 
 
+def _counted_columns(reports: Sequence[Report]) -> list[Column]:
+    """Tokens attended one by one, where evaluations counted them over equally many."""
+    lengths = {counts.tokens for report in reports if (counts := evaluated_counts(report.evaluation)) is not None}
+    if len(lengths) != 1:
+        return []
+    return [Column(DENSITY, f"tokens attended one by one, at {lengths.pop():,}", "lower", "percent")]
+
+
 def _is_timed(case: Case) -> bool:
     return case.role == "model" and case.batch == 1 and case.median is not None and case.measure in (DECODE, PREFILL)
 
@@ -202,6 +213,9 @@ def _row(
 ) -> ComparedModel:
     methods = {method: len(modules) for method, modules in report.methods.items()}
     values = _values(report, quality, speed, context, role="model")
+    counts = evaluated_counts(report.evaluation)
+    if counts is not None:
+        values[DENSITY] = Value(counts.total.density)
     return ComparedModel(name, str(report.folder), methods, report.parameters, values)
 
 

@@ -14,11 +14,11 @@ class Column:
     """One figure that models are compared by.
 
     Attributes:
-        key: Its name in JSON: `TASK: METRIC`, `decode`, `prefill` or `cache`.
+        key: Its name in JSON: `TASK: METRIC`, `decode`, `prefill`, `cache` or `density`.
         label: What tables call it.
         better: Which way is better.
         style: How to print it: as a figure of a task, or `seconds`, `ms` or `bytes`.
-        task: The task that it is of; empty for speed.
+        task: The task that it is of; empty for speed and counts.
     """
 
     key: str

@@ -9,6 +9,7 @@ from ...formats import amount, change, count, duration, number, percent, ratio, 
 from ..bench.schema import BenchmarkFile
 from ..engine.items import Figure
 from ..tasks.base import task_classes
+from .attention_part import attention_section
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
 from .cells import verdict
 from .conversion_part import conversion_section, layers_of
@@ -32,6 +33,7 @@ def make_page(report: Report) -> Page:
         healing_section(report),
         fidelity_section(report),
         statistics_section(report),
+        attention_section(report),
         speed_section(report),
         missing_section(report),
         receipt_section(report),

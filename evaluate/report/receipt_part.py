@@ -7,6 +7,7 @@ from ...convert.writing.self_contained import is_self_contained
 from ...files.own_files import RECIPE_FILE
 from ...formats import number, size
 from ..engine.schema import Setup
+from .attention_part import receipt_counts
 from .blocks import Block, Cell, Listing, Section, Table, section, texts
 from .gathering import Report
 
@@ -37,6 +38,9 @@ def _receipt(report: Report) -> Table | None:
     ]
     for path, ratio in found.path_use.items():
         rows.append((f"perplexity without the {path} path over that with it", number(ratio)))
+    counts = receipt_counts(report)
+    if counts is not None:
+        rows.append(("attention at the end of the conversion", counts.sentence(size)))
     for label, measured in (("evaluated", report.evaluation), ("benchmarked", report.benchmark)):
         for name, digest in measured.model.digests.items() if measured is not None else ():
             rows.append((f"{label} {name}", digest))

@@ -48,6 +48,7 @@ def test_the_page_is_whole_self_contained_and_accessible(measured):
         "Healing, stage by stage",
         "Attention maps against the base",
         "What the method does, layer by layer",
+        "What the attention did",
         "Speed and memory",
         "Receipt",
     ]
