@@ -1,8 +1,10 @@
 """Numbers of what attention modules did, as they are counted, kept in files and told."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from ..formats import counted, number, percent, ratio, size
 
 
 @dataclass
@@ -105,19 +107,16 @@ class AttentionCounts:
         """What `to_dict` gave."""
         return cls(values["tokens"], {name: Counts.from_dict(one) for name, one in values["layers"].items()})
 
-    def sentence(self, size: Callable[[int], str] | None = None) -> str:
-        """The figures of all layers in a few words, without a full stop.
-
-        Args:
-            size: prints a number of bytes; without it the state's is left out.
-        """
+    @property
+    def sentence(self) -> str:
+        """The figures of all layers in a few words, without a full stop."""
         total = self.total
-        words = [f"{100 * total.density:.1f} % of each query's tokens one by one ({total.tokens_per_query:.4g})"]
+        words = [f"{percent(total.density)} of each query's tokens one by one ({number(total.tokens_per_query)})"]
         if total.summarized_pairs:
-            words.append(f"{100 * total.summarized:.1f} % through a state")
+            words.append(f"{percent(total.summarized)} through a state")
         if total.head_queries != total.head_slots:
-            words.append(f"{100 * total.head_queries / total.head_slots:.1f} % of the heads")
-        words.append(f"{total.work:.3g} x the multiply-adds of dense attention")
-        if size is not None and total.state_bytes:
+            words.append(f"{percent(total.head_queries / total.head_slots)} of the heads")
+        words.append(f"{ratio(total.work, 3)} the multiply-adds of dense attention")
+        if total.state_bytes:
             words.append(f"a state of {size(total.state_bytes)}")
-        return f"at {self.tokens:,} tokens {', '.join(words)}"
+        return f"at {counted(self.tokens, 'token')} {', '.join(words)}"

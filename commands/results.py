@@ -40,7 +40,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"base:  {_named(results.base)}")
     for role, found in results.attention.items():
         whose = "attention" if role == "model" else "attention of the base"
-        console.print(f"{whose}: {AttentionCounts.from_dict(found).sentence(format_bytes)}")
+        console.print(f"{whose}: {AttentionCounts.from_dict(found).sentence}")
     for name, reason in evaluation.skipped.items():
         console.print(f"left out: {name}: {reason}")
     if two and not all(figure.paired for figure in _compared(tasks)):
@@ -119,7 +119,7 @@ def show_bench(result: "BenchResult") -> None:
     for sentence in crossover_sentences(result.results.crossover):
         console.print(sentence)
     for measure, counts in attention_of(rows).items():
-        console.print(f"attention, {measure}: {counts.sentence(format_bytes)}")
+        console.print(f"attention, {measure}: {counts.sentence}")
     for row in rows:
         for role, case in (("base", row.base), ("model", row.model)):
             if case is not None and case.skipped:

@@ -229,7 +229,7 @@ def _attention(found: Mapping[str, Any]) -> str:
     if "not_measured" in found:
         return f"What the attention does was not counted: {found['not_measured']}."
     counts = AttentionCounts.from_dict(found)
-    return f"What the attention of {len(counts.layers)} converted layers does: {counts.sentence()}."
+    return f"What the attention of {len(counts.layers)} converted layers does: {counts.sentence}."
 
 
 def _cell(value: Any) -> str:

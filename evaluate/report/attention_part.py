@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from ...attention_modules.counts import AttentionCounts, Counts
+from ...formats import amount, number
 from ..engine.schema import EvaluationFile
 from .blocks import Block, Cell, Section, Table, Text, section
-from .formats import amount, count_cell, number, size, size_cell
+from .cells import count_cell, size_cell
 from .gathering import Report
 
 COLUMNS = ("tokens one by one", "of them per query", "through a state", "heads", "state", "multiply-adds against dense")
@@ -16,7 +17,7 @@ def attention_section(report: Report) -> Section | None:
     counts = counts_of(report)
     blocks: list[Block | None] = []
     if counts is not None:
-        said = counts.sentence(size)
+        said = counts.sentence
         words = "Counted in one pass over a text. Shares are of the tokens that each query could attend."
         blocks += [Text(f"{said[:1].upper()}{said[1:]}."), Text(words, small=True), _layers(counts)]
     blocks.append(_contexts(report))

@@ -40,7 +40,7 @@ def _receipt(report: Report) -> Table | None:
         rows.append((f"perplexity without the {path} path over that with it", number(ratio)))
     counts = receipt_counts(report)
     if counts is not None:
-        rows.append(("attention at the end of the conversion", counts.sentence(size)))
+        rows.append(("attention at the end of the conversion", counts.sentence))
     for label, measured in (("evaluated", report.evaluation), ("benchmarked", report.benchmark)):
         for name, digest in measured.model.digests.items() if measured is not None else ():
             rows.append((f"{label} {name}", digest))
