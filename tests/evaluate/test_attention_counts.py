@@ -84,9 +84,9 @@ def test_the_terminal_has_a_line_of_it(
     results.show_evaluation(run_evaluation(str(measured[8] / "model"), SUITE, device="cpu", output=tmp_path))
     results.show_bench(run_bench(str(measured[8] / "model"), device="cpu", output=tmp_path, **QUICK))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention")]
-    assert lines[0].startswith("attention: at 512 tokens 3.1 % of each query's tokens one by one (7.945), 0.031 x the")
+    assert lines[0].startswith("attention: at 512 tokens 3.1% of each query's tokens one by one (7.945), 0.0310 x the")
     assert lines[1].startswith(
-        "attention, prefill: at 40 tokens 35.6 % of each query's tokens one by one (7.3), 0.356 x"
+        "attention, prefill: at 40 tokens 35.6% of each query's tokens one by one (7.3), 0.356 x"
     )
     assert "a state of " in lines[2]
 
