@@ -44,7 +44,7 @@ class Latent(AttentionStep):
         rotary: how many of them are rotated; None = a quarter, or all keys if `numbers` is None.
         constant: whether there is the constant; without it rotary embedding and projections are the plain ones that
             engines read, and each latent is off by its length.
-        value_weight: how much heavier an error in values weighs than one in keys.
+        key_weight: how much heavier an error in keys weighs than one in values.
     """
 
     kind = "latent"
@@ -55,13 +55,13 @@ class Latent(AttentionStep):
         numbers: int | None = None,
         rotary: int | None = None,
         constant: bool = True,
-        value_weight: float = 3.0,
+        key_weight: float = 3.0,
     ) -> None:
         super().__init__()
         self.numbers = numbers
         self.rotary = rotary
         self.constant = constant
-        self.value_weight = value_weight
+        self.key_weight = key_weight
         self._moments: Moments | None = None
         self._layers: dict[int, Mapping[str, Target]] = {}
         self._kept: Tensor | None = None
@@ -208,7 +208,7 @@ class Latent(AttentionStep):
             # All tensors of a layer are made at once, and asked for one after another.
             if self._made is None or self._made[0] != index:
                 four = (weights[0], weights[1], weights[2], weights[3])
-                self._made = index, latent_layer(four, self._second(index), self._sizes(), self.value_weight)
+                self._made = index, latent_layer(four, self._second(index), self._sizes(), self.key_weight)
             rounded = self._made[1][part].to(dtype)
             if not bool(rounded.isfinite().all()):
                 raise PlanError(

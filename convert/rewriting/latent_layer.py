@@ -80,7 +80,7 @@ def layer_components(query: Tensor, key: Tensor, heads: tuple[int, int], second:
 
 
 def latent_layer(
-    weights: tuple[Tensor, Tensor, Tensor, Tensor], second: Tensor, sizes: LatentSizes, value_weight: float
+    weights: tuple[Tensor, Tensor, Tensor, Tensor], second: Tensor, sizes: LatentSizes, key_weight: float
 ) -> dict[str, Tensor]:
     """The tensors of one layer, by the rest of their names.
 
@@ -88,7 +88,7 @@ def latent_layer(
         weights: the projections q, k, v and o.
         second: `[hidden, hidden]`, the second moment of the layer's inputs.
         sizes: how many numbers what has.
-        value_weight: how much heavier an error in values weighs than one in keys.
+        key_weight: how much heavier an error in keys weighs than one in values.
     """
     query, key, value, output = (weight.double() for weight in weights)
     found = layer_components(query, key, (sizes.query, sizes.kv), second)
@@ -98,7 +98,7 @@ def latent_layer(
     left = found.maps[frequency, component]
     left = torch.cat([left.real, left.imag])
     values = weighted_values(value, output, sizes.kv)
-    weight = (energy(values.maps, second).sum() / (value_weight * energy(left, second).sum()).clamp_min(1e-12)).sqrt()
+    weight = (key_weight * energy(values.maps, second).sum() / energy(left, second).sum().clamp_min(1e-12)).sqrt()
     both = torch.cat([weight * left, values.maps])
     basis = principal(both, second, sizes.rank)
     latent = basis.T @ both

@@ -22,7 +22,7 @@ class LatentRewrite(RewriteBase):
         rotary: how many of them are rotated; null = a quarter, or all keys where `numbers` is null.
         constant: hold the norm of the latent by a bias; engines that know DeepSeek-V3 without biases need false, which
             costs much.
-        value_weight: how much heavier an error in values weighs than one in keys.
+        key_weight: how much heavier an error in keys weighs than one in values.
         calibrate: the text on which keys and values are measured.
     """
 
@@ -30,7 +30,7 @@ class LatentRewrite(RewriteBase):
     numbers: Count | None = None
     rotary: Count | None = None
     constant: bool = True
-    value_weight: Positive = 3.0
+    key_weight: Positive = 3.0
     calibrate: CalibrateSection | None = None
 
     @model_validator(mode="after")
@@ -46,4 +46,4 @@ class LatentRewrite(RewriteBase):
     def step(self) -> "Step":
         from ...convert.rewriting.latent import Latent
 
-        return Latent(numbers=self.numbers, rotary=self.rotary, constant=self.constant, value_weight=self.value_weight)
+        return Latent(numbers=self.numbers, rotary=self.rotary, constant=self.constant, key_weight=self.key_weight)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from attnconv.convert.rewriting.checkpoint import rewrite_checkpoint
 from attnconv.convert.rewriting.latent import Latent
-from attnconv.convert.rewriting.latent_layer import rotary_components
+from attnconv.convert.rewriting.latent_layer import LatentSizes, latent_layer, rotary_components
 from attnconv.convert.rewriting.pooling import PoolHeads
 from attnconv.convert.rewriting.selection import PruneHeads
 from attnconv.convert.rewriting.steps import Step
@@ -132,6 +132,27 @@ def test_those_keys_stay_rotary_that_would_lose_most_without() -> None:
     # The slowest of four frequencies turns by a radian in 1,000 positions only.
     assert rotary_components(energies, frequencies, 3).tolist() == [1, 1, 1, 0]
     assert rotary_components(energies, frequencies, 8).tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kept", [[1, 1, 0, 0], [2, 1, 0, 3]])
+def test_with_all_its_numbers_a_layer_gives_keys_and_values_back(kept: list[int], interleaved: bool) -> None:
+    """Where nothing is rotated, whether a component is in the rotary key or in the latent makes no difference."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, output, inputs = (
+        torch.randn(*shape, dtype=torch.float64, generator=draw)
+        for shape in [(48, 20), (24, 20), (24, 20), (20, 48), (2, 20)]
+    )
+    rotary = 2 * sum(kept)
+    sizes = LatentSizes(6, 3, 8, torch.tensor(kept), 48 - rotary, False, interleaved)
+    made = latent_layer((query, key, value, output), torch.eye(20, dtype=torch.float64), sizes, 3.0)
+    reading = (made["q_proj.weight"] @ inputs[0]).view(6, -1) * (8 / (8 + rotary)) ** 0.5
+    latent, turned = (made["kv_a_proj_with_mqa.weight"] @ inputs[1]).split([48 - rotary, rotary])
+    keys, values = (made["kv_b_proj.weight"] @ latent).view(6, 2, 8).unbind(1)
+    products = (reading[:, :8] * keys).sum(1) + reading[:, 8:] @ turned
+    wanted = ((query @ inputs[0]).view(6, 8) * (key @ inputs[1]).view(3, 8).repeat_interleave(2, 0)).sum(1)
+    assert torch.allclose(products, wanted)
+    assert torch.allclose(values, (value @ inputs[1]).view(3, 8).repeat_interleave(2, 0))
 
 
 @pytest.mark.parametrize(
