@@ -42,8 +42,8 @@ class InterruptedRun(KeyboardInterrupt):
     """A signal asked a run to stop, and what it had is saved.
 
     Args:
-        saved: What is saved, as half a sentence.
-        signal: Number of the signal; None if another process of the team got it.
+        saved: what is saved, as half a sentence.
+        signal: number of the signal; None if another process of the team got it.
     """
 
     def __init__(self, saved: str, signal: int | None = None) -> None:

@@ -66,20 +66,20 @@ class AttentionContract(nn.Module, ABC):
                 f"implementation={implementation!r} is not available for {self.name!r}; "
                 f"choose one of {', '.join(self.implementations)}"
             )
-        misfit = self.misfit(geometry, options)
-        if misfit is not None:
-            raise ValueError(misfit)
+        why_unsupported = self.why_unsupported(geometry, options)
+        if why_unsupported is not None:
+            raise ValueError(why_unsupported)
         self.geometry = geometry
         self.options = options
         self.implementation = implementation
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """Why the method with these options (of its own class) cannot serve such a layer, None if it can."""
         return None
 
     @classmethod
-    def misfit_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
+    def why_unsupported_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
         """Why the method cannot serve the tokens that a model makes of its inputs, None if it can.
 
         Args:

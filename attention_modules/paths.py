@@ -22,11 +22,11 @@ def leaving_out(model: nn.Module, path: str) -> Iterator[None]:
     remembering everything, so that they are whole again outside.
 
     Args:
-        model: A converted model, or an attention module.
-        path: A name in `AttentionModule.paths`, such as `"linear"` of `lolcats`.
+        model: a converted model, or an attention module.
+        path: a name in `AttentionModule.paths`, such as `"linear"` of `lolcats`.
 
     Raises:
-        ValueError: No attention module of the model has such a path.
+        ValueError: no attention module of the model has such a path.
     """
     cores = [module for module in model.modules() if isinstance(module, AttentionModule) and path in module.paths]
     if not cores:

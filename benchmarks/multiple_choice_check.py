@@ -44,7 +44,7 @@ def write_task(folder: Path, name: str, rows: list[dict]) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
-def theirs(subject, folder: Path, name: str, batch_size: int) -> dict[int, dict[str, object]]:
+def theirs(evaluated, folder: Path, name: str, batch_size: int) -> dict[int, dict[str, object]]:
     """lm-eval's scores, and the answers it chose, by row."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -52,7 +52,7 @@ def theirs(subject, folder: Path, name: str, batch_size: int) -> dict[int, dict[
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     answers = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", batch_size=batch_size),
+        model=HFLM(pretrained=evaluated.model, tokenizer=evaluated.tokenizer, backend="causal", batch_size=batch_size),
         tasks=[f"check_{name}"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
@@ -67,7 +67,7 @@ def theirs(subject, folder: Path, name: str, batch_size: int) -> dict[int, dict[
     return scores
 
 
-def ours(subject, name: str, path: str, limit: int | None, batch_size: int) -> dict[int, dict[str, object]]:
+def ours(evaluated, name: str, path: str, limit: int | None, batch_size: int) -> dict[int, dict[str, object]]:
     """Our scores, and the answers we chose, by row."""
     from attnconv.evaluate.tasks.base import Scope
     from attnconv.evaluate.tasks.multiple_choice import LETTERS, MultipleChoiceSettings, MultipleChoiceTask
@@ -75,8 +75,8 @@ def ours(subject, name: str, path: str, limit: int | None, batch_size: int) -> d
     task = MultipleChoiceTask(MultipleChoiceSettings(data=path))
     names = ["no", "yes"] if name == "boolq" else list(LETTERS)
     scores = {}
-    for unit in task.units(subject, Scope(limit, batch_size)):
-        for item in task.measure(subject, unit).items:
+    for unit in task.units(evaluated, Scope(limit, batch_size)):
+        for item in task.measure(evaluated, unit).items:
             scores[int(item.id)] = {
                 **{key: item.values[value] for key, value in METRICS.items()},
                 "chosen": names.index(item.note.split(",")[0]),
@@ -84,18 +84,18 @@ def ours(subject, name: str, path: str, limit: int | None, batch_size: int) -> d
     return scores
 
 
-def compare(subject, name: str, path: str, limit: int | None, batch_size: int) -> dict[str, object]:
+def compare(evaluated, name: str, path: str, limit: int | None, batch_size: int) -> dict[str, object]:
     """Right answers by both, and the rows on which they differ."""
     from attnconv.evaluate.tasks.packaged import data_file
     from attnconv.evaluate.tasks.rows import read_rows
 
     rows = list(read_rows(data_file(path), limit=limit))
     began = time.perf_counter()
-    own = ours(subject, name, path, limit, batch_size)
+    own = ours(evaluated, name, path, limit, batch_size)
     between = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder), name, rows)
-        other = theirs(subject, Path(folder), name, batch_size)
+        other = theirs(evaluated, Path(folder), name, batch_size)
     ended = time.perf_counter()
     assert own.keys() == other.keys() == set(range(len(rows)))
     return {
@@ -124,19 +124,19 @@ def main() -> None:
     folder = find_model(arguments.model)
     import lm_eval
 
-    from attnconv.evaluate.engine.models import load_subject, open_subject
+    from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
 
-    subject = open_subject("model", str(folder))
-    load_subject(subject, dtype=arguments.dtype)
+    evaluated = open_evaluated("model", str(folder))
+    load_evaluated(evaluated, dtype=arguments.dtype)
     results = {}
     for name in arguments.tasks:
         path = str(find_data("eval/boolq_dev.jsonl.gz")) if name == "boolq" else name
-        results[name] = compare(subject, name, path, arguments.limit, arguments.batch_size)
+        results[name] = compare(evaluated, name, path, arguments.limit, arguments.batch_size)
         print(name, json.dumps(results[name]), file=sys.stderr)
     settings = {
         "model": folder.name,
         "dtype": arguments.dtype,
-        "device": str(subject.device),
+        "device": str(evaluated.device),
         "limit": arguments.limit,
         "batch_size": arguments.batch_size,
         "lm_eval": lm_eval.__version__,

@@ -42,10 +42,10 @@ class Session:
     """One run of the command line.
 
     Attributes:
-        verbose: Say what is being done, keep the libraries' own messages, and show tracebacks.
-        quiet: Say only results and errors: no warnings, no progress.
-        resume_hint: What to do after an interrupt, as the second half of a sentence; empty if nothing was begun.
-        saved: Says what of a run is saved, with a semicolon behind it; empty if there is nothing to say.
+        verbose: say what is being done, keep the libraries' own messages, and show tracebacks.
+        quiet: say only results and errors: no warnings, no progress.
+        resume_hint: what to do after an interrupt, as the second half of a sentence; empty if nothing was begun.
+        saved: says what of a run is saved, with a semicolon behind it; empty if there is nothing to say.
     """
 
     verbose: bool = False

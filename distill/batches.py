@@ -87,8 +87,8 @@ class StepData:
     """What one optimizer step trains on.
 
     Attributes:
-        batches: The micro-batches of this process, one after another.
-        end: The place in the data behind the sequences of all processes.
+        batches: the micro-batches of this process, one after another.
+        end: the place in the data behind the sequences of all processes.
     """
 
     batches: tuple[Batch, ...]
@@ -109,11 +109,11 @@ def step_data(
     sees, and the data end at the same place.
 
     Args:
-        sequences: Endless; the same in every process.
-        batch_size: Sequences in one micro-batch of one process.
-        accumulation: Micro-batches of one process in one step.
-        team: The processes that share the step.
-        collate: Makes a batch of sequences.
+        sequences: endless; the same in every process.
+        batch_size: sequences in one micro-batch of one process.
+        accumulation: micro-batches of one process in one step.
+        team: the processes that share the step.
+        collate: makes a batch of sequences.
     """
     needed = batch_size * accumulation * team.size
     while True:

@@ -40,8 +40,8 @@ class TokenStream:
     are drawn at random; it depends on the seed and the epoch alone, and covers every document once in each epoch.
 
     Attributes:
-        section: The recipe's data section.
-        tokenizer: The model's tokenizer.
+        section: the recipe's data section.
+        tokenizer: the model's tokenizer.
     """
 
     section: DataSection
@@ -106,7 +106,7 @@ def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
     lines). The packaged sample comes as token ids if the tokenizer has its vocabulary, else as text.
 
     Raises:
-        DataError: The source cannot be read, holds no text, or a row has no text under the section's field.
+        DataError: the source cannot be read, holds no text, or a row has no text under the section's field.
     """
     if section.embedded:
         yield from _embedded_documents(section, tokenizer)
@@ -154,7 +154,7 @@ def read_rows(section: DataSection) -> Iterator[dict[str, Any]]:
     """The rows of a file, a folder of images or a Hub data set, read as they are asked for; images as they are stored.
 
     Raises:
-        DataError: The source cannot be read.
+        DataError: the source cannot be read.
     """
     from datasets import Image, load_dataset
 

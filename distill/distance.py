@@ -2,7 +2,7 @@
 
 import torch
 
-from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.head import evaluating
 from .batches import Batch
 from .head import run_layers
@@ -15,11 +15,11 @@ def output_distance(trainee: Trainee, batch: Batch) -> dict[str, float]:
     """Each layer's squared output error relative to the teacher's power, every layer fed with the teacher's input.
 
     Args:
-        trainee: The converted model.
-        batch: What to measure on.
+        trainee: the converted model.
+        batch: what to measure on.
 
     Returns:
-        By module name: 0 = equal to softmax attention, 1 = no better than an output of zeros.
+        by module name: 0 = equal to softmax attention, 1 = no better than an output of zeros.
     """
     errors: dict[str, float] = {}
 
@@ -28,6 +28,6 @@ def output_distance(trainee: Trainee, batch: Batch) -> dict[str, float]:
         errors[call.name] = float(output_errors(call.student(), teacher, call.padding_mask)[1])
         return teacher
 
-    with evaluating(trainee.model), attention_tap(trainee.model, compare):
+    with evaluating(trainee.model), attention_hook(trainee.model, compare):
         run_layers(trainee.model, batch)
     return errors

@@ -12,15 +12,15 @@ def evaluation_tokens(section: EvaluateSection, tokenizer: PreTrainedTokenizerBa
     """The tokens of an evaluate section, as `perplexity` takes them.
 
     Args:
-        section: The recipe's section.
-        tokenizer: The model's tokenizer.
+        section: the recipe's section.
+        tokenizer: the model's tokenizer.
 
     Returns:
         `[tokens]` of a file, or `[rows, tokens]` of the packaged sample, whose rows are separate texts; a tokenizer
         with another vocabulary than the sample's gets it as one text.
 
     Raises:
-        DataError: The file cannot be read, or holds fewer than two tokens.
+        DataError: the file cannot be read, or holds fewer than two tokens.
     """
     if section.path is not None:
         return load_tokens(section.path, tokenizer, context=section.context, field=section.field, limit=section.tokens)

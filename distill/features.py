@@ -23,8 +23,8 @@ class FeatureDistillation(Objective):
     model with softmax attention; neither has dropout.
 
     Args:
-        trainee: The converted model.
-        stage: The recipe's stage.
+        trainee: the converted model.
+        stage: the recipe's stage.
 
     Raises:
         TrainingError: None of the converted layers has parameters.
@@ -66,8 +66,8 @@ def feature_error(student: Any, teacher: Any, valid: torch.Tensor | None) -> tor
     """Relative squared error of what two base models give: hidden states, and the pooled output if there is one.
 
     Args:
-        student: What a transformers model without its head returns.
-        teacher: The same of another.
+        student: what a transformers model without its head returns.
+        teacher: the same of another.
         valid: `[batch, T]` bool, True = real token; None means all.
     """
     states = [output.last_hidden_state[:, None] for output in (student, teacher)]

@@ -18,11 +18,11 @@ class TrainedHead(ModelHead):
     """The head of a model in training, through which gradients go back in pieces.
 
     Args:
-        model: A causal language model (`...ForCausalLM`), possibly with adapters injected.
-        stage: Kind of the stage that needs it.
+        model: a causal language model (`...ForCausalLM`), possibly with adapters injected.
+        stage: kind of the stage that needs it.
 
     Raises:
-        TrainingError: The model has no such head, or does something else between its layers and its logits.
+        TrainingError: the model has no such head, or does something else between its layers and its logits.
     """
 
     def __init__(self, model: PreTrainedModel, stage: str) -> None:
@@ -53,12 +53,12 @@ class TrainedHead(ModelHead):
         """Run a loss on the logits of `[batch, T, hidden]` and its gradient back through head and layers.
 
         Args:
-            hidden_states: What `run` returned, with its graph.
-            loss: From the logits of some positions, and which they are, to what these add to the loss.
+            hidden_states: what `run` returned, with its graph.
+            loss: from the logits of some positions, and which they are, to what these add to the loss.
             term: what the layers themselves add to the loss, with its graph.
 
         Returns:
-            The loss, detached.
+            the loss, detached.
         """
         leaf = hidden_states.detach().requires_grad_()
         total = torch.zeros((), device=leaf.device)

@@ -42,18 +42,18 @@ class Run:
     """What a run works on and with.
 
     Attributes:
-        checkpoint: The teacher, as it lies on disk.
-        plan: What is converted how.
-        recipe: The recipe.
-        tokenizer: The teacher's tokenizer or processor; None if it has none.
-        team: The processes that share the run.
-        work: The run's work folder.
-        progress: Whom to tell.
-        weights: Digests of the teacher's weight files, None where they are taken while the files are copied.
-        measured: What was measured so far, under the names that the work folder keeps it by.
-        origin: What the user named, where the teacher is a rewritten form of that.
-        origin_digests: Digests of the origin's weight files.
-        exactness: How far the teacher is from the origin, for the receipt.
+        checkpoint: the teacher, as it lies on disk.
+        plan: what is converted how.
+        recipe: the recipe.
+        tokenizer: the teacher's tokenizer or processor; None if it has none.
+        team: the processes that share the run.
+        work: the run's work folder.
+        progress: whom to tell.
+        weights: digests of the teacher's weight files, None where they are taken while the files are copied.
+        measured: what was measured so far, under the names that the work folder keeps it by.
+        origin: what the user named, where the teacher is a rewritten form of that.
+        origin_digests: digests of the origin's weight files.
+        exactness: how far the teacher is from the origin, for the receipt.
     """
 
     checkpoint: Checkpoint
@@ -73,7 +73,7 @@ class Run:
         """The text or images of a stage.
 
         Raises:
-            TrainingError: The model has no tokenizer to read text with, or no image processor.
+            TrainingError: the model has no tokenizer to read text with, or no image processor.
         """
         section = self._pinned(stage.data or self.recipe.data)
         if section is not None and section.image_field is not None:
@@ -98,7 +98,7 @@ class Run:
         """Refuse to go on with a teacher whose files are no longer those that the run began with.
 
         Raises:
-            CheckpointError: A weight file was changed.
+            CheckpointError: a weight file was changed.
         """
         changed = [] if self.weights is None else self.weights.changed()
         if changed:
@@ -131,8 +131,8 @@ def check_data(run: Run) -> None:
     """Make the first sequence of every stage, so that bad data are known before anything slow begins.
 
     Raises:
-        DataError: The data of a stage, or those for evaluation, cannot be used.
-        TrainingError: The model is not one that continues text.
+        DataError: the data of a stage, or those for evaluation, cannot be used.
+        TrainingError: the model is not one that continues text.
     """
     if run.checkpoint.config.is_encoder_decoder:
         raise TrainingError(
@@ -152,14 +152,14 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
     What was measured is kept in the run's work folder.
 
     Args:
-        run: The run.
-        prepare: Called with the converted model before anything of it is trained.
+        run: the run.
+        prepare: called with the converted model before anything of it is trained.
 
     Returns:
-        The healed model with its adapters.
+        the healed model with its adapters.
 
     Raises:
-        TrainingError: A stage cannot be run on this model, or its loss is not finite.
+        TrainingError: a stage cannot be run on this model, or its loss is not finite.
     """
     snapshot = run.work.latest()
     state = StageState(0) if snapshot is None else snapshot.state
@@ -204,9 +204,9 @@ def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) ->
     """Load the teacher and swap its attention.
 
     Args:
-        run: The run.
-        dtype: Type of its weights; those of the cores are fp32.
-        first_time: Measure the teacher before the swap.
+        run: the run.
+        dtype: type of its weights; those of the cores are fp32.
+        first_time: measure the teacher before the swap.
     """
     run.progress.phase("Loading the model")
     model = load_model(run.checkpoint, dtype=dtype, device=run.team.device)
@@ -236,13 +236,13 @@ def measure(run: Run, model: PreTrainedModel, label: str, *, needed: bool = True
     """Record the model's perplexity under a label, if the recipe asks for it and it was not done already.
 
     Args:
-        run: The run.
-        model: What to measure.
-        label: The moment of the run.
-        needed: Whether a perplexity that is no number means that the model is of no use.
+        run: the run.
+        model: what to measure.
+        label: the moment of the run.
+        needed: whether a perplexity that is no number means that the model is of no use.
 
     Raises:
-        TrainingError: It is.
+        TrainingError: it is.
     """
     section, tokens = run.recipe.evaluate, run.evaluation_tokens
     if section is None or tokens is None or f"perplexity/{label}" in run.measured:

@@ -67,10 +67,10 @@ def warn_if_repeated(stage: str, section: DataSection, before: Position, after: 
     """Say, once, that a stage has used its data up many times.
 
     Args:
-        stage: What messages call the stage.
-        section: Its data.
-        before: Place in the data before a step.
-        after: Place behind it.
+        stage: what messages call the stage.
+        section: its data.
+        before: place in the data before a step.
+        after: place behind it.
     """
     if before.epoch < MANY_EPOCHS <= after.epoch:
         source = name_of(section)
@@ -86,7 +86,7 @@ def warn_if_beyond_positions(stage: str, length: int | None, positions: int | No
     """Say that a stage trains on sequences longer than the positions that the model was made for.
 
     Args:
-        stage: What messages call the stage.
+        stage: what messages call the stage.
         length: tokens of its sequences, None for images.
         positions: `max_position_embeddings` of the model, None if it does not say.
     """

@@ -23,7 +23,7 @@ class ImageFile(bytes):
     """The content of an image file.
 
     Attributes:
-        name: What messages call it.
+        name: what messages call it.
     """
 
     name: str
@@ -34,8 +34,8 @@ class ImageStream:
     """The training images of a stage, in an order like that of `TokenStream`.
 
     Attributes:
-        section: The recipe's data section.
-        processor: The model's image processor.
+        section: the recipe's data section.
+        processor: the model's image processor.
     """
 
     section: DataSection
@@ -56,7 +56,7 @@ class ImageStream:
         """What the model's processor makes of an image file, `[channels, height, width]`.
 
         Raises:
-            DataError: It is no image.
+            DataError: it is no image.
         """
         try:
             with Image.open(io.BytesIO(image)) as opened:
@@ -70,7 +70,7 @@ class ImageStream:
         """A batch of images.
 
         Raises:
-            DataError: The processor left them at different sizes.
+            DataError: the processor left them at different sizes.
         """
         images = [sequence.tokens for sequence in sequences]
         if len({image.shape for image in images}) > 1:
@@ -90,7 +90,7 @@ def read_images(section: DataSection) -> Iterator[ImageFile]:
     """Yield the image files of a data section, in the order of the source; rows without one are left out.
 
     Raises:
-        DataError: The source cannot be read, holds no image, or a row has none under the section's `image_field`.
+        DataError: the source cannot be read, holds no image, or a row has none under the section's `image_field`.
     """
     source, found = name_of(section), False
     field = str(section.image_field)

@@ -20,12 +20,12 @@ class LogitDistillation(Objective):
     held. Its last hidden states are kept, its logits made again piece by piece beside the student's.
 
     Args:
-        trainee: The converted model.
-        stage: The recipe's stage.
-        adapter: Name of the adapter that this stage trains; None trains the cores alone.
+        trainee: the converted model.
+        stage: the recipe's stage.
+        adapter: name of the adapter that this stage trains; None trains the cores alone.
 
     Raises:
-        TrainingError: The stage trains the cores alone and they have no parameters.
+        TrainingError: the stage trains the cores alone and they have no parameters.
 
     Paper: https://arxiv.org/abs/1503.02531
     """

@@ -15,9 +15,9 @@ class LoraTuning(Objective):
     """Next-token loss on low-rank updates of the model's own weights, and on the cores if the recipe says so.
 
     Args:
-        trainee: The converted model.
-        stage: The recipe's stage.
-        adapter: Name of the adapter that this stage trains.
+        trainee: the converted model.
+        stage: the recipe's stage.
+        adapter: name of the adapter that this stage trains.
 
     Paper: https://arxiv.org/abs/2106.09685
     """

@@ -29,11 +29,11 @@ def output_errors(
 
     Args:
         student: `[batch, heads, T, value_dim]`.
-        teacher: The same shape.
+        teacher: the same shape.
         valid: `[batch, T]` bool, True = real token; None means all.
 
     Returns:
-        The mean squared error, and the same divided by the mean square of the teacher's output (its power) over the
+        the mean squared error, and the same divided by the mean square of the teacher's output (its power) over the
         same positions: 0 = equal, 1 = no better than an output of zeros.
     """
     error = mean_square(student.float() - teacher.float(), valid)
@@ -45,7 +45,7 @@ def weight_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, valid: to
 
     Args:
         student: `[batch, heads, T, S]`, each row a distribution over the keys.
-        teacher: The same shape.
+        teacher: the same shape.
         valid: `[batch, T]` bool, True = real token; None means all.
     """
     logarithm = student.float().clamp_min(1e-12).log()
@@ -93,10 +93,10 @@ def distillation_loss(
     The factor keeps the size of the gradients about the same at every temperature (https://arxiv.org/abs/1503.02531).
 
     Args:
-        student: Logits `[batch, T, vocabulary]`.
-        teacher: The same shape.
+        student: logits `[batch, T, vocabulary]`.
+        teacher: the same shape.
         valid: `[batch, T]` bool, True = take part; None means all.
-        temperature: What both logits are divided by, above 0.
+        temperature: what both logits are divided by, above 0.
     """
     target = (teacher.float() / temperature).log_softmax(-1)
     guess = (student.float() / temperature).log_softmax(-1)

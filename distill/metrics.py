@@ -22,16 +22,16 @@ class Record:
     """One line of `metrics.jsonl`: means over the steps since the line before.
 
     Attributes:
-        index: Index of the stage in the recipe.
-        stage: Kind of the stage.
-        step: Optimizer steps done in the stage.
-        tokens: Training tokens seen in the stage.
-        loss: What is minimised.
-        learning_rate: Of the stage's first parameter group, at its last step.
-        grad_norm: Norm of the gradients before clipping.
-        tokens_per_second: Training tokens, by all processes, per second of training.
-        layers: Relative squared error of each layer's attention output, by module name; empty if not measured.
-        unit: What is counted as tokens: `tokens`, or `images`.
+        index: index of the stage in the recipe.
+        stage: kind of the stage.
+        step: optimizer steps done in the stage.
+        tokens: training tokens seen in the stage.
+        loss: what is minimised.
+        learning_rate: of the stage's first parameter group, at its last step.
+        grad_norm: norm of the gradients before clipping.
+        tokens_per_second: training tokens, by all processes, per second of training.
+        layers: relative squared error of each layer's attention output, by module name; empty if not measured.
+        unit: what is counted as tokens: `tokens`, or `images`.
     """
 
     index: int
@@ -50,7 +50,7 @@ class MetricsFile:
     """A file of records that grows line by line.
 
     Args:
-        path: The file; made if it is not there.
+        path: the file; made if it is not there.
     """
 
     def __init__(self, path: Path) -> None:

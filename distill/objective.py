@@ -15,8 +15,8 @@ class ParameterGroup:
     """Parameters with one learning rate.
 
     Attributes:
-        parameters: By their names.
-        learning_rate: At the peak of the schedule.
+        parameters: by their names.
+        learning_rate: at the peak of the schedule.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -28,8 +28,8 @@ class Figures:
     """What was measured on the way, as scalar tensors; those of the micro-batches of a step add up to the step's.
 
     Attributes:
-        loss: What is minimised.
-        layers: Relative squared error of each layer's attention output, by module name; empty if not measured.
+        loss: what is minimised.
+        layers: relative squared error of each layer's attention output, by module name; empty if not measured.
     """
 
     loss: torch.Tensor
@@ -60,7 +60,7 @@ class Objective(ABC):
         """Add the batch's part of the step's gradients to the parameters' `.grad`.
 
         Args:
-            batch: A micro-batch on the model's device.
-            total: Items in the whole step, over all micro-batches and processes: the loss is the sum over the batch's
+            batch: a micro-batch on the model's device.
+            total: items in the whole step, over all micro-batches and processes: the loss is the sum over the batch's
                 items divided by this.
         """

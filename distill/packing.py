@@ -25,9 +25,9 @@ class Position:
     """A place in an endless stream of documents: where the next token comes from.
 
     Attributes:
-        epoch: How often all documents have been used up before.
-        document: Index of the document, in the order of this epoch.
-        offset: Tokens of that document that are used up.
+        epoch: how often all documents have been used up before.
+        document: index of the document, in the order of this epoch.
+        offset: tokens of that document that are used up.
     """
 
     epoch: int = 0
@@ -45,7 +45,7 @@ class PackedSequence:
 
     Attributes:
         tokens: `[length]` int64; of an image its pixel values `[channels, height, width]`.
-        end: The place behind its last token; packing from there goes on with the next sequence.
+        end: the place behind its last token; packing from there goes on with the next sequence.
         positions: `[length]` int64, each token's place in its document, or in the part of it that is here.
     """
 
@@ -64,12 +64,12 @@ def pack(documents: TokenizedDocuments, length: int, start: Position | None = No
     When the documents are used up they start again, in the order of the next epoch.
 
     Args:
-        documents: See `TokenizedDocuments`; the same arguments must give the same documents.
-        length: Tokens in a sequence, at least 2.
-        start: Where to begin, for instance the `end` of an earlier sequence; None means the very beginning.
+        documents: see `TokenizedDocuments`; the same arguments must give the same documents.
+        length: tokens in a sequence, at least 2.
+        start: where to begin, for instance the `end` of an earlier sequence; None means the very beginning.
 
     Raises:
-        DataError: All documents together do not fill one sequence.
+        DataError: all documents together do not fill one sequence.
     """
     if length < 2:
         raise DataError(f"The sequence length is {length} tokens; it must be at least 2.")

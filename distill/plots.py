@@ -27,8 +27,8 @@ def plot_losses(records: Sequence[Record], path: Path) -> None:
     The scale is logarithmic where the loss spans a factor of two or more.
 
     Args:
-        records: The lines of `metrics.jsonl`, at least one.
-        path: The PNG to write.
+        records: the lines of `metrics.jsonl`, at least one.
+        path: the PNG to write.
     """
     stages = [list(lines) for _, lines in groupby(records, key=lambda record: record.index)]
     figure, panels = _figure(len(stages), 4.6, 3.4)
@@ -47,8 +47,8 @@ def plot_layers(distances: Mapping[str, Mapping[str, float]], path: Path) -> Non
     """Draw how far each layer's attention output is from softmax attention's, a line for each moment measured.
 
     Args:
-        distances: By moment, the relative squared error of each converted module, in the model's order; not empty.
-        path: The PNG to write.
+        distances: by moment, the relative squared error of each converted module, in the model's order; not empty.
+        path: the PNG to write.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -61,7 +61,7 @@ class TerminalProgress:
     Used as a context manager, which leaves the cursor where it belongs whatever happens.
 
     Args:
-        console: Where to write; None means standard error.
+        console: where to write; None means standard error.
     """
 
     def __init__(self, console: Console | None = None) -> None:

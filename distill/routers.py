@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..attention_modules.heads.moh import MohAttention
-from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.head import evaluating
 from ..errors import TrainingError
 from ..recipes.stages.calibrate import CalibrateStage
@@ -96,7 +96,7 @@ class RouterFit:
                 self._add(call, args[0], module)
 
         model = self.trainee.model
-        with evaluating(model), attention_tap(model, look), _before_projections(model, project):
+        with evaluating(model), attention_hook(model, look), _before_projections(model, project):
             run_layers(model, batch)
         missed = sorted(self.cores.keys() - seen)
         if missed:

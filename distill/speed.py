@@ -14,10 +14,10 @@ def transfer_cases(model: PreTrainedModel) -> TrainingStep:
     """Prepare a converted model for steps of attention transfer: forward and backward of its cores, no optimizer.
 
     Args:
-        model: A converted model; its cores are turned to fp32, as for training.
+        model: a converted model; its cores are turned to fp32, as for training.
 
     Returns:
-        One step on token ids `[batch, T]` without padding. It leaves the weights as they are and no gradients behind.
+        one step on token ids `[batch, T]` without padding. It leaves the weights as they are and no gradients behind.
 
     Raises:
         TrainingError: None of the converted layers has parameters.

@@ -17,7 +17,7 @@ class StopRequest:
     """Whether a run has been asked to stop.
 
     Attributes:
-        signal: Number of the signal that asked; None as long as nothing has.
+        signal: number of the signal that asked; None as long as nothing has.
     """
 
     signal: int | None = None

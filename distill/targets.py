@@ -44,13 +44,13 @@ def find_targets(model: PreTrainedModel, settings: LoraSettings) -> Targets:
     """What adapters go onto.
 
     Args:
-        model: The converted model, perhaps with adapters on it.
-        settings: Rank, dropout and targets: last parts of module names, such as `q_proj`; `all-linear` stands for all
+        model: the converted model, perhaps with adapters on it.
+        settings: rank, dropout and targets: last parts of module names, such as `q_proj`; `all-linear` stands for all
             linear modules outside the converted attention but the output head, `experts` for the weights of all experts
             that transformers keeps in one tensor.
 
     Raises:
-        TrainingError: A name fits no module outside the converted attention, and the message says which there are; it
+        TrainingError: a name fits no module outside the converted attention, and the message says which there are; it
             would leave out experts; the rank is beyond that of every layer; or experts are to have dropout.
     """
     modules, fused = _own_matrices(model), _fused_experts(model)

@@ -25,9 +25,9 @@ class Team:
     the forward pass, layer by layer, where DDP's hooks are not yet armed; and what healing trains is small.
 
     Attributes:
-        device: Where this process computes.
-        rank: Which of the processes this is; 0 writes the files.
-        size: How many there are.
+        device: where this process computes.
+        rank: which of the processes this is; 0 writes the files.
+        size: how many there are.
     """
 
     device: torch.device
@@ -74,10 +74,10 @@ def find_team(device: str | None = None) -> Team:
     """Join the processes that were launched together.
 
     Args:
-        device: Where to compute, as torch names it; None means the accelerator that accelerate assigns, else the CPU.
+        device: where to compute, as torch names it; None means the accelerator that accelerate assigns, else the CPU.
 
     Raises:
-        TrainingError: The launch asks for a way of training that splits the model, or the device does not exist.
+        TrainingError: the launch asks for a way of training that splits the model, or the device does not exist.
     """
     for flag, name in SHARDING_FLAGS.items():
         if os.environ.get(flag, "").lower() in ("1", "true"):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..attention_modules import AttentionModule
-from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.swap import converted_modules
 from ..errors import TrainingError
 from .targets import ALL_LINEAR, CORES, EXPERTS, LoraSettings, find_targets
@@ -32,7 +32,7 @@ class Trainee:
     with softmax attention remains the teacher throughout.
 
     Args:
-        model: A converted model; its parameters are frozen, and those of its cores turned to fp32.
+        model: a converted model; its parameters are frozen, and those of its cores turned to fp32.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -65,11 +65,11 @@ class Trainee:
         """Put one more adapter on the model and return its name.
 
         Args:
-            settings: Rank, alpha, dropout in [0, 1) and target modules.
-            seed: Of the random start.
+            settings: rank, alpha, dropout in [0, 1) and target modules.
+            seed: of the random start.
 
         Raises:
-            TrainingError: A target names no linear module of the model, or the rank is beyond theirs.
+            TrainingError: a target names no linear module of the model, or the rank is beyond theirs.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -115,7 +115,7 @@ class Trainee:
         if self.peft is not None:
             self.peft.base_model.disable_adapter_layers()
         try:
-            with attention_tap(self.model, AttentionCall.teacher):
+            with attention_hook(self.model, AttentionCall.teacher):
                 yield
         finally:
             if self.peft is not None:
@@ -142,7 +142,7 @@ class Trainee:
             return call.converted() if small else _recomputed(call)
 
         self.model.train()
-        with attention_tap(self.model, attend):
+        with attention_hook(self.model, attend):
             yield
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
@@ -158,7 +158,7 @@ class Trainee:
         """Take over what `trained_tensors` returned.
 
         Raises:
-            TrainingError: The tensors are not those of this model and its adapters.
+            TrainingError: the tensors are not those of this model and its adapters.
         """
         parameters: dict[str, Any] = self.core_parameters()
         for adapter in self.adapters:
@@ -182,11 +182,11 @@ class Trainee:
         """Save the adapters beside the model instead, the first in `folder`, others in folders of their own in it.
 
         Args:
-            folder: Where to; nothing is written if there are none.
-            base: What the adapters name as the model they belong to.
+            folder: where to; nothing is written if there are none.
+            base: what the adapters name as the model they belong to.
 
         Returns:
-            The plain model, without the adapters.
+            the plain model, without the adapters.
         """
         if self.peft is not None:
             for config in self.peft.peft_config.values():

@@ -42,14 +42,14 @@ class StageJob:
     """A stage and all it needs.
 
     Attributes:
-        index: Index of the stage in the recipe.
-        stage: The recipe's stage.
-        objective: What it computes.
-        trainee: What it trains.
-        stream: Its text or images.
-        team: The processes that share it.
-        work: Where checkpoints and metrics go.
-        progress: Whom to tell.
+        index: index of the stage in the recipe.
+        stage: the recipe's stage.
+        objective: what it computes.
+        trainee: what it trains.
+        stream: its text or images.
+        team: the processes that share it.
+        work: where checkpoints and metrics go.
+        progress: whom to tell.
     """
 
     index: int
@@ -101,17 +101,17 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     """Train a stage from where it stands to its end.
 
     Args:
-        job: The stage.
-        start: Where it stands: at the beginning, or where a checkpoint left it.
-        moments: The optimizer's moments of that checkpoint; empty at the beginning.
+        job: the stage.
+        start: where it stands: at the beginning, or where a checkpoint left it.
+        moments: the optimizer's moments of that checkpoint; empty at the beginning.
 
     Returns:
-        Where the stage ended; a checkpoint of that is in the work folder.
+        where the stage ended; a checkpoint of that is in the work folder.
 
     Raises:
-        TrainingError: The loss or a gradient is not finite.
-        DataError: The data cannot be read, or are too short.
-        InterruptedRun: A signal asked to stop; the step that it came in is done and saved.
+        TrainingError: the loss or a gradient is not finite.
+        DataError: the data cannot be read, or are too short.
+        InterruptedRun: a signal asked to stop; the step that it came in is done and saved.
     """
     groups = job.objective.parameter_groups()
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}

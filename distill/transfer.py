@@ -3,7 +3,7 @@
 import torch
 
 from ..attention_modules import Call, Tokens, create
-from ..convert.surgery.attention_function import AttentionCall, attention_tap
+from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..errors import TrainingError
 from ..recipes.stages.attention_transfer import AttentionTransferStage
 from .batches import Batch
@@ -26,8 +26,8 @@ class AttentionTransfer(Objective):
     `weight_cross_entropy` times the cross-entropy of the attention weights; that of the model is the mean over layers.
 
     Args:
-        trainee: The converted model.
-        stage: The recipe's stage.
+        trainee: the converted model.
+        stage: the recipe's stage.
 
     Raises:
         TrainingError: None of the converted layers has parameters, or the attention weights of one are no
@@ -80,7 +80,7 @@ class AttentionTransfer(Objective):
             return teacher
 
         self.trainee.model.eval()
-        with torch.no_grad(), attention_tap(self.trainee.model, learn):
+        with torch.no_grad(), attention_hook(self.trainee.model, learn):
             run_layers(self.trainee.model, batch)
         return Figures(torch.stack(losses).sum(), errors)
 

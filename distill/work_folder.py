@@ -43,11 +43,11 @@ class StageState:
     """Where a stage stands.
 
     Attributes:
-        stage: Index of the stage in the recipe.
-        step: Optimizer steps done in it.
-        tokens: Training tokens seen in it, by all processes.
-        seconds: Time spent on its steps.
-        position: Place in the data behind the last sequence used.
+        stage: index of the stage in the recipe.
+        step: optimizer steps done in it.
+        tokens: training tokens seen in it, by all processes.
+        seconds: time spent on its steps.
+        position: place in the data behind the last sequence used.
     """
 
     stage: int
@@ -62,8 +62,8 @@ class Snapshot:
     """A checkpoint as it was read back.
 
     Attributes:
-        state: Where the stage stood.
-        trained: Cores and adapters by name.
+        state: where the stage stood.
+        trained: cores and adapters by name.
         optimizer: AdamW's moments, as `<parameter>/<moment>`.
     """
 
@@ -76,7 +76,7 @@ class WorkFolder:
     """The folder beside an output in which a run keeps what it would need to go on.
 
     Args:
-        output: The folder that the run will write in the end, or a work folder itself.
+        output: the folder that the run will write in the end, or a work folder itself.
     """
 
     def __init__(self, output: Path) -> None:
@@ -89,7 +89,7 @@ class WorkFolder:
         """Within the context no other process can work in the folder, which is made if it is not there.
 
         Raises:
-            OutputError: Another process is at work in it, or it cannot be made.
+            OutputError: another process is at work in it, or it cannot be made.
         """
         lock = self._lock()
         try:
@@ -112,8 +112,8 @@ class WorkFolder:
         """Start afresh for a run of this identity; what an earlier run left is removed.
 
         Args:
-            identity: What must be as it is when the run goes on; JSON data.
-            measured: What is known already.
+            identity: what must be as it is when the run goes on; JSON data.
+            measured: what is known already.
         """
         self._make()
         self.clear()
@@ -123,10 +123,10 @@ class WorkFolder:
         """Refuse to go on with something else than what was begun.
 
         Args:
-            identity: What must be as it was.
+            identity: what must be as it was.
 
         Raises:
-            TrainingError: The folder is damaged, or was begun with another recipe, model, weights, text or number of
+            TrainingError: the folder is damaged, or was begun with another recipe, model, weights, text or number of
                 processes.
         """
         run = self._read_run()
@@ -208,7 +208,7 @@ class WorkFolder:
         """The last checkpoint; None if there is none yet.
 
         Raises:
-            TrainingError: It cannot be read.
+            TrainingError: it cannot be read.
         """
         checkpoints = self._checkpoints()
         if not checkpoints:

@@ -11,7 +11,7 @@ def import_folder(package: str) -> tuple[str, ...]:
         package: full dotted name of the package.
 
     Returns:
-        Full dotted names of the modules, sorted.
+        full dotted names of the modules, sorted.
     """
     folder = import_module(package)
     names = sorted(f"{package}.{module.name}" for module in pkgutil.iter_modules(folder.__path__) if not module.ispkg)

@@ -33,7 +33,7 @@ def copy_files(pairs: Iterable[tuple[Path, Path]], *, link: bool = False) -> dic
         link: where blocks cannot be shared, give the same file a second name instead, if the file system can.
 
     Returns:
-        The digest of each file.
+        the digest of each file.
 
     Raises:
         OutputError: a file changed its size while it was copied.

@@ -38,7 +38,7 @@ def lock_folder(folder: Path) -> FolderLock | None:
     """Lock a folder, or a file, without waiting.
 
     Returns:
-        The lock, which is not `held` where folders cannot be locked; None if another process has it or the folder is
+        the lock, which is not `held` where folders cannot be locked; None if another process has it or the folder is
         gone.
     """
     if sys.platform == "win32":

@@ -42,7 +42,7 @@ def atomic_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         overwrite: replace an `output` that is the result of an earlier conversion.
 
     Yields:
-        The temporary folder, on the same file system.
+        the temporary folder, on the same file system.
 
     Raises:
         OutputError: `output` exists and may not be replaced, its parent cannot be written, or the disk is full.

@@ -44,7 +44,7 @@ def strange_files(folder: Path, receipt: Mapping[str, Any]) -> list[str]:
         receipt: what its receipt holds.
 
     Returns:
-        Their names, sorted; none where the receipt is of a version that listed no files.
+        their names, sorted; none where the receipt is of a version that listed no files.
     """
     listed = receipt.get(KEY)
     if not isinstance(listed, list):

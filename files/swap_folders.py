@@ -14,7 +14,7 @@ def exchange(first: Path, second: Path) -> bool:
     """Swap two existing folders of one file system atomically.
 
     Returns:
-        Whether it was done; False where the system or the file system has no such call, and nothing has changed then.
+        whether it was done; False where the system or the file system has no such call, and nothing has changed then.
     """
     if sys.platform != "linux":
         return False

@@ -26,7 +26,7 @@ def embedded_tokens(split: str = "train") -> torch.Tensor:
         `[rows, 384]` int64; each row begins with the token that begins a story, and most end inside one.
 
     Raises:
-        DataError: There is no such split.
+        DataError: there is no such split.
     """
     if split not in SPLITS:
         raise DataError(f'The embedded sample has no split "{split}"; use one of: {", ".join(SPLITS)}.')

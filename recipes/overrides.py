@@ -102,7 +102,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[Prob
         overrides: see `Overrides.apply`.
 
     Returns:
-        What was wrong with the overrides; keys that no recipe has are left for the schema to find.
+        what was wrong with the overrides; keys that no recipe has are left for the schema to find.
     """
     changes = Overrides(data)
     changes.apply(overrides)

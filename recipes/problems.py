@@ -101,7 +101,7 @@ def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[i
     """Follow pydantic's location through the schema.
 
     Returns:
-        The location without the tags of unions, which are not in the YAML, and the type it leads to.
+        the location without the tags of unions, which are not in the YAML, and the type it leads to.
     """
     path: list[int | str] = []
     current: Any = model

@@ -155,9 +155,9 @@ class Recipe(Section):
             raise ValueError(f"{stages} would train on nothing: give data to the recipe or to each stage")
         for number, stage in enumerate(self.stages):
             section = stage.data or self.data
-            misfit = None if section is None else stage.misfit(section)
-            if misfit is not None:
-                raise ValueError(f"stage {number} ({stage.kind}) {misfit}")
+            why_unsupported = None if section is None else stage.why_unsupported(section)
+            if why_unsupported is not None:
+                raise ValueError(f"stage {number} ({stage.kind}) {why_unsupported}")
         return self
 
     def to_yaml(self) -> str:

@@ -60,17 +60,17 @@ class ConversionResult:
     """What a conversion did.
 
     Attributes:
-        output: The folder written.
-        plan: What was converted how.
-        metrics: One row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
+        output: the folder written.
+        plan: what was converted how.
+        metrics: one row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
             `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
             `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
-        start_distance: How far the layers' outputs were from softmax attention's right after the swap; empty if no
+        start_distance: how far the layers' outputs were from softmax attention's right after the swap; empty if no
             stage has text to measure it on.
-        seconds: Wall time.
-        exactness: How far the rewritten model was from its source; None without a rewrite.
-        self_contained: Whether the output brings all its code along.
-        linked: Whether weight files of the output are hard links to the base's: who overwrites those changes both.
+        seconds: wall time.
+        exactness: how far the rewritten model was from its source; None without a rewrite.
+        self_contained: whether the output brings all its code along.
+        linked: whether weight files of the output are hard links to the base's: who overwrites those changes both.
     """
 
     output: Path
@@ -105,22 +105,22 @@ def run_conversion(
     folder beside `output` until that is complete.
 
     Args:
-        source: A folder, a `.gguf` file or a Hub id.
-        recipe: The recipe.
-        output: The folder to write; it appears when all is done.
-        resume: Go on with an interrupted conversion; the result is bit for bit that of an uninterrupted one. What the
+        source: a folder, a `.gguf` file or a Hub id.
+        recipe: the recipe.
+        output: the folder to write; it appears when all is done.
+        resume: go on with an interrupted conversion; the result is bit for bit that of an uninterrupted one. What the
             recipe says about saving and reporting may be another than before, all else must be as it was.
-        resume_from: Go on with the conversion that was to write this other output, or that has this work folder.
-        overwrite: Replace an earlier result, and give up an unfinished one unless it is resumed.
-        allow_lossy: Accept that a method leaves out soft caps, sinks or biases of the model.
-        allow_inexact: Write the result of a rewrite that does not keep what it promised.
-        trust_remote_code: Let the checkpoint's own Python code define the model.
-        self_contained: Write a modeling file that loads the result without attnconv.
-        device: Where to compute, as torch names it; None means the accelerator if there is one.
-        progress: Whom to tell; None means nobody, and `attnconv.distill.TerminalProgress` draws bars on stderr.
+        resume_from: go on with the conversion that was to write this other output, or that has this work folder.
+        overwrite: replace an earlier result, and give up an unfinished one unless it is resumed.
+        allow_lossy: accept that a method leaves out soft caps, sinks or biases of the model.
+        allow_inexact: write the result of a rewrite that does not keep what it promised.
+        trust_remote_code: let the checkpoint's own Python code define the model.
+        self_contained: write a modeling file that loads the result without attnconv.
+        device: where to compute, as torch names it; None means the accelerator if there is one.
+        progress: whom to tell; None means nobody, and `attnconv.distill.TerminalProgress` draws bars on stderr.
 
     Raises:
-        AttnConvError: One of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.
+        AttnConvError: one of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.
     """
     began = time.monotonic()
     output = Path(output).expanduser()
@@ -235,7 +235,7 @@ def _begin(run: Run, output: Path, *, resume: bool, elsewhere: bool, overwrite: 
     """Check output, data and work folder before anything slow.
 
     Returns:
-        Whether all is done and only the work folder was left over; whether an earlier result is replaced.
+        whether all is done and only the work folder was left over; whether an earlier result is replaced.
     """
     unfinished = bool(run.recipe.stages) and run.work.exists()
     left_over = unfinished and not resume and run.work.is_finished(output)

@@ -27,9 +27,9 @@ class Continuation:
     """What a model makes of the prompt.
 
     Attributes:
-        text: Prompt and continuation, decoded greedily.
-        cache_bytes: What its cache held at the end.
-        recurrent_layers: How many layers of the cache are recurrent states instead of keys and values.
+        text: prompt and continuation, decoded greedily.
+        cache_bytes: what its cache held at the end.
+        recurrent_layers: how many layers of the cache are recurrent states instead of keys and values.
     """
 
     text: str
@@ -42,15 +42,15 @@ class DemoResult:
     """What the demonstration shows.
 
     Attributes:
-        output: The folder of the converted model.
-        layers: Attention layers converted, of `num_layers`.
-        num_layers: Attention layers of the model.
-        methods: The method and options of the converted layers.
-        metrics: See `ConversionResult.metrics`.
-        prompt: What both models continue.
-        teacher: The teacher's continuation.
-        converted: The converted model's.
-        seconds: Wall time of all of it.
+        output: the folder of the converted model.
+        layers: attention layers converted, of `num_layers`.
+        num_layers: attention layers of the model.
+        methods: the method and options of the converted layers.
+        metrics: see `ConversionResult.metrics`.
+        prompt: what both models continue.
+        teacher: the teacher's continuation.
+        converted: the converted model's.
+        seconds: wall time of all of it.
     """
 
     output: Path
@@ -72,12 +72,12 @@ def run_demo(output: str | Path, *, recipe: Recipe | None = None, progress: Prog
     """Convert the packaged model, reload the result from disk, and let both models continue a prompt.
 
     Args:
-        output: The folder to write; an earlier conversion there is replaced, anything else is refused.
-        recipe: Another recipe than `quickstart`.
-        progress: Whom to tell; None means nobody.
+        output: the folder to write; an earlier conversion there is replaced, anything else is refused.
+        recipe: another recipe than `quickstart`.
+        progress: whom to tell; None means nobody.
 
     Raises:
-        OutputError: The folder cannot be written.
+        OutputError: the folder cannot be written.
         RecipeError: `quickstart` was changed and is wrong.
     """
     began = time.monotonic()

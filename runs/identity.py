@@ -59,7 +59,7 @@ def find_revisions(recipe: Recipe) -> dict[str, str]:
     """The commit of each Hub data set of a recipe, so that a run reads the same text however long it takes.
 
     Returns:
-        The commits by the data sets' names; without those that the Hub does not tell.
+        the commits by the data sets' names; without those that the Hub does not tell.
     """
     from huggingface_hub import HfApi
 

@@ -98,7 +98,7 @@ def write_native(
         progress: whom to tell.
 
     Returns:
-        What was done, and how far the result is from the model; None in processes that write nothing.
+        what was done, and how far the result is from the model; None in processes that write nothing.
 
     Raises:
         PlanError: the model cannot be rewritten so.

@@ -101,10 +101,10 @@ class ToySettings(TaskSettings):
 class ToyTask(Task[ToySettings]):
     """Nothing."""
 
-    def units(self, subject, scope):
+    def units(self, evaluated, scope):
         return []
 
-    def measure(self, subject, unit):
+    def measure(self, evaluated, unit):
         raise NotImplementedError
 '''
 USES_TOYS = """

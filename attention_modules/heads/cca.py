@@ -74,7 +74,7 @@ class ConvolutionalAttention(SoftmaxAttention):
         self.reset_parameters()
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         if not geometry.causal:
             return "its convolutions run from left to right, which a bidirectional layer does not"
         return None

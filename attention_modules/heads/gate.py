@@ -58,7 +58,7 @@ class HeadGate(SoftmaxAttention):
     keeps_softmax = True
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         if geometry.hidden_size is None:
             return f"{cls.name!r} reads the layer's input, whose size is not known"
         return None

@@ -49,7 +49,7 @@ class MoaAttention(HeadGate):
         self.reset_parameters()
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """Experts are equal blocks of heads."""
         count = geometry.num_groups if options.share_kv else geometry.num_heads
         of = "query heads of each KV head" if options.share_kv else "query heads"
@@ -58,7 +58,7 @@ class MoaAttention(HeadGate):
             return f"{given}: give as many as the rewrite widen made"
         if options.active is not None and options.active > options.num_experts:
             return f"active={options.active} is more than there are experts ({options.num_experts})"
-        return super().misfit(geometry, options)
+        return super().why_unsupported(geometry, options)
 
     def reset_parameters(self) -> None:
         """Small random weights, which can be told apart."""

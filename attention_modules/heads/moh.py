@@ -78,7 +78,7 @@ class MohAttention(HeadGate):
                 self.balance = nn.Parameter(torch.zeros(2, hidden))
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """Units must be there, and enough of them."""
         num_units, shared = _num_units(geometry, options), _shared(options)
         units = "heads" if options.unit == "head" else "KV heads"
@@ -96,7 +96,7 @@ class MohAttention(HeadGate):
             return f"active={options.active} is more than the {routed} {units} that are routed"
         if options.router == "query_norm" and options.form == "paper":
             return "form: paper is about routers that are learned, and router: query_norm has gates of 1"
-        return super().misfit(geometry, options) if options.router == "linear" else None
+        return super().why_unsupported(geometry, options) if options.router == "linear" else None
 
     @torch.no_grad()
     def start_from(self, contributions: Tensor, moments: Tensor) -> None:

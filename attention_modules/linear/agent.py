@@ -68,7 +68,7 @@ class AgentAttention(AttentionModule):
         self.register_parameter("kernel", nn.Parameter(kernel) if options.kernel_size else None)
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """A causal layer, or sizes that no layout has."""
         if geometry.causal:
             return "agent pools over the whole sequence, so it cannot serve a causal layer, which must not look ahead"
@@ -79,7 +79,7 @@ class AgentAttention(AttentionModule):
         return None
 
     @classmethod
-    def misfit_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
+    def why_unsupported_tokens(cls, options: Any, image_tokens: int | None) -> str | None:
         """An image layout for what is no image, or not square."""
         if options.layout == "sequence":
             return None
@@ -193,9 +193,9 @@ class AgentAttention(AttentionModule):
 
     def _side(self, length: int, valid: Tensor | None) -> int:
         """Patches along one side of the image."""
-        misfit = self.misfit_tokens(self.options, length)
-        if misfit is not None:
-            raise ValueError(misfit)
+        why_unsupported = self.why_unsupported_tokens(self.options, length)
+        if why_unsupported is not None:
+            raise ValueError(why_unsupported)
         if valid is not None and not valid.all():
             raise ValueError("an image has no padding: set layout to sequence")
         return math.isqrt(length - self.options.prefix_tokens)

@@ -72,11 +72,11 @@ class GatedLinearAttention(RecurrentModule):
             self._reset_bias()
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """Besides what no method with a decaying state can serve: a sum of weights of both signs."""
         if options.normalizer and options.activation != "softmax":
             return f"normalizer divides by a sum of weights, which activation {options.activation} makes negative too"
-        return super().misfit(geometry, options)
+        return super().why_unsupported(geometry, options)
 
     @classmethod
     def needs_hidden_size(cls, options: Any) -> bool:

@@ -48,7 +48,7 @@ class LinearAttention(PureLinearModule):
         self.norm = None if options.normalizer else HeadNorm(geometry.num_heads, geometry.value_dim)
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """A number of columns for a projection that is not there."""
         if options.projection == "none" and options.feature_dim is not None:
             return "feature_dim counts the columns of φ's projection, but projection is none: leave feature_dim out"

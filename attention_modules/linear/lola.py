@@ -65,7 +65,7 @@ class LolaAttention(LolcatsAttention):
     options: LolaOptions
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """A layer that looks both ways."""
         if geometry.causal:
             return None

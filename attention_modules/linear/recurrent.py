@@ -72,7 +72,7 @@ class RecurrentModule(AttentionModule):
             self.output_gate = LowRankLinear(*sizes, options.output_gate_rank)
 
     @classmethod
-    def misfit(cls, geometry: Geometry, options: Any) -> str | None:
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """A layer that looks both ways, or one whose input has an unknown size."""
         if not geometry.causal:
             return f"{cls.name} runs from left to right, but this layer is bidirectional; `linear` can serve it"

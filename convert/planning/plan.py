@@ -221,8 +221,8 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
     options = parsed.model_dump(mode="json")
     keeps = info.module_class.keeps_softmax
     lossy = () if keeps else tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
-    refused = info.module_class.misfit(module.geometry, parsed)
-    refused = refused or info.module_class.misfit_tokens(parsed, module.image_tokens)
+    refused = info.module_class.why_unsupported(module.geometry, parsed)
+    refused = refused or info.module_class.why_unsupported_tokens(parsed, module.image_tokens)
     if (info.module_class.reprojects or info.module_class.reads_unrotated) and not module.shows_rotation:
         refused = f"{rule.method!r} works before the rotary embedding, which {module.class_name} does not show"
     if keeps:

@@ -214,7 +214,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load what turns raw input into the model's input: a tokenizer, or for other inputs a processor.
 
     Returns:
-        A tokenizer, a processor (text and something else), an image processor or a feature extractor; None if the
+        a tokenizer, a processor (text and something else), an image processor or a feature extractor; None if the
         checkpoint has none.
 
     Raises:

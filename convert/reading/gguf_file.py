@@ -16,7 +16,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
         path: the `.gguf` file.
 
     Returns:
-        The configuration, and the file's own float type, or float32 for quantised weights.
+        the configuration, and the file's own float type, or float32 for quantised weights.
 
     Raises:
         CheckpointError: the file is truncated, is one part of several, or is nothing that transformers reads.

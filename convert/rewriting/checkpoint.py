@@ -36,7 +36,7 @@ def rewrite_checkpoint(
         allow_inexact: write a result that is not what its steps promised.
 
     Returns:
-        How far the result is from the model at the start.
+        how far the result is from the model at the start.
 
     Raises:
         CheckpointError: the model cannot be read.

@@ -156,7 +156,7 @@ def write_rewritten(
         tell: told of what goes on.
 
     Returns:
-        The digest of each source file by name, and behind `NAME:` of each file of the further checkpoint NAME.
+        the digest of each source file by name, and behind `NAME:` of each file of the further checkpoint NAME.
 
     Raises:
         CheckpointError: a source file changed while it was read.

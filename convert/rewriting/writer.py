@@ -31,7 +31,7 @@ def write_targets(targets: Iterable[Target], folder: Path, *, shard_bytes: int) 
         shard_bytes: data of a shard at most; a tensor that is larger has a shard of its own.
 
     Returns:
-        The file of each tensor.
+        the file of each tensor.
 
     Raises:
         CheckpointError: two tensors have one name, a source ended early, or a tensor cannot be made.

@@ -28,7 +28,7 @@ CONTEXT = "attnconv_context"
 
 @dataclass
 class AttentionCall:
-    """One attention call of one converted module, as a tap sees it (no cache involved).
+    """One attention call of one converted module, as a hook sees it (no cache involved).
 
     Attributes:
         name: the module's name in the model.
@@ -139,23 +139,23 @@ class AttentionCall:
         return response_weights(self._base, self.value)
 
 
-Tap = Callable[[AttentionCall], Tensor]
+AttentionHook = Callable[[AttentionCall], Tensor]
 
 
 @contextmanager
-def attention_tap(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Inside, every converted module's attention is `tap(call)`; what it returns flows on through the model.
+def attention_hook(model: nn.Module, hook: AttentionHook) -> Iterator[None]:
+    """Inside, every converted module's attention is `hook(call)`; what it returns flows on through the model.
 
     Keep it active until backward has run if the model recomputes activations.
     """
     modules = [module for _, module in model.named_modules() if is_converted(module)]
     for module in modules:
-        module.__dict__["_attnconv_tap"] = tap
+        module.__dict__["_attnconv_hook"] = hook
     try:
         yield
     finally:
         for module in modules:
-            module.__dict__.pop("_attnconv_tap", None)
+            module.__dict__.pop("_attnconv_hook", None)
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -187,8 +187,8 @@ def attnconv_attention(
         raise PlanError(f"{type(module).__name__} was not converted, so attn_implementation='attnconv' cannot serve it")
     core = core_of(module)
     context = _context_of(module, kwargs)
-    tap = module.__dict__.get("_attnconv_tap")
-    if core.keeps_softmax and tap is None:
+    hook = module.__dict__.get("_attnconv_hook")
+    if core.keeps_softmax and hook is None:
         given = {"scaling": scaling, "dropout": dropout, **kwargs}
         return _acting_on_heads(module, core, context, (query, key, value, attention_mask), given)
     _refuse_unsupported(kwargs)
@@ -212,7 +212,7 @@ def attnconv_attention(
     is_chunked = getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None
     documents = packed_documents(kwargs, None if is_chunked else attention_mask, padding_mask, *sizes)
     around = surroundings(module, core, query, key, kwargs.get("position_ids"), context.embeddings)
-    if tap is not None:
+    if hook is not None:
 
         def base(values: Tensor) -> Tensor:
             function = _own_function(module)
@@ -221,7 +221,7 @@ def attnconv_attention(
 
         name = module.__dict__["_attnconv_name"]
         tensors = query, key, value, padding_mask, scaling, context.hidden_states
-        return tap(AttentionCall(name, core, *tensors, around, documents, base)).transpose(1, 2).contiguous(), None
+        return hook(AttentionCall(name, core, *tensors, around, documents, base)).transpose(1, 2).contiguous(), None
     out = None
     given = {"scaling": scaling, "hidden_states": context.hidden_states, "around": around}
     if documents is not None:

@@ -93,9 +93,9 @@ def watching(model: nn.Module, watcher: Watcher, names: Collection[str]) -> Iter
     No cache must be in use. Afterwards the model is as it was.
 
     Args:
-        model: A model, converted or not.
-        watcher: What to call.
-        names: Modules of `attention_layers`.
+        model: a model, converted or not.
+        watcher: what to call.
+        names: modules of `attention_layers`.
 
     Raises:
         PlanError: the model has no such module, or it cannot be watched.
@@ -115,16 +115,16 @@ def watching(model: nn.Module, watcher: Watcher, names: Collection[str]) -> Iter
 @contextmanager
 def _converted(module: nn.Module, name: str, watcher: Watcher) -> Iterator[None]:
     # The name in this very model: a loaded one knows its modules by their names in the part without the head.
-    def tap(call: AttentionCall) -> Tensor:
+    def hook(call: AttentionCall) -> Tensor:
         output = call.converted()
         watcher(WatchedCall(name, call.core, output, call.student_weights, call.statistics))
         return output
 
-    module.__dict__["_attnconv_tap"] = tap
+    module.__dict__["_attnconv_hook"] = hook
     try:
         yield
     finally:
-        module.__dict__.pop("_attnconv_tap", None)
+        module.__dict__.pop("_attnconv_hook", None)
 
 
 @contextmanager

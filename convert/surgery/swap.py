@@ -57,7 +57,7 @@ class ConvertedMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Dynamic classes cannot be imported by name, so copies are rebuilt from the original class."""
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_attnconv_context", "_attnconv_tap")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_attnconv_context", "_attnconv_hook")}
         return _rebuild, (self._attnconv_original,), state
 
 

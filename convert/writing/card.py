@@ -61,7 +61,7 @@ def make_card(
         native_config: config.json of a model that needs no code of this package, for what is known of serving it.
 
     Returns:
-        The text of `README.md`, metadata first.
+        the text of `README.md`, metadata first.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -113,7 +113,7 @@ def with_report(card: str, section: str) -> str:
         section: the section with its heading.
 
     Returns:
-        The card's text; outside of the markers it is as it was.
+        the card's text; outside of the markers it is as it was.
 
     Raises:
         ValueError: the card has one of the two markers only, or has them twice.

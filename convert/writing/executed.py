@@ -155,7 +155,7 @@ def _telling_length(core: AttentionModule) -> int | None:
     for length in LENGTHS:
         rank = torch.tensor([[length]])
         too_long = length > LONGEST_WHOLE and not _serves_few_queries(core)
-        fits = core.misfit_tokens(core.options, length) is None and not too_long
+        fits = core.why_unsupported_tokens(core.options, length) is None and not too_long
         if fits and int(core.tokens_attended(rank, rank).sum()) <= length // 2:
             return int(length)
     return None

@@ -59,7 +59,7 @@ def push_folder(
         token: access token; the default is the one stored by `hf auth login`, or `HF_TOKEN`.
 
     Returns:
-        The address of the repository, or of the branch.
+        the address of the repository, or of the branch.
 
     Raises:
         CheckpointError: the folder is not a complete converted model.

@@ -118,7 +118,7 @@ def auto_classes(model_type: str, architecture: str) -> dict[str, str]:
         architecture: a class of transformers.
 
     Returns:
-        The auto class's name → the model class's name; empty if transformers does not have the architecture.
+        the auto class's name → the model class's name; empty if transformers does not have the architecture.
     """
     from transformers.models.auto import modeling_auto
 

@@ -16,7 +16,7 @@ def held_bytes(cache: Any) -> int:
     not; peak memory shows that.
 
     Args:
-        cache: What a model returned as its cache, or a layer of it.
+        cache: what a model returned as its cache, or a layer of it.
     """
     if isinstance(cache, torch.Tensor):
         # Single numbers are counters.

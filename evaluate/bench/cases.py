@@ -22,13 +22,13 @@ class BenchSettings:
     """What is measured, and how often.
 
     Attributes:
-        contexts: Lengths in tokens, ascending, for prefill and decoding.
-        batches: Sequences at once.
-        repeats: How often each prefill and training step is timed, after one that is not.
-        decode_tokens: How many steps of decoding are timed, after some that are not.
-        dtype: One of `subjects.DTYPES`.
-        training_contexts: Lengths in tokens, ascending, for training steps of one sequence.
-        max_seconds: What one repeat may take, in seconds; longer ones are left out.
+        contexts: lengths in tokens, ascending, for prefill and decoding.
+        batches: sequences at once.
+        repeats: how often each prefill and training step is timed, after one that is not.
+        decode_tokens: how many steps of decoding are timed, after some that are not.
+        dtype: one of `engine.models.DTYPES`.
+        training_contexts: lengths in tokens, ascending, for training steps of one sequence.
+        max_seconds: what one repeat may take, in seconds; longer ones are left out.
     """
 
     contexts: tuple[int, ...]
@@ -54,7 +54,7 @@ class BenchSettings:
         """Settings with their lists in order and each number once.
 
         Raises:
-            DataError: A setting is none of those allowed.
+            DataError: a setting is none of those allowed.
         """
         numbers = {"contexts": contexts, "batches": batches, "training_contexts": training_contexts}
         for name, values in numbers.items():
@@ -107,20 +107,20 @@ class Case:
     Attributes:
         measure: `"prefill"`, `"decode"` or `"transfer"`.
         role: `"model"` or `"base"`.
-        context: Tokens of each sequence.
-        batch: Sequences at once.
-        seconds: Every repeat; for decoding every step, which gives each sequence one token.
-        median: Of `seconds`.
-        low: First quartile of `seconds`.
-        high: Third quartile of `seconds`.
-        tokens_per_second: Tokens of all sequences over the median.
-        ms_per_token: Milliseconds of a decoding step; None for the others.
-        peak_bytes: Highest memory above weights and what was held before, the cache included.
-        cache_bytes: What the cache holds after the prefill; None for training.
-        attention: What the converted layers did in one turn that is not timed, as `AttentionCounts.to_dict` has it;
+        context: tokens of each sequence.
+        batch: sequences at once.
+        seconds: every repeat; for decoding every step, which gives each sequence one token.
+        median: of `seconds`.
+        low: first quartile of `seconds`.
+        high: third quartile of `seconds`.
+        tokens_per_second: tokens of all sequences over the median.
+        ms_per_token: milliseconds of a decoding step; None for the others.
+        peak_bytes: highest memory above weights and what was held before, the cache included.
+        cache_bytes: what the cache holds after the prefill; None for training.
+        attention: what the converted layers did in one turn that is not timed, as `AttentionCounts.to_dict` has it;
             None for a model without any, and for training.
-        skipped: Why there are no figures; None if there are.
-        note: What else is to be known.
+        skipped: why there are no figures; None if there are.
+        note: what else is to be known.
     """
 
     measure: str

@@ -17,9 +17,9 @@ class Reading:
     """What one run of an action took.
 
     Attributes:
-        output: What it returned.
-        seconds: Wall time until the device had finished.
-        peak_bytes: Highest memory above what was held before; None if nobody counts it.
+        output: what it returned.
+        seconds: wall time until the device had finished.
+        peak_bytes: highest memory above what was held before; None if nobody counts it.
     """
 
     output: Any
@@ -31,8 +31,8 @@ class Stopwatch:
     """Times actions on a device.
 
     Args:
-        device: Where they run; work that was only queued there is waited for.
-        clock: Seconds since any moment.
+        device: where they run; work that was only queued there is waited for.
+        clock: seconds since any moment.
     """
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
@@ -44,8 +44,8 @@ class Stopwatch:
         """Run an action.
 
         Args:
-            action: What to measure.
-            tidy: Return freed memory to the system before, which takes longer than short actions themselves.
+            action: what to measure.
+            tidy: return freed memory to the system before, which takes longer than short actions themselves.
         """
         if tidy:
             trim()

@@ -19,11 +19,11 @@ class Crossover:
     """The length from which a model is below its base.
 
     Attributes:
-        batch: Sequences at once.
-        context: Tokens, by interpolation of the medians; None if there is no such length among those measured.
-        low: The same from the model's first and the base's third quartiles, which favour the model.
-        high: The same the other way round.
-        note: What was found, in words.
+        batch: sequences at once.
+        context: tokens, by interpolation of the medians; None if there is no such length among those measured.
+        low: the same from the model's first and the base's third quartiles, which favour the model.
+        high: the same the other way round.
+        note: what was found, in words.
     """
 
     batch: int
@@ -124,7 +124,7 @@ def interpolate(ratios: Mapping[int, float]) -> float | None:
     """The context from which ratios stay below 1, straight lines between points in logarithms of both; None if none.
 
     Args:
-        ratios: Positive ratios by context, contexts ascending.
+        ratios: positive ratios by context, contexts ascending.
     """
     contexts = list(ratios)
     at_least = [index for index, context in enumerate(contexts) if ratios[context] >= 1]

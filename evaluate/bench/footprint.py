@@ -16,9 +16,9 @@ class CachedLayer:
     """One attention layer as the cache sees it.
 
     Attributes:
-        geometry: Its head counts and sizes.
-        window: Newest tokens that the unconverted layer keeps; None means all.
-        module: The method's module in place of softmax attention (its weights may be on the meta device); None if
+        geometry: its head counts and sizes.
+        window: newest tokens that the unconverted layer keeps; None means all.
+        module: the method's module in place of softmax attention (its weights may be on the meta device); None if
             the layer stays as it is.
     """
 
@@ -32,9 +32,9 @@ class Footprint:
     """Bytes that one sequence holds.
 
     Attributes:
-        tokens: Length of the sequence.
-        before: Key/value cache of the model as it is.
-        after: States of the converted layers and key/value cache of the others.
+        tokens: length of the sequence.
+        before: key/value cache of the model as it is.
+        after: states of the converted layers and key/value cache of the others.
     """
 
     tokens: int

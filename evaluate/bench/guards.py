@@ -19,12 +19,12 @@ def refusal(
     """Why a case is left out before it is begun; None if it is not.
 
     Args:
-        piece: What is to be measured.
-        role: Of which model.
-        earlier: Finished cases.
-        positions: Longest sequence that the model was made for, in tokens.
-        limit: Seconds that one repeat may take.
-        available: Bytes of memory that can be had; None if unknown.
+        piece: what is to be measured.
+        role: of which model.
+        earlier: finished cases.
+        positions: longest sequence that the model was made for, in tokens.
+        limit: seconds that one repeat may take.
+        available: bytes of memory that can be had; None if unknown.
     """
     if piece.context > positions:
         return f"the model was made for {count(positions)} positions"

@@ -11,21 +11,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...compat import cache_argument, cache_of
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from ...convert.reading.links import refuse_overwritten
-from ..engine.models import positions_of, require_causal, subject_dtype
+from ..engine.models import evaluated_dtype, positions_of, require_causal
 from .cases import Role
 
 SEED = 0
 
 
 @dataclass
-class Contestant:
+class BenchedModel:
     """A model in the benchmark.
 
     Attributes:
         role: `"model"` or `"base"`.
-        checkpoint: Its files.
-        dtype: What it runs in.
-        loaded: The model while it is in memory.
+        checkpoint: its files.
+        dtype: what it runs in.
+        loaded: the model while it is in memory.
     """
 
     role: Role
@@ -50,23 +50,23 @@ class Contestant:
         return self.loaded
 
 
-def open_contestant(role: Role, source: str, *, dtype: str, trust_remote_code: bool) -> Contestant:
+def open_benched(role: Role, source: str, *, dtype: str, trust_remote_code: bool) -> BenchedModel:
     """Open a causal language model without its weights; a tokenizer is not needed.
 
     Raises:
-        CheckpointError: It cannot be read, or is another kind of model.
+        CheckpointError: it cannot be read, or is another kind of model.
     """
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code, allow_converted=True)
     require_causal(checkpoint)
     refuse_overwritten(checkpoint.path)
-    return Contestant(role, checkpoint, subject_dtype(checkpoint, dtype))
+    return BenchedModel(role, checkpoint, evaluated_dtype(checkpoint, dtype))
 
 
 class ModelRunner:
     """Runs a model token by token or all at once.
 
     Args:
-        model: A causal language model.
+        model: a causal language model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -16,10 +16,10 @@ class BenchRow:
 
     Attributes:
         measure: `"prefill"`, `"decode"` or `"transfer"`.
-        context: Tokens of each sequence.
-        batch: Sequences at once.
-        model: The model's case.
-        base: The base's case; None without a base.
+        context: tokens of each sequence.
+        batch: sequences at once.
+        model: the model's case.
+        base: the base's case; None without a base.
     """
 
     measure: str
@@ -71,8 +71,8 @@ def crossover_sentences(crossover: Mapping[str, Sequence[Crossover]]) -> tuple[s
     sentences = []
     for measure, found in crossover.items():
         for entry in found:
-            subject = f"{names[measure]}, batch {entry.batch}"
-            sentences.append(f"{subject}: {_place(entry)}{entry.note}")
+            evaluated = f"{names[measure]}, batch {entry.batch}"
+            sentences.append(f"{evaluated}: {_place(entry)}{entry.note}")
     return tuple(sentences)
 
 

@@ -26,7 +26,7 @@ from .clock import Clock, Stopwatch
 from .crossover import crossovers
 from .guards import refusal
 from .memory import available_bytes, give_back
-from .models import Contestant, ModelRunner, open_contestant, ordinary_tokens, random_prompt
+from .models import BenchedModel, ModelRunner, open_benched, ordinary_tokens, random_prompt
 from .schema import BenchmarkFile
 from .turns import DecodeLane, Lane, PrefillLane, TrainingLane, take_turns
 
@@ -47,10 +47,10 @@ class TrainingCases(Protocol):
         """Prepare a converted model, which is used for nothing else afterwards.
 
         Returns:
-            One step on token ids `[batch, T]`; it leaves the weights as they are and no gradients behind.
+            one step on token ids `[batch, T]`; it leaves the weights as they are and no gradients behind.
 
         Raises:
-            TrainingError: There is nothing to train.
+            TrainingError: there is nothing to train.
         """
 
 
@@ -59,8 +59,8 @@ class BenchResult:
     """The answer of `run_bench`.
 
     Attributes:
-        results: What the file holds.
-        path: The file.
+        results: what the file holds.
+        path: the file.
     """
 
     results: BenchmarkFile
@@ -103,27 +103,27 @@ def run_bench(
     not measured again.
 
     Args:
-        source: A local folder, Hub id or `.gguf` file of a causal language model, converted or not.
-        against: The model to compare with.
-        contexts: Lengths of the prompt, in tokens.
-        batches: Sequences at once.
-        repeats: How often each prefill and training step is timed, at least 1.
-        decode_tokens: How many steps of decoding are timed, at least 1.
-        dtype: One of `subjects.DTYPES`; auto is that of each checkpoint.
-        device: Where to run; None means a GPU if there is one.
-        training_contexts: Lengths of the training sequences, in tokens; they have no effect without `training`.
-        max_seconds: What one repeat may take, in seconds.
-        output: Folder for the results; None means as `results_folder` says.
-        restart: Forget what an interrupted run measured.
-        trust_remote_code: Whether models that bring their own code may run it.
-        progress: Called with (pieces done, pieces in all, what is being done).
-        training: Makes the training steps of a converted model; without it there are none.
-        clock: What tells the time, in seconds.
+        source: a local folder, Hub id or `.gguf` file of a causal language model, converted or not.
+        against: the model to compare with.
+        contexts: lengths of the prompt, in tokens.
+        batches: sequences at once.
+        repeats: how often each prefill and training step is timed, at least 1.
+        decode_tokens: how many steps of decoding are timed, at least 1.
+        dtype: one of `engine.models.DTYPES`; auto is that of each checkpoint.
+        device: where to run; None means a GPU if there is one.
+        training_contexts: lengths of the training sequences, in tokens; they have no effect without `training`.
+        max_seconds: what one repeat may take, in seconds.
+        output: folder for the results; None means as `results_folder` says.
+        restart: forget what an interrupted run measured.
+        trust_remote_code: whether models that bring their own code may run it.
+        progress: called with (pieces done, pieces in all, what is being done).
+        training: makes the training steps of a converted model; without it there are none.
+        clock: what tells the time, in seconds.
 
     Raises:
-        CheckpointError: A model cannot be read, or is no causal language model.
-        DataError: A setting is none of those allowed.
-        OutputError: The results cannot be written.
+        CheckpointError: a model cannot be read, or is no causal language model.
+        DataError: a setting is none of those allowed.
+        OutputError: the results cannot be written.
     """
     settings = BenchSettings.checked(
         contexts=contexts,
@@ -136,20 +136,20 @@ def run_bench(
     )
     where = find_device(device)
     sources: dict[Role, str | None] = {BASE: against, MODEL: source}
-    contestants = [
-        open_contestant(role, name, dtype=dtype, trust_remote_code=trust_remote_code)
+    benched_models = [
+        open_benched(role, name, dtype=dtype, trust_remote_code=trust_remote_code)
         for role, name in sources.items()
         if name is not None
     ]
-    _warn_of_two_dtypes(contestants)
-    about = {contestant.role: describe_model(contestant.checkpoint, contestant.dtype) for contestant in contestants}
+    _warn_of_two_dtypes(benched_models)
+    about = {benched.role: describe_model(benched.checkpoint, benched.dtype) for benched in benched_models}
     setup = describe_setup(where)
     folder = results_folder(source, output)
     with Journal(folder / JOURNAL) as journal:
         if restart:
             journal.remove()
         identity = _identity(settings, about, setup)
-        bench = _Bench(settings, contestants, Stopwatch(where, clock), training, journal, identity)
+        bench = _Bench(settings, benched_models, Stopwatch(where, clock), training, journal, identity)
         cases = bench.run(progress)
         results = BenchmarkFile(
             model=about[MODEL],
@@ -164,8 +164,8 @@ def run_bench(
     return BenchResult(results, path)
 
 
-def _warn_of_two_dtypes(contestants: Sequence[Contestant]) -> None:
-    dtypes = [str(contestant.dtype).removeprefix("torch.") for contestant in contestants]
+def _warn_of_two_dtypes(benched_models: Sequence[BenchedModel]) -> None:
+    dtypes = [str(benched.dtype).removeprefix("torch.") for benched in benched_models]
     if len(set(dtypes)) > 1:
         logger.warning("The base runs in %s and the model in %s: give a dtype to compare like with like.", *dtypes)
 
@@ -185,7 +185,7 @@ class _Bench:
     """A benchmark that is under way."""
 
     settings: BenchSettings
-    contestants: Sequence[Contestant]
+    benched_models: Sequence[BenchedModel]
     watch: Stopwatch
     training: TrainingCases | None
     journal: Journal
@@ -195,7 +195,7 @@ class _Bench:
 
     def run(self, progress: Progress | None) -> list[Case]:
         """All cases, those of an interrupted run among them."""
-        converted = self.contestants[-1].checkpoint.is_converted
+        converted = self.benched_models[-1].checkpoint.is_converted
         pieces = pieces_of(self.settings, training=self.training is not None and converted)
         kept = sum(self._key(piece) in self.journal for piece in pieces)
         if kept:
@@ -222,7 +222,7 @@ class _Bench:
         return f"{self.identity}/{piece.measure}/{piece.batch}/{piece.context}"
 
     def _measured(self, piece: Piece) -> list[Case]:
-        roles = [item for item in self.contestants if piece.measure != TRANSFER or item.role == MODEL]
+        roles = [item for item in self.benched_models if piece.measure != TRANSFER or item.role == MODEL]
         refused = {item.role: self._refusal(piece, item) for item in roles}
         able = [item for item in roles if refused[item.role] is None]
         measured: dict[str, Case] = {}
@@ -237,18 +237,18 @@ class _Bench:
             for role, reason in refused.items()
         ]
 
-    def _refusal(self, piece: Piece, contestant: Contestant) -> str | None:
+    def _refusal(self, piece: Piece, benched: BenchedModel) -> str | None:
         available = available_bytes(self.watch.device)
         reason = refusal(
             piece,
-            contestant.role,
+            benched.role,
             self.cases,
-            positions=contestant.positions,
+            positions=benched.positions,
             limit=self.settings.max_seconds,
             available=available,
         )
-        if reason is None and piece.measure == DECODE and contestant.positions <= self._steps:
-            reason = f"{self._steps} steps of decoding do not fit into {count(contestant.positions)} positions"
+        if reason is None and piece.measure == DECODE and benched.positions <= self._steps:
+            reason = f"{self._steps} steps of decoding do not fit into {count(benched.positions)} positions"
         return reason
 
     @property
@@ -257,9 +257,9 @@ class _Bench:
 
     @cached_property
     def _tokens(self) -> torch.Tensor:
-        return ordinary_tokens([item.checkpoint for item in self.contestants])
+        return ordinary_tokens([item.checkpoint for item in self.benched_models])
 
-    def _prompt(self, piece: Piece, able: Sequence[Contestant]) -> tuple[torch.Tensor, str | None]:
+    def _prompt(self, piece: Piece, able: Sequence[BenchedModel]) -> tuple[torch.Tensor, str | None]:
         """The tokens of a piece, the same for all models, and what is to be said about them."""
         length, note = piece.context, None
         if piece.measure == DECODE:
@@ -269,7 +269,7 @@ class _Bench:
                 note = f"decoding began after {count(length)} tokens, so that it ends within the model's positions"
         return random_prompt(self._tokens, context=length, batch=piece.batch).to(self.watch.device), note
 
-    def _turns(self, piece: Piece, able: Sequence[Contestant], prompt: torch.Tensor) -> list[Case]:
+    def _turns(self, piece: Piece, able: Sequence[BenchedModel], prompt: torch.Tensor) -> list[Case]:
         repeats, limit = self.settings.repeats, self.settings.max_seconds
         lanes: list[Lane]
         if piece.measure == TRANSFER:
@@ -287,7 +287,7 @@ class _Bench:
         return [lane.case(piece) for lane in lanes]
 
     def _load(self) -> None:
-        for item in self.contestants:
+        for item in self.benched_models:
             if item.loaded is None:
                 model = item.load(self.watch.device)
                 if item.checkpoint.is_converted:
@@ -295,9 +295,9 @@ class _Bench:
                     count_tokens(model, random_prompt(self._tokens, context=int(min(CHECKED, item.positions)), batch=1))
 
     def _unload(self) -> None:
-        held = any(item.loaded is not None for item in self.contestants)
+        held = any(item.loaded is not None for item in self.benched_models)
         self.step = None
-        for item in self.contestants:
+        for item in self.benched_models:
             item.loaded = None
         if held:
             give_back(self.watch.device)
@@ -309,7 +309,7 @@ class _Bench:
             # Training turns the new attention to fp32 and wants tensors that no inference mode has touched.
             self._unload()
             try:
-                self.step = self.training(self.contestants[-1].load(self.watch.device))
+                self.step = self.training(self.benched_models[-1].load(self.watch.device))
             except TrainingError as error:
                 self.step = str(error)
         return self.step

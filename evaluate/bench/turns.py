@@ -152,10 +152,10 @@ def take_turns(lanes: Sequence[Lane], watch: Stopwatch, *, repeats: int, limit: 
     """Measure all lanes `repeats` times each, one after the other; out of memory leaves a lane out.
 
     Args:
-        lanes: Models of the same measure.
-        watch: What measures.
-        repeats: Turns that count.
-        limit: Seconds that one turn may take; a lane whose warm-up takes longer is left out.
+        lanes: models of the same measure.
+        watch: what measures.
+        repeats: turns that count.
+        limit: seconds that one turn may take; a lane whose warm-up takes longer is left out.
     """
     trim()
     try:

@@ -35,11 +35,11 @@ class LayerAdvice:
     """What a layer could become.
 
     Attributes:
-        layer: Its number, as recipes count layers.
-        name: Its name in the model.
-        method: A registered method; `softmax` means to keep it.
-        options: Options of the method.
-        reason: Why, in one clause.
+        layer: its number, as recipes count layers.
+        name: its name in the model.
+        method: a registered method; `softmax` means to keep it.
+        options: options of the method.
+        reason: why, in one clause.
     """
 
     layer: int
@@ -99,9 +99,9 @@ def advice_yaml(advice: Sequence[LayerAdvice], *, name: str = "advised", source:
     """Write advice as a recipe, reasons as comments, healed as `lolcats-plus` or, where layers keep softmax, `hybrid`.
 
     Args:
-        advice: What `recommend` returned.
-        name: The recipe's name.
-        source: The model that it is for, to be named in the description.
+        advice: what `recommend` returned.
+        name: the recipe's name.
+        source: the model that it is for, to be named in the description.
     """
     softmax = any(one.method == "softmax" for one in advice)
     healed = HYBRID_RECIPE if softmax else LINEAR_RECIPE

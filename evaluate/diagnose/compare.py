@@ -25,13 +25,13 @@ class LayerComparison:
     """One layer of both models on one text.
 
     Attributes:
-        layer: The layer.
+        layer: the layer.
         kl: `[heads]`, KL(base || model) of the attention weights in nats, mean over queries.
-        error: Sum of the squared differences of the attention outputs, before the output projection.
-        power: Sum of the base's squared outputs.
+        error: sum of the squared differences of the attention outputs, before the output projection.
+        power: sum of the base's squared outputs.
         base_map: `[heads, size, size]`, the base's weights, shrunk if larger.
-        model_map: The same of the model; where a method's weights are no distribution, each one's share of all sizes.
-        statistics: What the model's method tells about itself, `density` for any.
+        model_map: the same of the model; where a method's weights are no distribution, each one's share of all sizes.
+        statistics: what the model's method tells about itself, `density` for any.
     """
 
     layer: AttentionLayer
@@ -51,7 +51,7 @@ def attention_divergence(base: Tensor, model: Tensor) -> Tensor:
 
     Args:
         base: `[..., T, S]`.
-        model: The same shape.
+        model: the same shape.
 
     Returns:
         `[...]`.
@@ -102,11 +102,11 @@ def compare_layers(
     """Run both models on the same tokens, each with its own hidden states, and compare layer by layer.
 
     Args:
-        base: What the other is measured by, in eval mode.
-        model: The other, in eval mode.
+        base: what the other is measured by, in eval mode.
+        model: the other, in eval mode.
         input_ids: `[1, T]`.
-        layers: What `comparable_layers` found.
-        map_size: Rows and columns of the maps at most.
+        layers: what `comparable_layers` found.
+        map_size: rows and columns of the maps at most.
     """
     size = max((layer.module.geometry.num_heads for layer in layers), default=1) * input_ids.shape[1] ** 2
     at_once = max(1, WEIGHTS_AT_ONCE // size)

@@ -49,21 +49,21 @@ def diagnose_model(
     how far a head looks.
 
     Args:
-        source: A local folder, Hub id or `.gguf` file, or a loaded model.
-        text: Name of a packaged text, or a `.txt` or `.jsonl` file, or either with `.gz`.
-        tokenizer: The tokenizer of a loaded model; not needed otherwise.
-        field: The key that holds the text in each JSON line.
-        tokens: Tokens of the text to use; a shorter text is used whole.
-        context: Tokens in a window, at least four times `window`; less where the model has fewer positions.
-        window: Newest tokens that count as near.
-        device: Where to run a model that is not loaded yet; None means a GPU if there is one.
-        trust_remote_code: Whether a model that brings its own code may run it.
-        progress: Called with (tokens done, tokens in all).
+        source: a local folder, Hub id or `.gguf` file, or a loaded model.
+        text: name of a packaged text, or a `.txt` or `.jsonl` file, or either with `.gz`.
+        tokenizer: the tokenizer of a loaded model; not needed otherwise.
+        field: the key that holds the text in each JSON line.
+        tokens: tokens of the text to use; a shorter text is used whole.
+        context: tokens in a window, at least four times `window`; less where the model has fewer positions.
+        window: newest tokens that count as near.
+        device: where to run a model that is not loaded yet; None means a GPU if there is one.
+        trust_remote_code: whether a model that brings its own code may run it.
+        progress: called with (tokens done, tokens in all).
 
     Raises:
-        CheckpointError: The model cannot be read, is a conversion already, or takes no text.
-        PlanError: Its attention cannot be found, or none of its layers can be diagnosed.
-        DataError: The text cannot be used, or a number is out of its range.
+        CheckpointError: the model cannot be read, is a conversion already, or takes no text.
+        PlanError: its attention cannot be found, or none of its layers can be diagnosed.
+        DataError: the text cannot be used, or a number is out of its range.
     """
     model, tokenizer, name = _open(source, tokenizer, device, trust_remote_code)
     layers = attention_layers(model)

@@ -32,15 +32,15 @@ class ModuleGroup:
     """Consecutive attention modules that are alike and meet the same fate.
 
     Attributes:
-        modules: Their names as one, such as `model.layers.0-29.self_attn`.
-        count: How many they are.
-        class_name: Class of the modules in transformers.
-        geometry: Head counts and sizes of each.
-        method: What they become; None if they stay as they are.
-        options: Options of the method.
-        parameters: New parameters of all of them together.
-        lossy: What the method would drop of what they do now.
-        refused: Why they cannot be converted; None if they can.
+        modules: their names as one, such as `model.layers.0-29.self_attn`.
+        count: how many they are.
+        class_name: class of the modules in transformers.
+        geometry: head counts and sizes of each.
+        method: what they become; None if they stay as they are.
+        options: options of the method.
+        parameters: new parameters of all of them together.
+        lossy: what the method would drop of what they do now.
+        refused: why they cannot be converted; None if they can.
     """
 
     modules: str
@@ -59,18 +59,18 @@ class Inspection:
     """The answer of `inspect_model`.
 
     Attributes:
-        source: The model as it was named.
-        model_type: Its type in transformers.
-        class_name: Its class.
-        dtype: Its dtype, which keys and values have too.
-        recipe: Name of the recipe; None if none was asked about.
-        already_converted: Whether the model carries a conversion, which is then what the groups show.
-        groups: The attention modules in order.
-        footprints: Bytes per sequence at several lengths; empty for a model that generates nothing.
-        unmatched: A sentence for each attention rule of the recipe that matches no layer.
-        rewrite: What its rewrites make of the model, which is then what the groups show; None without any.
-        overwritten: A sentence if weights that the conversion shares with its base were overwritten, else None.
-        serving: What is known of engines that serve the model as it is, a line each; empty beside a recipe.
+        source: the model as it was named.
+        model_type: its type in transformers.
+        class_name: its class.
+        dtype: its dtype, which keys and values have too.
+        recipe: name of the recipe; None if none was asked about.
+        already_converted: whether the model carries a conversion, which is then what the groups show.
+        groups: the attention modules in order.
+        footprints: bytes per sequence at several lengths; empty for a model that generates nothing.
+        unmatched: a sentence for each attention rule of the recipe that matches no layer.
+        rewrite: what its rewrites make of the model, which is then what the groups show; None without any.
+        overwritten: a sentence if weights that the conversion shares with its base were overwritten, else None.
+        serving: what is known of engines that serve the model as it is, a line each; empty beside a recipe.
     """
 
     source: str
@@ -121,15 +121,15 @@ def inspect_model(
     """Probe a model's attention without its weights, which of a Hub model are not even downloaded, and plan a recipe.
 
     Args:
-        source: A local folder, Hub id or `.gguf` file.
-        recipe: What to plan; what it would lose or be refused is reported, not raised.
-        lengths: Tokens of the sequences whose cache is counted.
-        trust_remote_code: Whether a model that brings its own code may run it.
+        source: a local folder, Hub id or `.gguf` file.
+        recipe: what to plan; what it would lose or be refused is reported, not raised.
+        lengths: tokens of the sequences whose cache is counted.
+        trust_remote_code: whether a model that brings its own code may run it.
 
     Raises:
-        CheckpointError: The model cannot be read or is refused.
-        PlanError: Its attention cannot be found.
-        RecipeError: The recipe names layers that the model does not have.
+        CheckpointError: the model cannot be read or is refused.
+        PlanError: its attention cannot be found.
+        RecipeError: the recipe names layers that the model does not have.
     """
     config, dtype = _open_config(source, trust_remote_code)
     model_class = model_class_of(config, trust_remote_code=trust_remote_code)

@@ -16,10 +16,10 @@ def watch_tokens(model: PreTrainedModel, input_ids: Tensor, watcher: Watcher, na
     """Run a model's layers, without its head, and show the attention calls of some of them.
 
     Args:
-        model: A model that takes token ids, in eval mode, converted or not.
+        model: a model that takes token ids, in eval mode, converted or not.
         input_ids: `[batch, T]`.
-        watcher: Called with each call in turn; what it does not keep is gone before the next layer runs.
-        names: Modules of `attention_layers`.
+        watcher: called with each call in turn; what it does not keep is gone before the next layer runs.
+        names: modules of `attention_layers`.
     """
     layers = model.base_model
     takes_cache = "use_cache" in inspect.signature(layers.forward).parameters
@@ -34,7 +34,7 @@ def shrink_map(weights: Tensor, size: int) -> Tensor:
 
     Args:
         weights: `[..., T, T]`.
-        size: Rows and columns at most; a smaller map stays as it is.
+        size: rows and columns at most; a smaller map stays as it is.
     """
     if weights.shape[-1] <= size:
         return weights

@@ -51,8 +51,8 @@ def covering_distance(weights: Tensor, share: float = 0.9, *, num_sinks: int = 0
 
     Args:
         weights: `[..., T, S]`.
-        share: In (0, 1].
-        num_sinks: So many first keys count as covered wherever they stand.
+        share: in (0, 1].
+        num_sinks: so many first keys count as covered wherever they stand.
     """
     weights, gap = normalised(weights), offsets(weights).abs()
     counted = weights.clone()
@@ -124,7 +124,7 @@ def induction_score(weights: Tensor, period: int) -> Tensor:
     Args:
         weights: `[..., S, S]` for tokens whose last `2 * period` are the same `period` tokens twice, no token of which
             occurs a second time within them.
-        period: Tokens that are repeated.
+        period: tokens that are repeated.
     """
     # The key that stands `period - 1` before the query, for the queries of the second time.
     return normalised(weights).diagonal(1 - period, -2, -1)[..., -period:].mean(-1)

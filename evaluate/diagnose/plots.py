@@ -24,11 +24,11 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     """Draw how far each head looks, its sinks, its entropy and how much it copies, a panel for each.
 
     Args:
-        diagnosis: With at least one layer.
-        path: The PNG to write.
+        diagnosis: with at least one layer.
+        path: the PNG to write.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: it cannot be written.
     """
     # Not through pyplot: its figures are global, and it may look for a screen.
     from matplotlib.colors import LinearSegmentedColormap

@@ -14,21 +14,21 @@ class HeadProfile:
     """One head; masses and shares are in [0, 1], distances in tokens.
 
     Attributes:
-        head: Its number.
-        role: What it is for, see `roles`.
-        mean_distance: How far away it looks on average.
-        distance_90: Distance within which 90 % of its mass lies.
-        window_90: Newest tokens that hold 90 % of its mass together with the first four.
-        entropy: Of its weights, in nats.
-        relative_entropy: The same over its largest possible value.
-        sink_mass: Mass on the first four tokens.
-        local_mass: Mass on the newest tokens, as many as the diagnosis's `window`.
-        streaming_mass: Mass on both.
-        monotonicity: Share of the steps at which its centre does not move back.
-        induction: Mass on what followed the same token earlier; None for a head that sees both ways.
-        behind: Mean distance of what it sees before the query.
-        ahead: Mean distance of what it sees after the query; 0 for causal heads.
-        mass_ahead: Mass on what is after the query; 0 for causal heads.
+        head: its number.
+        role: what it is for, see `roles`.
+        mean_distance: how far away it looks on average.
+        distance_90: distance within which 90 % of its mass lies.
+        window_90: newest tokens that hold 90 % of its mass together with the first four.
+        entropy: of its weights, in nats.
+        relative_entropy: the same over its largest possible value.
+        sink_mass: mass on the first four tokens.
+        local_mass: mass on the newest tokens, as many as the diagnosis's `window`.
+        streaming_mass: mass on both.
+        monotonicity: share of the steps at which its centre does not move back.
+        induction: mass on what followed the same token earlier; None for a head that sees both ways.
+        behind: mean distance of what it sees before the query.
+        ahead: mean distance of what it sees after the query; 0 for causal heads.
+        mass_ahead: mass on what is after the query; 0 for causal heads.
     """
 
     head: int
@@ -57,11 +57,11 @@ class LayerProfile:
     """One self-attention layer.
 
     Attributes:
-        index: Its number, as recipes count layers.
-        name: Its name in the model.
-        heads: Its heads.
-        causal: Whether a token sees only itself and what came before.
-        native_window: Newest tokens that it sees by itself; None if there is no such limit.
+        index: its number, as recipes count layers.
+        name: its name in the model.
+        heads: its heads.
+        causal: whether a token sees only itself and what came before.
+        native_window: newest tokens that it sees by itself; None if there is no such limit.
     """
 
     index: int
@@ -87,9 +87,9 @@ class SkippedLayer:
     """A layer that was not diagnosed.
 
     Attributes:
-        index: Its number, as recipes count layers.
-        name: Its name in the model.
-        reason: Why not.
+        index: its number, as recipes count layers.
+        name: its name in the model.
+        reason: why not.
     """
 
     index: int
@@ -102,14 +102,14 @@ class Diagnosis:
     """The answer of `diagnose_model`.
 
     Attributes:
-        source: The model as it was named.
-        model_type: Its type in transformers.
-        text: The text as it was named.
-        tokens: Tokens of the text that were used.
-        context: Tokens in a window of it.
-        window: Newest tokens that count as near.
-        layers: The layers in order.
-        skipped: Those that could not be diagnosed.
+        source: the model as it was named.
+        model_type: its type in transformers.
+        text: the text as it was named.
+        tokens: tokens of the text that were used.
+        context: tokens in a window of it.
+        window: newest tokens that count as near.
+        layers: the layers in order.
+        skipped: those that could not be diagnosed.
     """
 
     source: str

@@ -17,13 +17,13 @@ class RewriteOutlook:
     """What becomes of a model before its attention is converted.
 
     Attributes:
-        steps: What is done, a clause each.
-        inexact: Why the result does not start as the model, a clause each; empty if it is to start exactly.
-        class_name: Class of the result; None if it is refused.
-        tensors: How many tensors the result has; None if the weights are not here.
-        bytes_before: Bytes of the model's tensors; None if they are not here.
-        bytes_after: Bytes of the result's.
-        refused: Why the model cannot be rewritten so; None if it can.
+        steps: what is done, a clause each.
+        inexact: why the result does not start as the model, a clause each; empty if it is to start exactly.
+        class_name: class of the result; None if it is refused.
+        tensors: how many tensors the result has; None if the weights are not here.
+        bytes_before: bytes of the model's tensors; None if they are not here.
+        bytes_after: bytes of the result's.
+        refused: why the model cannot be rewritten so; None if it can.
     """
 
     steps: tuple[str, ...]
@@ -41,14 +41,14 @@ def foresee(
     """Plan the rewrites of a recipe; of weights that are not on this machine nothing is downloaded.
 
     Args:
-        source: The model as it was named.
-        folder: Its local folder.
-        config: Its config.json.
-        recipe: A recipe with rewrites.
-        trust_remote_code: Whether a model that brings its own code may run it.
+        source: the model as it was named.
+        folder: its local folder.
+        config: its config.json.
+        recipe: a recipe with rewrites.
+        trust_remote_code: whether a model that brings its own code may run it.
 
     Returns:
-        What they make of it, and the config.json of the result: that of the model if it is refused.
+        what they make of it, and the config.json of the result: that of the model if it is refused.
     """
     steps = [rewrite.step() for rewrite in recipe.rewrite]
     sizes: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...attention_modules.counts import AttentionCounts
 from ...convert.writing.executed import check_executed
-from ..tasks.base import Subject, TaskSettings
+from ..tasks.base import EvaluatedModel, TaskSettings
 from ..tasks.packaged import data_file
 from ..tasks.textfile import load_tokens
 from .models import positions_of
@@ -21,11 +21,11 @@ TEXT = "book"
 LEAST, MOST = 512, 4096
 
 
-def count_attention(subject: Subject, tasks: Iterable[TaskSettings]) -> dict[str, Any]:
+def count_attention(evaluated: EvaluatedModel, tasks: Iterable[TaskSettings]) -> dict[str, Any]:
     """Run a loaded, converted model once over the packaged text.
 
     Args:
-        subject: the model with its tokenizer.
+        evaluated: the model with its tokenizer.
         tasks: what it is going to be measured by.
 
     Returns:
@@ -35,8 +35,8 @@ def count_attention(subject: Subject, tasks: Iterable[TaskSettings]) -> dict[str
         PlanError: a layer ran something else than its method.
     """
     windows = [window for task in tasks if isinstance(window := getattr(task, "context", None), int)]
-    length = int(min(max([LEAST, *windows]), MOST, positions_of(subject.checkpoint)))
-    counts = count_tokens(subject.model, packaged_tokens(subject.tokenizer, length))
+    length = int(min(max([LEAST, *windows]), MOST, positions_of(evaluated.checkpoint)))
+    counts = count_tokens(evaluated.model, packaged_tokens(evaluated.tokenizer, length))
     return {"text": TEXT, **counts.to_dict()}
 
 

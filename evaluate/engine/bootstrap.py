@@ -34,11 +34,11 @@ def make_figures(
     """Every metric over every slice.
 
     Args:
-        model: The model's items.
-        base: The base's, if it was measured too.
-        metrics: What to compute.
-        slices: Keys of `group` that split the items; an empty one means no split.
-        pair: Whether equal ids mean the same thing for both models.
+        model: the model's items.
+        base: the base's, if it was measured too.
+        metrics: what to compute.
+        slices: keys of `group` that split the items; an empty one means no split.
+        pair: whether equal ids mean the same thing for both models.
     """
     figures = []
     for keys in slices:

@@ -20,11 +20,11 @@ class Item:
     """One thing that was scored: a question, a prompt, a block of text, an attention head.
 
     Attributes:
-        id: The same for every model that is measured, so that scores can be paired.
-        values: The numbers that metrics add up, such as `{"nll": 310.2, "tokens": 128}`.
-        group: What it belongs to, such as `{"length": 2048, "depth": 0.5}`.
-        note: What a reader may want to see of it, such as the model's answer.
-        cluster: Items of one cluster, such as the heads of a layer on one text, are resampled together, for they are
+        id: the same for every model that is measured, so that scores can be paired.
+        values: the numbers that metrics add up, such as `{"nll": 310.2, "tokens": 128}`.
+        group: what it belongs to, such as `{"length": 2048, "depth": 0.5}`.
+        note: what a reader may want to see of it, such as the model's answer.
+        cluster: items of one cluster, such as the heads of a layer on one text, are resampled together, for they are
             not independent; empty for one that stands alone.
     """
 
@@ -40,14 +40,14 @@ class Metric:
     """How the values of items become one number: `total` over `per`, summed over items first.
 
     Attributes:
-        name: What tables call it.
-        total: Key of the numerator in an item's values; items without it do not count.
-        per: Key of the denominator; empty means the number of items.
+        name: what tables call it.
+        total: key of the numerator in an item's values; items without it do not count.
+        per: key of the denominator; empty means the number of items.
         scale: `exp` takes the exponential of the quotient.
-        better: Which way is better.
-        compare: Whether two models are compared by their ratio or their difference.
+        better: which way is better.
+        compare: whether two models are compared by their ratio or their difference.
         style: `percent` prints 0.25 as 25 %.
-        meaning: One clause for people who do not know it.
+        meaning: one clause for people who do not know it.
     """
 
     name: str
@@ -76,19 +76,19 @@ class Figure:
     """One number of a task, for one model or two, with its interval.
 
     Attributes:
-        metric: Name of the metric.
-        group: Which items it is over; empty means all of them.
-        count: How many items those are.
-        model: The number of the model.
+        metric: name of the metric.
+        group: which items it is over; empty means all of them.
+        count: how many items those are.
+        model: the number of the model.
         interval: 95 % interval of it; None if there are too few items to tell.
-        base: The number of the base, if one was measured.
+        base: the number of the base, if one was measured.
         base_interval: 95 % interval of that.
-        change: Ratio or difference of the two, see `compare`.
+        change: ratio or difference of the two, see `compare`.
         change_interval: 95 % interval of that; from the same resamples of both if their items are `paired`.
-        paired: Whether both models were scored on the same items.
-        better: Which way is better.
+        paired: whether both models were scored on the same items.
+        better: which way is better.
         compare: `ratio` or `difference`.
-        style: How to print it.
+        style: how to print it.
     """
 
     metric: str

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...files.fast_copy import digest_of
-from ..tasks.base import Scope, Subject, Task, Unit
+from ..tasks.base import EvaluatedModel, Scope, Task, Unit
 from ..tasks.packaged import data_file
 from .journal import Journal
 from .results import package_versions
@@ -22,16 +22,16 @@ class Job:
     """One task for one model, cut into units.
 
     Attributes:
-        name: The task's name in the suite.
-        task: The task.
-        subject: The model.
-        units: Its pieces of work.
-        keys: What the journal calls each: equal keys mean equal work on equal models.
+        name: the task's name in the suite.
+        task: the task.
+        evaluated: the model.
+        units: its pieces of work.
+        keys: what the journal calls each: equal keys mean equal work on equal models.
     """
 
     name: str
     task: Task[Any]
-    subject: Subject
+    evaluated: EvaluatedModel
     units: Sequence[Unit]
     keys: Sequence[str]
 
@@ -41,7 +41,7 @@ class Job:
 
 
 def make_jobs(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     tasks: Mapping[str, Task[Any]],
     scope: Scope,
     about: Mapping[str, MeasuredModel],
@@ -49,23 +49,23 @@ def make_jobs(
 ) -> Iterator[Job]:
     """The jobs of one model; a task that compares is a job of the model, not of the base."""
     for name, task in tasks.items():
-        if task.needs_base and subject.role == "base":
+        if task.needs_base and evaluated.role == "base":
             continue
         own = scope_of(task, scope)
-        units = task.units(subject, own)
+        units = task.units(evaluated, own)
         identity = {
             "task": name,
             "settings": task.settings.model_dump(mode="json"),
             "scope": asdict(own),
-            "models": [about[role].identity for role in (("base", "model") if task.needs_base else (subject.role,))],
+            "models": [about[role].identity for role in (("base", "model") if task.needs_base else (evaluated.role,))],
             "data": _digests(task),
-            "role": subject.role,
+            "role": evaluated.role,
             "device": device.type,
             "units": len(units),
             "versions": package_versions(),
         }
         stem = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        yield Job(name, task, subject, units, [f"{stem}/{index}" for index in range(len(units))])
+        yield Job(name, task, evaluated, units, [f"{stem}/{index}" for index in range(len(units))])
 
 
 def scope_of(task: Task[Any], scope: Scope) -> Scope:

@@ -21,7 +21,7 @@ class Journal:
     """Finished pieces of work by key; a context manager that keeps the file open for appending.
 
     Args:
-        path: The file, such as `eval.partial`; made when the first piece is done, with the folders above it.
+        path: the file, such as `eval.partial`; made when the first piece is done, with the folders above it.
     """
 
     def __init__(self, path: Path) -> None:

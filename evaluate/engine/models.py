@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ...convert.reading.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from ...convert.reading.links import refuse_overwritten
 from ...errors import CheckpointError, DataError
-from ..tasks.base import Subject
+from ..tasks.base import EvaluatedModel
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +19,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROBE = "The 3 dogs' naïve plan:\n\n  x = 12.5 + y_2;  Überraschung… 日本 \U0001f600"
 
 
-def open_subject(role: str, source: str, *, trust_remote_code: bool = False) -> Subject:
+def open_evaluated(role: str, source: str, *, trust_remote_code: bool = False) -> EvaluatedModel:
     """Open a causal language model without its weights.
 
     Args:
         role: `"model"` or `"base"`.
-        source: A local folder, a Hub id or a `.gguf` file, converted or not.
-        trust_remote_code: Whether a model that brings its own code may run it.
+        source: a local folder, a Hub id or a `.gguf` file, converted or not.
+        trust_remote_code: whether a model that brings its own code may run it.
 
     Raises:
-        CheckpointError: It cannot be read, is another kind of model, or has no tokenizer.
+        CheckpointError: it cannot be read, is another kind of model, or has no tokenizer.
     """
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code, allow_converted=True)
     require_causal(checkpoint)
@@ -37,14 +37,14 @@ def open_subject(role: str, source: str, *, trust_remote_code: bool = False) -> 
     tokenizer = getattr(loaded, "tokenizer", loaded)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise CheckpointError(f"{source} has no tokenizer, without which it cannot be evaluated on text.")
-    return Subject(role, source, checkpoint, tokenizer)
+    return EvaluatedModel(role, source, checkpoint, tokenizer)
 
 
 def require_causal(checkpoint: Checkpoint) -> None:
     """Check that a model predicts text from left to right.
 
     Raises:
-        CheckpointError: It is another kind of model.
+        CheckpointError: it is another kind of model.
     """
     name = checkpoint.architecture
     causal = name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
@@ -52,24 +52,24 @@ def require_causal(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.source} is a {name}; evaluation needs a causal language model.")
 
 
-def load_subject(subject: Subject, *, dtype: str = "auto", device: str | None = None) -> None:
-    """Load a subject's weights; see `subject_dtype` and `find_device`."""
-    subject.loaded = load_model(
-        subject.checkpoint, dtype=subject_dtype(subject.checkpoint, dtype), device=find_device(device)
+def load_evaluated(evaluated: EvaluatedModel, *, dtype: str = "auto", device: str | None = None) -> None:
+    """Load a model's weights; see `evaluated_dtype` and `find_device`."""
+    evaluated.loaded = load_model(
+        evaluated.checkpoint, dtype=evaluated_dtype(evaluated.checkpoint, dtype), device=find_device(device)
     )
 
 
-def unload(subject: Subject) -> None:
-    """Let go of a subject's weights, if they are in memory."""
-    if subject.loaded is None:
+def unload(evaluated: EvaluatedModel) -> None:
+    """Let go of a model's weights, if they are in memory."""
+    if evaluated.loaded is None:
         return
-    subject.loaded = None
+    evaluated.loaded = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def subject_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+def evaluated_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype to load a model in; `auto` is that of its checkpoint.
 
     Raises:
@@ -104,7 +104,7 @@ def positions_of(checkpoint: Checkpoint) -> float:
     return positions if isinstance(positions, int) and positions > 1 else math.inf
 
 
-def same_tokens(first: Subject, second: Subject) -> bool:
+def same_tokens(first: EvaluatedModel, second: EvaluatedModel) -> bool:
     """Whether two models cut text into the same tokens."""
     tokenizers = first.tokenizer, second.tokenizer
     ids = [list(tokenizer(PROBE)["input_ids"]) for tokenizer in tokenizers]

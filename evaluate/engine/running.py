@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..tasks.base import Outcome, Scope, Subject, Task, make_task
+from ..tasks.base import EvaluatedModel, Outcome, Scope, Task, make_task
 from .attention import count_attention
 from .bootstrap import make_figures
 from .items import Item
 from .jobs import Job, make_jobs, scope_of
 from .journal import Journal
-from .models import find_device, load_subject, open_subject, same_tokens, subject_dtype, unload
+from .models import evaluated_dtype, find_device, load_evaluated, open_evaluated, same_tokens, unload
 from .remarks import remarks_on
 from .results import describe_model, describe_setup, read_results, results_folder, results_path, write_results
 from .schema import EvaluationFile, ItemColumns, MeasuredModel, TaskResult
@@ -37,10 +37,10 @@ class Evaluation:
     """The answer of `run_evaluation`.
 
     Attributes:
-        results: What the file holds.
-        path: The file.
-        ran: Names of the tasks of this run, in order; the file may hold more from earlier runs.
-        skipped: Tasks of the suite that could not be run, with the reason.
+        results: what the file holds.
+        path: the file.
+        ran: names of the tasks of this run, in order; the file may hold more from earlier runs.
+        skipped: tasks of the suite that could not be run, with the reason.
     """
 
     results: EvaluationFile
@@ -84,31 +84,31 @@ def run_evaluation(
     models stay in it.
 
     Args:
-        source: A local folder, Hub id or `.gguf` file of a causal language model, converted or not.
-        suite: The tasks.
-        against: The model to compare with.
-        limit: Items of each task at most, the first ones; the suite's own limits hold too.
-        batch_size: Sequences in one forward pass at most.
-        dtype: One of `subjects.DTYPES`; auto is that of each checkpoint.
-        device: Where to run; None means a GPU if there is one.
-        output: Folder for the results; None means as `results_folder` says.
-        restart: Forget what an interrupted run measured.
-        trust_remote_code: Whether models that bring their own code may run it.
-        progress: Called with (tokens done, tokens in all, what is being done).
+        source: a local folder, Hub id or `.gguf` file of a causal language model, converted or not.
+        suite: the tasks.
+        against: the model to compare with.
+        limit: items of each task at most, the first ones; the suite's own limits hold too.
+        batch_size: sequences in one forward pass at most.
+        dtype: one of `engine.models.DTYPES`; auto is that of each checkpoint.
+        device: where to run; None means a GPU if there is one.
+        output: folder for the results; None means as `results_folder` says.
+        restart: forget what an interrupted run measured.
+        trust_remote_code: whether models that bring their own code may run it.
+        progress: called with (tokens done, tokens in all, what is being done).
 
     Raises:
-        CheckpointError: A model cannot be read, or is no causal language model.
-        DataError: A task's data cannot be used, or a setting is none of those allowed.
-        OutputError: The results cannot be written.
+        CheckpointError: a model cannot be read, or is no causal language model.
+        DataError: a task's data cannot be used, or a setting is none of those allowed.
+        OutputError: the results cannot be written.
     """
     folder = results_folder(source, output)
-    subjects = [open_subject("model", source, trust_remote_code=trust_remote_code)]
+    evaluated_models = [open_evaluated("model", source, trust_remote_code=trust_remote_code)]
     if against is not None:
-        subjects.insert(0, open_subject("base", against, trust_remote_code=trust_remote_code))
-        subjects[1].base = subjects[0]
+        evaluated_models.insert(0, open_evaluated("base", against, trust_remote_code=trust_remote_code))
+        evaluated_models[1].base = evaluated_models[0]
     about = {
-        subject.role: describe_model(subject.checkpoint, subject_dtype(subject.checkpoint, dtype))
-        for subject in subjects
+        evaluated.role: describe_model(evaluated.checkpoint, evaluated_dtype(evaluated.checkpoint, dtype))
+        for evaluated in evaluated_models
     }
     where = find_device(device)
     # Before anything is measured: a damaged file, and one that will have to make room.
@@ -121,12 +121,14 @@ def run_evaluation(
         if task.needs_base and against is None
     }
     tasks = {name: task for name, task in tasks.items() if name not in skipped}
-    jobs = [job for subject in subjects for job in make_jobs(subject, tasks, scope, about, where)]
+    jobs = [job for evaluated in evaluated_models for job in make_jobs(evaluated, tasks, scope, about, where)]
     with Journal(folder / JOURNAL) as journal:
         if restart:
             journal.remove()
-        seconds = _measure(jobs, subjects, journal, dtype, where, progress, partial(_count_attention, journal, about))
-        paired = len(subjects) == 1 or same_tokens(*subjects)
+        seconds = _measure(
+            jobs, evaluated_models, journal, dtype, where, progress, partial(_count_attention, journal, about)
+        )
+        paired = len(evaluated_models) == 1 or same_tokens(*evaluated_models)
         setup = describe_setup(where)
         done = {
             name: _summary(name, task, jobs, journal, scope, seconds, paired).model_copy(update={"setup": setup})
@@ -146,7 +148,7 @@ def run_evaluation(
             suite=suite.name,
             attention={role: found for role, found in counted.items() if found},
             tasks=measured,
-            remarks=remarks_on(subjects[-1].checkpoint.config, [task.settings for task in measured.values()]),
+            remarks=remarks_on(evaluated_models[-1].checkpoint.config, [task.settings for task in measured.values()]),
         )
         path = write_results(folder, results)
         journal.remove()
@@ -155,12 +157,12 @@ def run_evaluation(
 
 def _measure(
     jobs: Sequence[Job],
-    subjects: Sequence[Subject],
+    evaluated_models: Sequence[EvaluatedModel],
     journal: Journal,
     dtype: str,
     device: torch.device,
     progress: Progress | None,
-    loaded: Callable[[Subject, Sequence[Job]], None],
+    loaded: Callable[[EvaluatedModel, Sequence[Job]], None],
 ) -> dict[tuple[str, str], float]:
     """Work off what the journal does not hold; returns seconds by (task, role)."""
     in_all = sum(unit.tokens for job in jobs for unit in job.units)
@@ -171,41 +173,41 @@ def _measure(
         logger.warning("Going on after an interruption: %.0f %% are measured already.", 100 * done / in_all)
     pairs = any(job.task.needs_base and job.missing(journal) for job in jobs)
     try:
-        for subject in subjects:
-            own = [job for job in jobs if job.subject is subject and job.missing(journal)]
-            if not own and not (subject.role == "base" and pairs):
+        for evaluated in evaluated_models:
+            own = [job for job in jobs if job.evaluated is evaluated and job.missing(journal)]
+            if not own and not (evaluated.role == "base" and pairs):
                 continue
             if progress is not None:
-                progress(done, in_all, f"loading {subject.source}")
-            load_subject(subject, dtype=dtype, device=str(device))
-            loaded(subject, jobs)
+                progress(done, in_all, f"loading {evaluated.source}")
+            load_evaluated(evaluated, dtype=dtype, device=str(device))
+            loaded(evaluated, jobs)
             for job in own:
                 began = time.monotonic()
                 for key, unit in job.missing(journal):
                     if progress is not None:
-                        progress(done, in_all, f"{job.name}, {subject.role}")
+                        progress(done, in_all, f"{job.name}, {evaluated.role}")
                     with torch.inference_mode():
-                        outcome = job.task.measure(subject, unit)
+                        outcome = job.task.measure(evaluated, unit)
                     journal.add(key, {"items": [asdict(item) for item in outcome.items], "extra": outcome.extra})
                     done += unit.tokens
-                seconds[job.name, subject.role] = time.monotonic() - began
-            if not (subject.role == "base" and pairs):
-                unload(subject)
+                seconds[job.name, evaluated.role] = time.monotonic() - began
+            if not (evaluated.role == "base" and pairs):
+                unload(evaluated)
     finally:
-        for subject in subjects:
-            unload(subject)
+        for evaluated in evaluated_models:
+            unload(evaluated)
     if progress is not None:
         progress(in_all, in_all, "")
     return seconds
 
 
 def _count_attention(
-    journal: Journal, about: Mapping[str, MeasuredModel], subject: Subject, jobs: Sequence[Job]
+    journal: Journal, about: Mapping[str, MeasuredModel], evaluated: EvaluatedModel, jobs: Sequence[Job]
 ) -> None:
     """Count what a converted model's attention does, which is an error if that is not what it should."""
-    if subject.checkpoint.is_converted:
-        found = count_attention(subject, [job.task.settings for job in jobs])
-        journal.add(_attention_key(subject.role, about), found)
+    if evaluated.checkpoint.is_converted:
+        found = count_attention(evaluated, [job.task.settings for job in jobs])
+        journal.add(_attention_key(evaluated.role, about), found)
 
 
 def _attention_key(role: str, about: Mapping[str, MeasuredModel]) -> str:
@@ -232,7 +234,7 @@ def _summary(
     same: bool,
 ) -> TaskResult:
     """One task of the file: figures, and the scores that they are made of."""
-    outcomes = {job.subject.role: [_outcome(journal[key]) for key in job.keys] for job in jobs if job.name == name}
+    outcomes = {job.evaluated.role: [_outcome(journal[key]) for key in job.keys] for job in jobs if job.name == name}
     items = {role: [item for outcome in found for item in outcome.items] for role, found in outcomes.items()}
     metrics = task.metrics_of(items["model"])
     pair = same or not task.counts_tokens

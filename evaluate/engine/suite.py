@@ -23,9 +23,9 @@ class Suite(Section):
     """What an evaluation measures.
 
     Attributes:
-        name: Its name.
-        description: One sentence.
-        tasks: Settings of each task, by the name that results give it.
+        name: its name.
+        description: one sentence.
+        tasks: settings of each task, by the name that results give it.
     """
 
     name: Text
@@ -42,10 +42,10 @@ def load_suite(name_or_path: str | Path) -> Suite:
     """Load a suite and check all of it.
 
     Args:
-        name_or_path: Name of a shipped suite, or path of a YAML file, whose own paths are relative to its folder.
+        name_or_path: name of a shipped suite, or path of a YAML file, whose own paths are relative to its folder.
 
     Raises:
-        DataError: There is no such suite, or anything in it is wrong; all problems are in the one message.
+        DataError: there is no such suite, or anything in it is wrong; all problems are in the one message.
     """
     name = str(name_or_path)
     if name in list_suites():

@@ -18,11 +18,11 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: What it says.
-        value: The number it is sorted by; None sorts by the text.
-        tone: Whether it is good news or bad.
-        code: Whether it is something to type.
-        note: More about it, in small print, such as an interval.
+        text: what it says.
+        value: the number it is sorted by; None sorts by the text.
+        tone: whether it is good news or bad.
+        code: whether it is something to type.
+        note: more about it, in small print, such as an interval.
     """
 
     text: str
@@ -55,10 +55,10 @@ class Chart:
     """One picture.
 
     Attributes:
-        id: Unique on the page; letters, digits and dashes.
-        title: Printed above it.
-        description: What it shows, for those who cannot see it.
-        draw: Makes the picture.
+        id: unique on the page; letters, digits and dashes.
+        title: printed above it.
+        description: what it shows, for those who cannot see it.
+        draw: makes the picture.
     """
 
     id: str
@@ -131,12 +131,12 @@ class Page:
     """A whole report.
 
     Attributes:
-        title: Its title.
-        subtitle: A line above the title.
-        summary: In plain words, what it says; a paragraph each.
-        tiles: Headline figures.
-        sections: The rest.
-        footer: Where it comes from.
+        title: its title.
+        subtitle: a line above the title.
+        summary: in plain words, what it says; a paragraph each.
+        tiles: headline figures.
+        sections: the rest.
+        footer: where it comes from.
     """
 
     title: str

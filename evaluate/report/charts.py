@@ -24,12 +24,12 @@ class Series:
     """One line.
 
     Attributes:
-        label: Its name.
-        xs: Where.
-        ys: How much.
-        lows: Lower ends of the intervals, if there are any; one with None has none.
-        highs: Upper ends.
-        color: Its colour.
+        label: its name.
+        xs: where.
+        ys: how much.
+        lows: lower ends of the intervals, if there are any; one with None has none.
+        highs: upper ends.
+        color: its colour.
     """
 
     label: str
@@ -45,11 +45,11 @@ class Axis:
     """One axis: its label, whether equal factors are equally far, and names for its places.
 
     Attributes:
-        label: What it counts, with the unit.
-        log: Whether it may be logarithmic; it is where its values span a factor of two.
-        names: Names of the places 0, 1, 2, ... if they are no numbers.
-        bytes: Whether its numbers are bytes.
-        whole: Whether only whole numbers make sense.
+        label: what it counts, with the unit.
+        log: whether it may be logarithmic; it is where its values span a factor of two.
+        names: names of the places 0, 1, 2, ... if they are no numbers.
+        bytes: whether its numbers are bytes.
+        whole: whether only whole numbers make sense.
     """
 
     label: str
@@ -73,11 +73,11 @@ class Dot:
     """One row of a dot chart.
 
     Attributes:
-        label: What changed.
-        value: By how much.
+        label: what changed.
+        value: by how much.
         interval: 95 % interval of that, if there is one.
-        text: Both in words.
-        tone: Whether it is good or bad.
+        text: both in words.
+        tone: whether it is good or bad.
     """
 
     label: str

@@ -29,13 +29,13 @@ class ConversionComparison:
     """The answer of `compare_conversions`.
 
     Attributes:
-        base: Name of the base.
-        rows: The base, if it was measured, then the conversions as they were given.
-        columns: What they are compared by: quality first, then speed and memory.
-        context: The longest context at which all that were timed were timed; None without speed.
-        differences: Between each conversion and the best, by column.
-        remarks: What makes the numbers less comparable, a sentence each.
-        files: The page, its Markdown twin.
+        base: name of the base.
+        rows: the base, if it was measured, then the conversions as they were given.
+        columns: what they are compared by: quality first, then speed and memory.
+        context: the longest context at which all that were timed were timed; None without speed.
+        differences: between each conversion and the best, by column.
+        remarks: what makes the numbers less comparable, a sentence each.
+        files: the page, its Markdown twin.
     """
 
     base: str
@@ -67,9 +67,9 @@ def compare_conversions(
     """Put conversions of one base side by side, and write a page about it.
 
     Args:
-        folders: Two or more outputs of `attnconv convert` that were measured.
-        output: The page, or a folder for it; None means `results/compare.html`. Its Markdown twin goes beside it.
-        metric: Key of the column that quality is judged by in the picture of quality against speed, such as
+        folders: two or more outputs of `attnconv convert` that were measured.
+        output: the page, or a folder for it; None means `results/compare.html`. Its Markdown twin goes beside it.
+        metric: key of the column that quality is judged by in the picture of quality against speed, such as
             `piqa: accuracy`; None means the first, which is perplexity if that was measured.
 
     Raises:

@@ -23,9 +23,9 @@ def write_comparison(comparison: ConversionComparison, path: Path, *, metric: st
     """Write the page and its Markdown twin; returns the comparison with their paths.
 
     Args:
-        comparison: What was found.
-        path: The page.
-        metric: Key of the column of quality in pictures against speed; None means the first.
+        comparison: what was found.
+        path: the page.
+        metric: key of the column of quality in pictures against speed; None means the first.
 
     Raises:
         OutputError: they cannot be written.

@@ -14,11 +14,11 @@ class Column:
     """One figure that models are compared by.
 
     Attributes:
-        key: Its name in JSON: `TASK: METRIC`, `decode`, `prefill`, `cache` or `density`.
-        label: What tables call it.
-        better: Which way is better.
-        style: How to print it: as a figure of a task, or `seconds`, `ms` or `bytes`.
-        task: The task that it is of; empty for speed and counts.
+        key: its name in JSON: `TASK: METRIC`, `decode`, `prefill`, `cache` or `density`.
+        label: what tables call it.
+        better: which way is better.
+        style: how to print it: as a figure of a task, or `seconds`, `ms` or `bytes`.
+        task: the task that it is of; empty for speed and counts.
     """
 
     key: str
@@ -46,11 +46,11 @@ class ComparedModel:
     """One row.
 
     Attributes:
-        name: What to call it; unique.
-        folder: Where it is; None for the base.
-        methods: Its methods, with the number of layers of each.
-        parameters: Its new parameters.
-        values: Its numbers by column; those that were not measured are not there.
+        name: what to call it; unique.
+        folder: where it is; None for the base.
+        methods: its methods, with the number of layers of each.
+        parameters: its new parameters.
+        values: its numbers by column; those that were not measured are not there.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Difference:
     """How a model differs from the best conversion in a column.
 
     Attributes:
-        column: The column.
-        name: The model.
-        best: The conversion that is best in it.
-        change: Ratio or difference.
+        column: the column.
+        name: the model.
+        best: the conversion that is best in it.
+        change: ratio or difference.
         interval: 95 % interval, from the same resamples of both if `paired`.
-        paired: Whether both were scored on the same items.
+        paired: whether both were scored on the same items.
         compare: `ratio` or `difference`.
-        style: How to print it.
-        differs: Whether the interval leaves out no change; None without an interval.
+        style: how to print it.
+        differs: whether the interval leaves out no change; None without an interval.
     """
 
     column: str

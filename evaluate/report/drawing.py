@@ -90,10 +90,10 @@ def to_svg(figure: "Figure", id: str, title: str, description: str) -> str:
     """The picture as an `<svg>` element for a page.
 
     Args:
-        figure: The picture, drawn in the colours of `VARIABLES`.
-        id: Prefix of every id inside, unique on the page.
-        title: What it is called.
-        description: What it shows, for those who cannot see it.
+        figure: the picture, drawn in the colours of `VARIABLES`.
+        id: prefix of every id inside, unique on the page.
+        title: what it is called.
+        description: what it shows, for those who cannot see it.
     """
     buffer = io.StringIO()
     figure.savefig(

@@ -35,8 +35,8 @@ class ConvertedModule:
     """One converted attention module.
 
     Attributes:
-        entry: What the plan says of it.
-        parameters: Its new parameters.
+        entry: what the plan says of it.
+        parameters: its new parameters.
     """
 
     entry: PlanEntry
@@ -48,18 +48,18 @@ class Report:
     """What is known about a conversion, or about another model that was measured.
 
     Attributes:
-        folder: The conversion's folder, or the folder of results.
-        results: Where measurements are, and the report goes.
-        name: What to call it.
-        base: What to call its base; empty if nothing says.
-        config: The model's configuration; empty for a model that was only measured.
-        modules: The converted modules, in the model's order.
-        receipt: How it was made.
-        recipe: The recipe as it was run.
-        records: What healing reported as it went.
-        evaluation: Quality.
-        fidelity: Maps and statistics of the fidelity tasks, by task.
-        benchmark: Speed and memory.
+        folder: the conversion's folder, or the folder of results.
+        results: where measurements are, and the report goes.
+        name: what to call it.
+        base: what to call its base; empty if nothing says.
+        config: the model's configuration; empty for a model that was only measured.
+        modules: the converted modules, in the model's order.
+        receipt: how it was made.
+        recipe: the recipe as it was run.
+        records: what healing reported as it went.
+        evaluation: quality.
+        fidelity: maps and statistics of the fidelity tasks, by task.
+        benchmark: speed and memory.
     """
 
     folder: Path

@@ -31,15 +31,15 @@ def heat_chart(
     """A grid of numbers from 0 to `top`; cells without a number stay empty.
 
     Args:
-        grid: The numbers by row, the first on top.
-        x: What columns are.
-        y: What rows are.
-        columns: Names of the columns; numbers from 0 if there are none.
-        rows: Names of the rows.
-        top: The number of the darkest cells; the largest if None.
-        texts: What to print into the cells.
-        color: Of the darkest cells.
-        square: Whether a cell is as high as wide.
+        grid: the numbers by row, the first on top.
+        x: what columns are.
+        y: what rows are.
+        columns: names of the columns; numbers from 0 if there are none.
+        rows: names of the rows.
+        top: the number of the darkest cells; the largest if None.
+        texts: what to print into the cells.
+        color: of the darkest cells.
+        square: whether a cell is as high as wide.
     """
     height, width = len(grid), max(len(row) for row in grid)
     largest = max((value for row in grid for value in row if value is not None), default=0.0)

@@ -35,11 +35,11 @@ class Point:
     """One model.
 
     Attributes:
-        name: Its name.
-        cost: Seconds or bytes; less is better.
-        quality: The metric.
+        name: its name.
+        cost: seconds or bytes; less is better.
+        quality: the metric.
         interval: 95 % interval of that, if there is one.
-        is_base: Whether it is the base.
+        is_base: whether it is the base.
     """
 
     name: str

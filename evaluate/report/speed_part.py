@@ -26,14 +26,14 @@ class Quantity:
     """One curve of the section.
 
     Attributes:
-        id: For the chart.
-        title: Its heading.
-        measure: The cases that it is of.
-        axis: What its numbers are.
-        value: The number of a case.
-        spread: Lower and upper quartile over the repeats.
-        crossover: Key of the crossover that belongs to it.
-        better: Which way is better.
+        id: for the chart.
+        title: its heading.
+        measure: the cases that it is of.
+        axis: what its numbers are.
+        value: the number of a case.
+        spread: lower and upper quartile over the repeats.
+        crossover: key of the crossover that belongs to it.
+        better: which way is better.
     """
 
     id: str

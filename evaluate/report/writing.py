@@ -26,9 +26,9 @@ class ReportFiles:
     """What `write_report` wrote.
 
     Attributes:
-        html: The page.
-        markdown: Its twin in Markdown, with pictures in a folder beside it.
-        card: The model card that got a summary; None if there is none.
+        html: the page.
+        markdown: its twin in Markdown, with pictures in a folder beside it.
+        card: the model card that got a summary; None if there is none.
     """
 
     html: Path
@@ -42,10 +42,10 @@ def write_report(
     """Make the report of a conversion, or of any model's folder of measurements, from the files that are there.
 
     Args:
-        folder: What `attnconv convert` wrote; or a folder with `eval.json` or `bench.json`.
-        output: Where the page goes; None means `results/report.html` in the folder.
-        card: Whether the model card gets a summary, between two markers; the rest of it stays as it is.
-        progress: Called with (steps done, steps in all, what is being done).
+        folder: what `attnconv convert` wrote; or a folder with `eval.json` or `bench.json`.
+        output: where the page goes; None means `results/report.html` in the folder.
+        card: whether the model card gets a summary, between two markers; the rest of it stays as it is.
+        progress: called with (steps done, steps in all, what is being done).
 
     Raises:
         DataError: there is nothing to report on, or a file is damaged.

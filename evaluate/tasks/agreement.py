@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, Unit, register_task
 from .perplexity import LOGITS_AT_ONCE, logit_slices
 from .textdata import TextSettings, TwoOrMore, Windows, comparable_base, cut_blocks, window_units
 
@@ -41,17 +41,17 @@ class AgreementTask(Task[AgreementSettings]):
         ),
     )
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of windows."""
-        if subject.base is not None:
-            comparable_base(subject, 0)
-        return window_units(subject, scope, self.settings)
+        if evaluated.base is not None:
+            comparable_base(evaluated, 0)
+        return window_units(evaluated, scope, self.settings)
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the blocks of one batch of windows."""
         windows: Windows = unit.content
-        base = comparable_base(subject, windows.ids.shape[1])
-        divergence, same = compare_predictions(base.model, subject.model, windows.ids)
+        base = comparable_base(evaluated, windows.ids.shape[1])
+        divergence, same = compare_predictions(base.model, evaluated.model, windows.ids)
         items = []
         for block in cut_blocks(windows, start=0):
             at = (block.row, slice(block.start, block.stop))
@@ -66,8 +66,8 @@ def compare_predictions(
     """Compare two models' next-token distributions over the vocabulary that both have.
 
     Args:
-        base: The model that the other is measured by, in eval mode.
-        model: The other, in eval mode; its vocabulary may be padded to another size.
+        base: the model that the other is measured by, in eval mode.
+        model: the other, in eval mode; its vocabulary may be padded to another size.
         input_ids: `[batch, T]`.
 
     Returns:

@@ -24,8 +24,8 @@ class TaskSettings(Section):
     """A task in a suite; each task's own class adds its keys.
 
     Attributes:
-        kind: What the task is.
-        limit: Items at most; None means all.
+        kind: what the task is.
+        limit: items at most; None means all.
     """
 
     kind: str
@@ -37,8 +37,8 @@ class Scope:
     """What of a task is measured, and how much at once.
 
     Attributes:
-        limit: Items at most (questions, prompts, windows); None means all.
-        batch_size: Sequences in one forward pass at most.
+        limit: items at most (questions, prompts, windows); None means all.
+        batch_size: sequences in one forward pass at most.
     """
 
     limit: int | None = None
@@ -46,16 +46,16 @@ class Scope:
 
 
 @dataclass
-class Subject:
+class EvaluatedModel:
     """A model under test.
 
     Attributes:
         role: `"model"` or `"base"`.
-        source: The model as it was named.
-        checkpoint: Its files.
-        tokenizer: Its tokenizer.
-        loaded: The model itself while it is in memory, in evaluation mode.
-        base: What it is compared with, if there is such a model; loaded too for tasks with `needs_base`.
+        source: the model as it was named.
+        checkpoint: its files.
+        tokenizer: its tokenizer.
+        loaded: the model itself while it is in memory, in evaluation mode.
+        base: what it is compared with, if there is such a model; loaded too for tasks with `needs_base`.
     """
 
     role: str
@@ -63,7 +63,7 @@ class Subject:
     checkpoint: Checkpoint = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     loaded: PreTrainedModel | None = field(default=None, repr=False)
-    base: "Subject | None" = field(default=None, repr=False)
+    base: "EvaluatedModel | None" = field(default=None, repr=False)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -82,8 +82,8 @@ class Unit:
     """A part of a task's work that is measured, and journaled, as one; a few seconds at most is best.
 
     Attributes:
-        tokens: How much work it is, for the progress bar.
-        content: What the task put there: windows, prompts, a batch of questions.
+        tokens: how much work it is, for the progress bar.
+        content: what the task put there: windows, prompts, a batch of questions.
     """
 
     tokens: int
@@ -95,8 +95,8 @@ class Outcome:
     """What measuring a unit gave.
 
     Attributes:
-        items: The scores.
-        extra: More to keep in the results than scores, in plain JSON values, such as a matrix to draw.
+        items: the scores.
+        extra: more to keep in the results than scores, in plain JSON values, such as a matrix to draw.
     """
 
     items: Sequence[Item]
@@ -128,7 +128,7 @@ class Task(ABC, Generic[Settings]):
         self.settings = settings
 
     @abstractmethod
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Cut the work, the same way each time; the model is not loaded yet, its tokenizer and config are there.
 
         Raises:
@@ -137,7 +137,7 @@ class Task(ABC, Generic[Settings]):
         """
 
     @abstractmethod
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score one unit with the loaded model, under `torch.inference_mode()`."""
 
     def metrics_of(self, items: Sequence[Item]) -> tuple[Metric, ...]:

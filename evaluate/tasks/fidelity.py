@@ -14,7 +14,7 @@ from ...files.documents import Document, Number
 from ...recipes.fields import Count, CountOrZero, Text
 from ..diagnose.compare import LayerComparison, comparable_layers, compare_layers
 from ..engine.items import Item, Metric, Style
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .perplexity import cut_windows
 from .textdata import TwoOrMore, comparable_base, fitting_context
@@ -30,12 +30,12 @@ class FidelitySettings(TaskSettings):
     """Attention beside the base's on windows of a text.
 
     Attributes:
-        data: Name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
-        field: The key that holds the text in each JSON line.
-        windows: Windows of the text.
-        context: Tokens in a window; less where the model has fewer positions.
-        map_heads: Heads whose maps are kept: those with the largest divergence, some in the middle, the smallest.
-        map_size: Rows and columns of a map; longer windows are shrunk to it, keeping the largest weight of each cell.
+        data: name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
+        field: the key that holds the text in each JSON line.
+        windows: windows of the text.
+        context: tokens in a window; less where the model has fewer positions.
+        map_heads: heads whose maps are kept: those with the largest divergence, some in the middle, the smallest.
+        map_size: rows and columns of a map; longer windows are shrunk to it, keeping the largest weight of each cell.
     """
 
     kind: Literal["fidelity"] = "fidelity"
@@ -109,30 +109,30 @@ class FidelityTask(Task[FidelitySettings]):
         # Finding layers means running a model without its weights, once for all windows.
         self._layers: WeakKeyDictionary[PreTrainedModel, tuple[AttentionLayer, ...]] = WeakKeyDictionary()
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """One window each."""
-        if subject.base is not None:
-            comparable_base(subject, 0)
+        if evaluated.base is not None:
+            comparable_base(evaluated, 0)
         settings = self.settings
         windows = settings.windows if scope.limit is None else min(settings.windows, scope.limit)
-        context = fitting_context(subject, settings.context)
+        context = fitting_context(evaluated, settings.context)
         path = data_file(settings.data)
-        ids = load_tokens(path, subject.tokenizer, context=context, field=settings.field, limit=windows * context)
+        ids = load_tokens(path, evaluated.tokenizer, context=context, field=settings.field, limit=windows * context)
         return [Unit(window.numel(), (number, window)) for number, window in enumerate(cut_windows(ids, context))]
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Compare every layer on one window."""
         number, window = unit.content
-        base = comparable_base(subject, window.numel())
-        layers = self._comparable(base.model, subject.model)
+        base = comparable_base(evaluated, window.numel())
+        layers = self._comparable(base.model, evaluated.model)
         size = self.settings.map_size
-        compared = list(compare_layers(base.model, subject.model, window[None], layers, map_size=size))
+        compared = list(compare_layers(base.model, evaluated.model, window[None], layers, map_size=size))
         items = [item for layer in compared for item in _items(number, layer)]
         shown = min(size, window.numel())
         extra = FidelityExtra(
             maps=_maps(compared, self.settings.map_heads),
             size=shown,
-            tokens=token_texts(subject.tokenizer, window) if window.numel() == shown else None,
+            tokens=token_texts(evaluated.tokenizer, window) if window.numel() == shown else None,
             statistics=[statistic for layer in compared for statistic in _statistics(layer)],
         )
         return Outcome(items, extra.plain())

@@ -13,7 +13,7 @@ from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, Text
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .textdata import TwoOrMore, comparable_base
 from .textfile import load_tokens
@@ -28,11 +28,11 @@ class GenerationSettings(TaskSettings):
     """Greedy continuations of pieces of a text.
 
     Attributes:
-        data: Name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
-        field: The key that holds the text in each JSON line.
-        prompts: Pieces taken from the text, at even distances.
-        prompt_tokens: Length of each.
-        new_tokens: Tokens generated after each, unless the model ends its text earlier.
+        data: name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
+        field: the key that holds the text in each JSON line.
+        prompts: pieces taken from the text, at even distances.
+        prompt_tokens: length of each.
+        new_tokens: tokens generated after each, unless the model ends its text earlier.
     """
 
     kind: Literal["generation"] = "generation"
@@ -48,7 +48,7 @@ class Prompts:
     """Prompts of one batch.
 
     Attributes:
-        first: Number of the first one.
+        first: number of the first one.
         ids: `[batch, prompt_tokens]` int64.
     """
 
@@ -80,36 +80,36 @@ class GenerationTask(Task[GenerationSettings]):
         ),
     )
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of prompts."""
-        if subject.base is not None:
-            comparable_base(subject, 0)
+        if evaluated.base is not None:
+            comparable_base(evaluated, 0)
         settings = self.settings
-        needed, positions = settings.prompt_tokens + settings.new_tokens, positions_of(subject.checkpoint)
+        needed, positions = settings.prompt_tokens + settings.new_tokens, positions_of(evaluated.checkpoint)
         if needed > positions:
             raise DataError(
                 f"{settings.prompt_tokens} prompt_tokens and {settings.new_tokens} new_tokens are more than the "
-                f"{positions} positions of {subject.source}."
+                f"{positions} positions of {evaluated.source}."
             )
-        prompts = cut_prompts(subject.tokenizer, settings)[: scope.limit]
+        prompts = cut_prompts(evaluated.tokenizer, settings)[: scope.limit]
         units = []
         for first in range(0, len(prompts), scope.batch_size):
             batch = prompts[first : first + scope.batch_size]
             units.append(Unit(2 * len(batch) * needed, Prompts(first, batch)))
         return units
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the continuations of one batch of prompts."""
         prompts: Prompts = unit.content
         count = self.settings.new_tokens
-        base = comparable_base(subject, prompts.ids.shape[1] + count)
+        base = comparable_base(evaluated, prompts.ids.shape[1] + count)
         ends = end_tokens(base.model, base.tokenizer)
         expected = continue_greedily(base.model, prompts.ids, count, ends)
-        answers = continue_greedily(subject.model, prompts.ids, count, ends)
+        answers = continue_greedily(evaluated.model, prompts.ids, count, ends)
         items = []
         for index, (wanted, answer) in enumerate(zip(expected, answers, strict=True)):
             values = {"matching": matching(wanted, answer), "new": len(wanted), "identical": int(wanted == answer)}
-            texts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in (wanted, answer)]
+            texts = [evaluated.tokenizer.decode(ids, skip_special_tokens=True) for ids in (wanted, answer)]
             note = f"base: {texts[0]}\nmodel: {texts[1]}"
             items.append(Item(f"prompt {prompts.first + index}", values, note=note))
         return Outcome(items)
@@ -123,7 +123,7 @@ def cut_prompts(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
         fewer prompts than asked for if the text is too short for more.
 
     Raises:
-        DataError: The text cannot be read, or is too short for one prompt.
+        DataError: the text cannot be read, or is too short for one prompt.
     """
     length = settings.prompt_tokens
     path = data_file(settings.data)
@@ -154,13 +154,13 @@ def continue_greedily(
     """Append the most likely token again and again, through the model's cache.
 
     Args:
-        model: A causal language model in eval mode.
+        model: a causal language model in eval mode.
         prompts: `[batch, tokens]`.
-        new_tokens: Tokens appended to each at most.
-        ends: Tokens that end a continuation; they belong to it.
+        new_tokens: tokens appended to each at most.
+        ends: tokens that end a continuation; they belong to it.
 
     Raises:
-        CheckpointError: The model generates no text.
+        CheckpointError: the model generates no text.
     """
     if not model.can_generate():
         raise CheckpointError(f"{type(model).__name__} generates no text.")

@@ -24,7 +24,7 @@ from ...errors import DataError
 from ...files.foreign_errors import first_line
 from ...recipes.fields import CountOrZero, Text
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, TaskSettings, Unit, register_task
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class HarnessSettings(TaskSettings):
     """Settings of `harness`.
 
     Attributes:
-        tasks: Names of lm-eval's tasks, groups or tags.
-        include_path: A folder with task files of one's own.
-        num_fewshot: Worked examples before each question; None means as each task says.
+        tasks: names of lm-eval's tasks, groups or tags.
+        include_path: a folder with task files of one's own.
+        num_fewshot: worked examples before each question; None means as each task says.
     """
 
     kind: Literal["harness"] = "harness"
@@ -68,14 +68,14 @@ class HarnessTask(Task[HarnessSettings]):
     headline = 6
     slices: ClassVar[tuple[tuple[str, ...], ...]] = (("task",),)
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """A unit for each name."""
         self._manager()
         tokens = TOKENS_EACH * (scope.limit or QUESTIONS)
         names = dict.fromkeys(self.settings.tasks)
         return [Unit(tokens, _Run(name, scope.limit, scope.batch_size)) for name in names]
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Let lm-eval run one of its tasks."""
         run: _Run = unit.content
         manager = self._manager()
@@ -83,7 +83,7 @@ class HarnessTask(Task[HarnessSettings]):
             import lm_eval
 
             results = lm_eval.simple_evaluate(
-                model=wrap(subject, run.batch_size),
+                model=wrap(evaluated, run.batch_size),
                 tasks=load_tasks(manager, run.name),
                 num_fewshot=self.settings.num_fewshot,
                 limit=run.limit,
@@ -154,13 +154,13 @@ def load_tasks(manager: Any, name: str) -> list[Any]:
     return tasks
 
 
-def wrap(subject: Subject, batch_size: int) -> Any:
+def wrap(evaluated: EvaluatedModel, batch_size: int) -> Any:
     """The loaded model as lm-eval wants it."""
     from lm_eval.models.huggingface import HFLM
 
     # It sets the tokenizer's padding token where there is none.
-    tokenizer = copy.deepcopy(subject.tokenizer)
-    return HFLM(pretrained=subject.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    tokenizer = copy.deepcopy(evaluated.tokenizer)
+    return HFLM(pretrained=evaluated.model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def items_of(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
     """The questions of one task with all numbers that they were given.
 
     Args:
-        task: Its name.
+        task: its name.
         samples: lm-eval's samples; one question has several where answers were read out in several ways.
     """
     several = len({sample.get("filter", "none") for sample in samples}) > 1

@@ -35,10 +35,10 @@ class Riddle:
     """What is hidden and what is asked.
 
     Attributes:
-        needles: Sentences to hide.
-        places: Where each goes, 0 for the beginning of the text and 1 for its end.
-        question: What stands behind the text, for the model to continue.
-        answers: What the continuation must contain.
+        needles: sentences to hide.
+        places: where each goes, 0 for the beginning of the text and 1 for its end.
+        question: what stands behind the text, for the model to continue.
+        answers: what the continuation must contain.
     """
 
     needles: tuple[str, ...]
@@ -77,11 +77,11 @@ def make_prompt(task: str, haystack: Haystack, rng: Random, *, depth: float, dis
     """Make up one prompt, of any length yet.
 
     Args:
-        task: One of `RIDDLES`, or `common_words`.
-        haystack: The text to hide things in.
-        rng: What all choices are drawn from.
-        depth: Where the fact goes that is asked for, 0 to 1, in tasks that ask for one fact.
-        distractors: Facts of the same kind that are not asked for.
+        task: one of `RIDDLES`, or `common_words`.
+        haystack: the text to hide things in.
+        rng: what all choices are drawn from.
+        depth: where the fact goes that is asked for, 0 to 1, in tasks that ask for one fact.
+        distractors: facts of the same kind that are not asked for.
     """
     start = rng.choice(haystack.starts)
     if task == "common_words":
@@ -99,8 +99,8 @@ class Prompt:
     """A prompt before its length is known.
 
     Attributes:
-        write: Gives its text with so many words of haystack.
-        answers: What the continuation must contain.
+        write: gives its text with so many words of haystack.
+        answers: what the continuation must contain.
     """
 
     write: Callable[[int], str]

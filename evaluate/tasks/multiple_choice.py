@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from ...errors import DataError
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, TaskSettings, Unit, register_task
 from .packaged import data_file
 from .rows import read_rows
 from .scoring import Continuation, encode_pair, log_likelihoods
@@ -35,9 +35,9 @@ class MultipleChoiceSettings(TaskSettings):
     """Settings of `multiple_choice`.
 
     Attributes:
-        data: Packaged questions (`piqa`, `openbookqa`, `commonsenseqa`) or a file of JSON lines with question, choices
+        data: packaged questions (`piqa`, `openbookqa`, `commonsenseqa`) or a file of JSON lines with question, choices
             and label (the right choice's index), or with question, passage and label (true or false).
-        style: How a question is put: `piqa` (Question, Answer), `plain` (the answer continues the question), `letters`
+        style: how a question is put: `piqa` (Question, Answer), `plain` (the answer continues the question), `letters`
             (lettered answers, of which the letter is scored), `boolq` (passage and question, answered yes or no);
             None means as the data's name says, else `boolq` for questions with a passage and `piqa` for others.
     """
@@ -52,10 +52,10 @@ class Question:
     """A question as it is put to a model.
 
     Attributes:
-        id: Number of its row, from 0.
-        context: The text that the answers continue.
-        choices: The answers, without the space before them.
-        label: Index of the right one.
+        id: number of its row, from 0.
+        context: the text that the answers continue.
+        choices: the answers, without the space before them.
+        label: index of the right one.
     """
 
     id: str
@@ -97,14 +97,14 @@ class MultipleChoiceTask(Task[MultipleChoiceSettings]):
         ),
     )
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of questions, the longest first."""
-        longest = positions_of(subject.checkpoint)
+        longest = positions_of(evaluated.checkpoint)
         encoded = [
             _Encoded(
                 question,
                 tuple(
-                    encode_pair(subject.tokenizer, question.context, f" {choice}", longest=longest)
+                    encode_pair(evaluated.tokenizer, question.context, f" {choice}", longest=longest)
                     for choice in question.choices
                 ),
             )
@@ -118,12 +118,12 @@ class MultipleChoiceTask(Task[MultipleChoiceSettings]):
             units.append(Unit(tokens, _Batch(batch, scope.batch_size)))
         return units
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the answers of a batch of questions."""
         batch: _Batch = unit.content
         flat = [choice for question in batch.questions for choice in question.choices]
-        pad = subject.tokenizer.pad_token_id or 0
-        scores = iter(log_likelihoods(subject.model, flat, batch_size=batch.batch_size, pad=pad))
+        pad = evaluated.tokenizer.pad_token_id or 0
+        scores = iter(log_likelihoods(evaluated.model, flat, batch_size=batch.batch_size, pad=pad))
         return Outcome(
             [_item(encoded.question, [next(scores) for _ in encoded.choices]) for encoded in batch.questions]
         )
@@ -153,9 +153,9 @@ def load_questions(data: str, style: Style | None = None, *, limit: int | None =
     """Read questions and put them into words.
 
     Args:
-        data: See `MultipleChoiceSettings`.
-        style: The same.
-        limit: Questions at most, evenly spread over the file.
+        data: see `MultipleChoiceSettings`.
+        style: the same.
+        limit: questions at most, evenly spread over the file.
 
     Raises:
         DataError: the file cannot be read, or a row is no question.

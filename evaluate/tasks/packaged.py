@@ -23,10 +23,10 @@ def data_file(data: str) -> Path:
     """The file that a task's `data` names: a packaged one, else the path as it is.
 
     Args:
-        data: The name of packaged data, or a path.
+        data: the name of packaged data, or a path.
 
     Raises:
-        DataError: It is neither the name of packaged data nor a file.
+        DataError: it is neither the name of packaged data nor a file.
     """
     packaged = packaged_file(data)
     if packaged is not None:

@@ -11,7 +11,7 @@ from ...convert.planning.plan import Plan
 from ...convert.reading.config_file import SECTION
 from ...convert.surgery.head import ModelHead
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, Unit, register_task
 from .perplexity import token_losses
 from .textdata import TextSettings, TwoOrMore, Windows, cut_blocks, window_units
 
@@ -45,24 +45,24 @@ class PathUseTask(Task[PathUseSettings]):
     slices = (("left out",),)
     overall = False
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of windows; none for a model that has no paths."""
-        paths = planned_paths(subject.checkpoint.config)
+        paths = planned_paths(evaluated.checkpoint.config)
         if not paths:
             return []
-        units = window_units(subject, scope, self.settings)
+        units = window_units(evaluated, scope, self.settings)
         return [Unit(unit.tokens * (1 + len(paths)), unit.content) for unit in units]
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the blocks of one batch of windows, once without each path."""
         windows: Windows = unit.content
-        ids = windows.ids.to(subject.device)
-        in_slices = ModelHead(subject.model).takes_slices()
-        intact = token_losses(subject.model, ids, in_slices=in_slices)
+        ids = windows.ids.to(evaluated.device)
+        in_slices = ModelHead(evaluated.model).takes_slices()
+        intact = token_losses(evaluated.model, ids, in_slices=in_slices)
         items = []
-        for path in planned_paths(subject.checkpoint.config):
-            with leaving_out(subject.model, path):
-                losses = token_losses(subject.model, ids, in_slices=in_slices)
+        for path in planned_paths(evaluated.checkpoint.config):
+            with leaving_out(evaluated.model, path):
+                losses = token_losses(evaluated.model, ids, in_slices=in_slices)
             for block in cut_blocks(windows, start=1):
                 # The token at position t is the prediction number t - 1.
                 at = (block.row, slice(block.start - 1, block.stop - 1))

@@ -23,12 +23,12 @@ class PerplexityResult:
     """What `perplexity` measured.
 
     Attributes:
-        nll: Mean negative log-likelihood per predicted token, in nats.
+        nll: mean negative log-likelihood per predicted token, in nats.
         perplexity: `exp(nll)`; infinity where that overflows.
-        bits_per_character: Total negative log-likelihood in bits over the characters of the predicted text; None
+        bits_per_character: total negative log-likelihood in bits over the characters of the predicted text; None
             without a tokenizer.
-        tokens: Tokens predicted.
-        characters: Characters those tokens stand for; None without a tokenizer.
+        tokens: tokens predicted.
+        characters: characters those tokens stand for; None without a tokenizer.
     """
 
     nll: float
@@ -58,16 +58,16 @@ def perplexity(
     (`load_tokens` sees to that).
 
     Args:
-        model: A causal language model, converted or not; it is put into eval mode for the measurement.
+        model: a causal language model, converted or not; it is put into eval mode for the measurement.
         token_ids: `[tokens]`, or `[rows, tokens]` for separate texts, whose windows never cross from row to row.
-        context: Tokens in a window, at least 2.
-        limit: How many tokens of the stream (or of the rows, in order) are used at most; None means all.
-        tokenizer: With it, the result also carries characters and bits per character.
-        batch_size: Windows in one forward pass, at least 1; only windows of equal length share one.
-        progress: Called with (tokens done, tokens in all) after every batch.
+        context: tokens in a window, at least 2.
+        limit: how many tokens of the stream (or of the rows, in order) are used at most; None means all.
+        tokenizer: with it, the result also carries characters and bits per character.
+        batch_size: windows in one forward pass, at least 1; only windows of equal length share one.
+        progress: called with (tokens done, tokens in all) after every batch.
 
     Raises:
-        DataError: There are fewer than two tokens to use, or a number is out of its range.
+        DataError: there are fewer than two tokens to use, or a number is out of its range.
     """
     windows = cut_windows(token_ids, context, limit)
     if batch_size < 1:
@@ -138,9 +138,9 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, *, in_slices: 
     """-log p(token | tokens before it) of every token but the first of each row.
 
     Args:
-        model: A causal language model in eval mode.
+        model: a causal language model in eval mode.
         input_ids: `[batch, T]`, on the model's device.
-        in_slices: What `ModelHead.takes_slices` says of the model, if it was asked already.
+        in_slices: what `ModelHead.takes_slices` says of the model, if it was asked already.
 
     Returns:
         `[batch, T - 1]` float64 on the CPU, in nats.
@@ -164,10 +164,10 @@ def logit_slices(
     The layers run once. Where the model's head can run alone, only a slice of the logits exists at a time.
 
     Args:
-        model: A causal language model in eval mode.
+        model: a causal language model in eval mode.
         input_ids: `[batch, T]`, on the model's device.
-        in_slices: What `ModelHead.takes_slices` says of the model, if it was asked already.
-        size: Positions in a slice; None means as many as `LOGITS_AT_ONCE` allows.
+        in_slices: what `ModelHead.takes_slices` says of the model, if it was asked already.
+        size: positions in a slice; None means as many as `LOGITS_AT_ONCE` allows.
     """
     head = ModelHead(model)
     if head.takes_slices() if in_slices is None else in_slices:

@@ -14,7 +14,7 @@ from ...errors import CheckpointError, DataError
 from ...recipes.fields import Count, CountOrZero
 from ..engine.items import Item, Metric
 from ..engine.models import positions_of
-from .base import Outcome, Scope, Subject, Task, TaskSettings, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, TaskSettings, Unit, register_task
 from .generation import end_tokens, generating_by
 from .haystack import Haystack, fit, make_prompt
 from .packaged import data_file
@@ -43,14 +43,14 @@ class RetrievalSettings(TaskSettings):
         task: `passkey` (a number), `multi_key` (a number among others of other names), `multi_value` (all numbers of a
             name), `multi_query` (the numbers of several names), `variable_tracking` (all names that stand for a
             number), `common_words` (the words that come most often in a list), or `file` (prompts from `data`).
-        lengths: Tokens of the prompts, of the model's tokenizer.
-        depths: Where in the text the fact is, from 0 to 1; for tasks that ask for one fact.
-        samples: Prompts for each length and depth.
-        distractors: Facts of the same kind that are not asked for; None means 3 for `multi_key`, else none.
-        seed: What all is drawn from.
-        data: The text to hide things in, packaged (`book`) or a file; for `file` a file of JSON lines with prompt and
+        lengths: tokens of the prompts, of the model's tokenizer.
+        depths: where in the text the fact is, from 0 to 1; for tasks that ask for one fact.
+        samples: prompts for each length and depth.
+        distractors: facts of the same kind that are not asked for; None means 3 for `multi_key`, else none.
+        seed: what all is drawn from.
+        data: the text to hide things in, packaged (`book`) or a file; for `file` a file of JSON lines with prompt and
             answer (one text or several), and depth and chars where known.
-        new_tokens: Tokens generated; None means 10 for one number, more where more is asked.
+        new_tokens: tokens generated; None means 10 for one number, more where more is asked.
     """
 
     kind: Literal["retrieval"] = "retrieval"
@@ -77,10 +77,10 @@ class Question:
     """A prompt as tokens.
 
     Attributes:
-        id: The same for every model.
-        ids: The prompt.
-        answers: What the continuation must contain.
-        group: Its task, length and depth.
+        id: the same for every model.
+        ids: the prompt.
+        answers: what the continuation must contain.
+        group: its task, length and depth.
     """
 
     id: str
@@ -120,11 +120,11 @@ class RetrievalTask(Task[RetrievalSettings]):
         """Tokens generated behind each prompt."""
         return self.settings.new_tokens or NEW_TOKENS.get(self.settings.task, MANY_NEW_TOKENS)
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of prompts of about one length."""
         read = self._from_file if self.settings.task == "file" else self._made_up
         by_length: dict[Any, list[Question]] = {}
-        for question in read(subject, scope.limit):
+        for question in read(evaluated, scope.limit):
             by_length.setdefault(question.group.get("length", question.group.get("chars")), []).append(question)
         units = []
         for questions in by_length.values():
@@ -134,20 +134,20 @@ class RetrievalTask(Task[RetrievalSettings]):
             units += [Unit(sum(len(question.ids) + self.new_tokens for question in batch), batch) for batch in batches]
         return units
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Let the model continue a batch of prompts."""
         questions: Sequence[Question] = unit.content
-        texts = continuations(subject.model, subject.tokenizer, [q.ids for q in questions], self.new_tokens)
+        texts = continuations(evaluated.model, evaluated.tokenizer, [q.ids for q in questions], self.new_tokens)
         return Outcome([_item(question, text) for question, text in zip(questions, texts, strict=True)])
 
-    def _made_up(self, subject: Subject, limit: int | None) -> list[Question]:
+    def _made_up(self, evaluated: EvaluatedModel, limit: int | None) -> list[Question]:
         settings = self.settings
         haystack = Haystack("\n\n".join(read_documents(data_file(settings.data))))
-        lengths = self._lengths(subject)
+        lengths = self._lengths(evaluated)
         depths = list(dict.fromkeys(settings.depths)) if settings.task in AT_DEPTH else [None]
         cells = [(sample, *cell) for sample in range(settings.samples) for cell in interleave(lengths, depths)]
         questions = []
-        room = positions_of(subject.checkpoint) - self.new_tokens
+        room = positions_of(evaluated.checkpoint) - self.new_tokens
         distractors = settings.distractors
         if distractors is None:
             distractors = DISTRACTORS.get(settings.task, 0)
@@ -159,28 +159,28 @@ class RetrievalTask(Task[RetrievalSettings]):
             prompt = make_prompt(
                 settings.task, haystack, Random(f"{settings.seed}/{name}"), depth=depth or 0.0, distractors=distractors
             )
-            ids = fit(prompt, lambda text: encode(subject.tokenizer, text), int(min(length, room)))
+            ids = fit(prompt, lambda text: encode(evaluated.tokenizer, text), int(min(length, room)))
             questions.append(Question(name, ids, prompt.answers, group))
         return questions
 
-    def _lengths(self, subject: Subject) -> list[int]:
+    def _lengths(self, evaluated: EvaluatedModel) -> list[int]:
         """The lengths that the model has positions for."""
-        positions = positions_of(subject.checkpoint)
+        positions = positions_of(evaluated.checkpoint)
         wanted = list(dict.fromkeys(self.settings.lengths))
         lengths = [length for length in wanted if length <= positions]
-        _check_dropped(subject, wanted, lengths, positions, "lengths")
+        _check_dropped(evaluated, wanted, lengths, positions, "lengths")
         return lengths
 
-    def _from_file(self, subject: Subject, limit: int | None) -> list[Question]:
+    def _from_file(self, evaluated: EvaluatedModel, limit: int | None) -> list[Question]:
         path = data_file(self.settings.data)
-        positions = positions_of(subject.checkpoint)
+        positions = positions_of(evaluated.checkpoint)
         found: list[Question] = []
         for number, row in enumerate(read_rows(path)):
             prompt, answers = row.get("prompt"), row.get("answer")
             answers = [answers] if isinstance(answers, str) else answers
             if not isinstance(prompt, str) or not isinstance(answers, list) or not _are_texts(answers):
                 raise DataError(f'Row {number + 1} of {path} has no text under "prompt" or none under "answer".')
-            ids = encode(subject.tokenizer, prompt)
+            ids = encode(evaluated.tokenizer, prompt)
             group: dict[str, str | int | float] = {"task": "file"}
             if isinstance(row.get("chars"), int):
                 group["chars"] = row["chars"]
@@ -190,7 +190,7 @@ class RetrievalTask(Task[RetrievalSettings]):
                 group["depth"] = row["depth"]
             found.append(Question(f"file/{number}", ids, tuple(answers), group))
         kept = [question for question in found if len(question.ids) + self.new_tokens <= positions]
-        _check_dropped(subject, [len(q.ids) for q in found], [len(q.ids) for q in kept], positions, "prompts")
+        _check_dropped(evaluated, [len(q.ids) for q in found], [len(q.ids) for q in kept], positions, "prompts")
         return _evenly(kept)[:limit]
 
 
@@ -198,23 +198,25 @@ def _are_texts(values: Sequence[object]) -> bool:
     return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
-def _check_dropped(subject: Subject, wanted: Sequence[int], kept: Sequence[int], positions: float, what: str) -> None:
+def _check_dropped(
+    evaluated: EvaluatedModel, wanted: Sequence[int], kept: Sequence[int], positions: float, what: str
+) -> None:
     """Say which lengths are left out because the model has no positions for them.
 
     Raises:
         DataError: all of them are, or there are none.
     """
     if not wanted:
-        raise DataError(f"There are no {what} to measure {subject.source} on.")
+        raise DataError(f"There are no {what} to measure {evaluated.source} on.")
     if not kept:
         raise DataError(
-            f"All {what} are too long for the {positions:g} positions of {subject.source}: the shortest has "
+            f"All {what} are too long for the {positions:g} positions of {evaluated.source}: the shortest has "
             f"{min(wanted)} tokens."
         )
     if len(kept) < len(wanted):
         logger.warning(
             "%d of %d %s are left out: %s has %g positions.",
-            len(wanted) - len(kept), len(wanted), what, subject.source, positions,
+            len(wanted) - len(kept), len(wanted), what, evaluated.source, positions,
         )  # fmt: skip
 
 
@@ -256,10 +258,10 @@ def continuations(
     """What a model adds to prompts, always the most likely token; shorter prompts are padded on the left.
 
     Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        prompts: Tokens of each prompt.
-        new_tokens: Tokens added to each at most.
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: tokens of each prompt.
+        new_tokens: tokens added to each at most.
 
     Raises:
         CheckpointError: the model generates no text.

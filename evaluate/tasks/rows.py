@@ -13,8 +13,8 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
     """Yield the objects of a file of JSON lines in order.
 
     Args:
-        path: A file of JSON lines, or one with `.gz` behind its name.
-        limit: Rows at most, evenly spread over the file: many files are sorted by label or subject.
+        path: a file of JSON lines, or one with `.gz` behind its name.
+        limit: rows at most, evenly spread over the file: many files are sorted by label or subject.
 
     Raises:
         DataError: the file cannot be read, or a line is no JSON object.

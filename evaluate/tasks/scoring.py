@@ -19,8 +19,8 @@ class Continuation:
     """Tokens to score and the tokens before them.
 
     Attributes:
-        context: What is given, at least one token.
-        tokens: What is scored, at least one token.
+        context: what is given, at least one token.
+        tokens: what is scored, at least one token.
     """
 
     context: tuple[int, ...]
@@ -55,10 +55,10 @@ def encode_pair(
     model loses its beginning.
 
     Args:
-        tokenizer: The model's tokenizer.
-        context: The text that is given.
-        continuation: The text that is scored.
-        longest: Tokens that the model reads at most.
+        tokenizer: the model's tokenizer.
+        context: the text that is given.
+        continuation: the text that is scored.
+        longest: tokens that the model reads at most.
 
     Raises:
         DataError: the continuation makes no token, or more than the model reads.
@@ -102,10 +102,10 @@ def log_likelihoods(
     are padded on the right and masked.
 
     Args:
-        model: A causal language model in evaluation mode.
-        requests: What to score.
-        batch_size: Sequences in one forward pass at most.
-        pad: Token that fills up shorter sequences.
+        model: a causal language model in evaluation mode.
+        requests: what to score.
+        batch_size: sequences in one forward pass at most.
+        pad: token that fills up shorter sequences.
     """
     scores = [math.nan] * len(requests)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...recipes.fields import Count
 from ..engine.items import Item, Metric
-from .base import Outcome, Scope, Subject, Task, Unit, register_task
+from .base import EvaluatedModel, Outcome, Scope, Task, Unit, register_task
 from .perplexity import characters_before, token_losses
 from .textdata import TextSettings, Windows, cut_blocks, window_units
 
@@ -23,7 +23,7 @@ class PerplexitySettings(TextSettings):
     """Perplexity on a text.
 
     Attributes:
-        buckets: Positions in the context at which buckets end, in rising order: `[512, 2048]` with a context of 8,192
+        buckets: positions in the context at which buckets end, in rising order: `[512, 2048]` with a context of 8,192
             tells the positions 0-512, 512-2048 and 2048-8192 apart; empty tells none apart.
     """
 
@@ -57,21 +57,21 @@ class PerplexityTask(Task[PerplexitySettings]):
     )
     slices = (("position",),)
 
-    def units(self, subject: Subject, scope: Scope) -> Sequence[Unit]:
+    def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:
         """Batches of windows."""
-        return window_units(subject, scope, self.settings)
+        return window_units(evaluated, scope, self.settings)
 
-    def measure(self, subject: Subject, unit: Unit) -> Outcome:
+    def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the blocks of one batch of windows."""
         windows: Windows = unit.content
-        losses = token_losses(subject.model, windows.ids.to(subject.device))
+        losses = token_losses(evaluated.model, windows.ids.to(evaluated.device))
         items, buckets, read = [], self.settings.buckets, 0
         for block in cut_blocks(windows, start=1, buckets=buckets):
             # The token at position t is the prediction number t - 1.
             nll = float(losses[block.row, block.start - 1 : block.stop - 1].sum())
             row = windows.ids[block.row]
-            before = characters_before(subject.tokenizer, row, 1) if block.start == 1 else read
-            read = characters_before(subject.tokenizer, row, block.stop)
+            before = characters_before(evaluated.tokenizer, row, 1) if block.start == 1 else read
+            read = characters_before(evaluated.tokenizer, row, block.stop)
             values = {"nll": nll, "bits": nll / math.log(2)}
             values |= {"tokens": block.stop - block.start, "characters": read - before}
             items.append(Item(block.id, values, {"position": block.bucket} if buckets else {}))

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from ...errors import CheckpointError
 from ...recipes.fields import Text, whole_number
 from ..engine.models import positions_of, same_tokens
-from .base import Scope, Subject, TaskSettings, Unit
+from .base import EvaluatedModel, Scope, TaskSettings, Unit
 from .packaged import data_file
 from .perplexity import cut_windows, stack_windows
 from .textfile import load_tokens
@@ -30,10 +30,10 @@ class TextSettings(TaskSettings):
     """Which part of which text is read, and how.
 
     Attributes:
-        data: Name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
-        field: The key that holds the text in each JSON line.
-        tokens: Tokens of the text to use; a shorter text is used whole.
-        context: Tokens in a window; less where the model has fewer positions.
+        data: name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
+        field: the key that holds the text in each JSON line.
+        tokens: tokens of the text to use; a shorter text is used whole.
+        context: tokens in a window; less where the model has fewer positions.
     """
 
     data: Text = "book"
@@ -47,8 +47,8 @@ class Windows:
     """Neighbouring windows of a text that share a forward pass.
 
     Attributes:
-        first: Number of the first one in the text.
-        context: Tokens in a full window; these may be the shorter rest.
+        first: number of the first one in the text.
+        context: tokens in a full window; these may be the shorter rest.
         ids: `[batch, at most context]` int64.
     """
 
@@ -73,23 +73,25 @@ class Block:
         return f"window {self.window}, {self.start}-{self.stop - 1}"
 
 
-def window_units(subject: Subject, scope: Scope, settings: TextSettings) -> list[Unit]:
+def window_units(evaluated: EvaluatedModel, scope: Scope, settings: TextSettings) -> list[Unit]:
     """Cut a text into batches of windows that do not overlap.
 
     Args:
-        subject: Its tokenizer and configuration are used.
-        scope: The limit counts windows.
-        settings: The text.
+        evaluated: its tokenizer and configuration are used.
+        scope: the limit counts windows.
+        settings: the text.
 
     Returns:
-        Units with `Windows` as their content.
+        units with `Windows` as their content.
 
     Raises:
-        DataError: The text cannot be read, or holds fewer than two tokens.
+        DataError: the text cannot be read, or holds fewer than two tokens.
     """
-    context = fitting_context(subject, settings.context)
+    context = fitting_context(evaluated, settings.context)
     tokens = settings.tokens if scope.limit is None else min(settings.tokens, scope.limit * context)
-    ids = load_tokens(data_file(settings.data), subject.tokenizer, context=context, field=settings.field, limit=tokens)
+    ids = load_tokens(
+        data_file(settings.data), evaluated.tokenizer, context=context, field=settings.field, limit=tokens
+    )
     batch_size = max(1, min(scope.batch_size, TOKENS_AT_ONCE // context))
     units, first = [], 0
     for batch in stack_windows(cut_windows(ids, context), batch_size):
@@ -98,31 +100,31 @@ def window_units(subject: Subject, scope: Scope, settings: TextSettings) -> list
     return units
 
 
-def fitting_context(subject: Subject, context: int) -> int:
+def fitting_context(evaluated: EvaluatedModel, context: int) -> int:
     """The length of windows, cut to the positions that the model was made for."""
-    positions = positions_of(subject.checkpoint)
+    positions = positions_of(evaluated.checkpoint)
     if context <= positions:
         return context
-    logger.warning("%s has %d positions: windows have no more, not %d.", subject.source, positions, context)
+    logger.warning("%s has %d positions: windows have no more, not %d.", evaluated.source, positions, context)
     return int(positions)
 
 
-def comparable_base(subject: Subject, length: int) -> Subject:
+def comparable_base(evaluated: EvaluatedModel, length: int) -> EvaluatedModel:
     """The base that a model is compared with token by token.
 
     Args:
-        subject: The model.
-        length: Tokens that the base has to read.
+        evaluated: the model.
+        length: tokens that the base has to read.
 
     Raises:
-        CheckpointError: There is none, it reads other tokens than the model, or it has too few positions.
+        CheckpointError: there is none, it reads other tokens than the model, or it has too few positions.
     """
-    base = subject.base
+    base = evaluated.base
     if base is None:
-        raise CheckpointError(f"{subject.source} is to be compared with its base, and no base was named.")
-    if not same_tokens(base, subject):
+        raise CheckpointError(f"{evaluated.source} is to be compared with its base, and no base was named.")
+    if not same_tokens(base, evaluated):
         raise CheckpointError(
-            f"{subject.source} and {base.source} cut text into different tokens, so that their predictions cannot be "
+            f"{evaluated.source} and {base.source} cut text into different tokens, so that their predictions cannot be "
             "compared token by token; name the base that the model was made from."
         )
     if length > positions_of(base.checkpoint):
@@ -137,9 +139,9 @@ def cut_blocks(windows: Windows, *, start: int, buckets: Sequence[int] = ()) -> 
     """Cut each window's positions, from `start` on, into blocks of at most `BLOCK` positions of one bucket.
 
     Args:
-        windows: The windows.
-        start: First position that is scored: 0 where every position is, 1 where its token was predicted.
-        buckets: Positions where buckets end; a bucket behind the last of them goes up to the context.
+        windows: the windows.
+        start: first position that is scored: 0 where every position is, 1 where its token was predicted.
+        buckets: positions where buckets end; a bucket behind the last of them goes up to the context.
     """
     ends = [end for end in buckets if end < windows.context]
     length = windows.ids.shape[1]

@@ -27,11 +27,11 @@ def read_documents(path: str | Path, *, field: str = "text") -> Iterator[str]:
     """Yield the documents of a file one after another: a text file is one document, each JSON line is one.
 
     Args:
-        path: A `.txt` or `.jsonl` file, or either with `.gz` behind it.
-        field: The key that holds the text in each JSON line.
+        path: a `.txt` or `.jsonl` file, or either with `.gz` behind it.
+        field: the key that holds the text in each JSON line.
 
     Raises:
-        DataError: The file is missing, of another kind, not valid text, or a line has no such field.
+        DataError: the file is missing, of another kind, not valid text, or a line has no such field.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -91,17 +91,17 @@ def load_tokens(
     with it: token `i * context` is BOS, and it counts towards `limit`.
 
     Args:
-        path: See `read_documents`.
-        tokenizer: The model's tokenizer.
-        context: Window length in tokens, at least 2.
-        field: The key that holds the text in each JSON line.
-        limit: Tokens to return at most, at least 2; None means the whole file.
+        path: see `read_documents`.
+        tokenizer: the model's tokenizer.
+        context: window length in tokens, at least 2.
+        field: the key that holds the text in each JSON line.
+        limit: tokens to return at most, at least 2; None means the whole file.
 
     Returns:
         `[tokens]` int64.
 
     Raises:
-        DataError: The file cannot be read, or holds fewer than two tokens.
+        DataError: the file cannot be read, or holds fewer than two tokens.
     """
     characters = None if limit is None else (limit + SAFETY_TOKENS) * CHARACTERS_PER_TOKEN
     text, complete = _read_at_most(path, field, characters)

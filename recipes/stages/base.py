@@ -88,7 +88,7 @@ class StageBase(Section, ABC):
             return self.steps
         return max(1, (self.tokens or 0) // self.tokens_per_step)
 
-    def misfit(self, section: DataSection) -> str | None:
+    def why_unsupported(self, section: DataSection) -> str | None:
         """Why the stage cannot train on these data, None if it can."""
         if section.image_field is None:
             return "needs sequence_length" if self.sequence_length is None else None
@@ -129,11 +129,11 @@ class TrainingStage(StageBase):
 class NextTokenStage(TrainingStage):
     """A stage whose loss is about the next token."""
 
-    def misfit(self, section: DataSection) -> str | None:
+    def why_unsupported(self, section: DataSection) -> str | None:
         """Images, besides what no stage can train on."""
         if section.image_field is not None:
             return "learns from the next token, which images do not have: use attention_transfer or features"
-        return super().misfit(section)
+        return super().why_unsupported(section)
 
 
 class LoraPart(Section):

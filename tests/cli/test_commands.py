@@ -223,7 +223,7 @@ def test_eval_says_how_to_go_on(run: Run, teacher: str, tmp_path: Path, monkeypa
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attnconv.evaluate.engine.running.load_subject", interrupt)
+    monkeypatch.setattr("attnconv.evaluate.engine.running.load_evaluated", interrupt)
     result = run("eval", teacher, "--output", tmp_path)
     assert result.exit_code == 130
     assert "run the same command again to go on" in result.stderr

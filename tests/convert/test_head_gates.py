@@ -25,7 +25,7 @@ from attnconv.attention_modules.heads.gate import HeadGate
 from attnconv.compat import cache_of
 from attnconv.convert import convert_model, converted_modules
 from attnconv.convert.planning.plan import Plan
-from attnconv.convert.surgery.attention_function import AttentionCall, attention_tap
+from attnconv.convert.surgery.attention_function import AttentionCall, attention_hook
 from attnconv.convert.surgery.cache_layer import AttnConvCacheLayer
 from attnconv.errors import PlanError
 
@@ -208,13 +208,13 @@ def test_a_tap_sees_the_model_s_own_attention_and_the_gated_one() -> None:
     model = gated(plain("gemma2", head_dim=8, query_pre_attn_scalar=8))
     seen: list[AttentionCall] = []
 
-    def tap(call: AttentionCall) -> Tensor:
+    def hook(call: AttentionCall) -> Tensor:
         seen.append(call)
         return call.converted()
 
     with torch.no_grad():
         before = model(PROMPT, attention_mask=PADDED).logits
-        with attention_tap(model, tap):
+        with attention_hook(model, hook):
             after = model(PROMPT, attention_mask=PADDED).logits
     real = PADDED.bool()
     assert torch.equal(before[real], after[real])

@@ -16,7 +16,7 @@ from transformers import (
 
 from attnconv.compat import cache_argument
 from attnconv.convert import convert_model, converted_modules
-from attnconv.convert.surgery.attention_function import AttentionCall, attention_tap
+from attnconv.convert.surgery.attention_function import AttentionCall, attention_hook
 from attnconv.errors import PlanError
 
 CACHE = cache_argument(LlamaForCausalLM.forward)
@@ -127,7 +127,7 @@ def test_healing_sees_the_documents_of_a_packed_row() -> None:
         assert call.statistics()
         return call.teacher()
 
-    with attention_tap(model, look), torch.no_grad():
+    with attention_hook(model, look), torch.no_grad():
         model(input_ids=IDS, use_cache=False, **by_positions())
     assert len(weights) == len(converted_modules(model))
     apart = by_mask()["attention_mask"]

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from attnconv.convert import apply_plan, convert_model, converted_modules, make_plan, probe
-from attnconv.convert.surgery.attention_function import AttentionCall, attention_tap
+from attnconv.convert.surgery.attention_function import AttentionCall, attention_hook
 from attnconv.convert.surgery.in_memory import _EveryLayer
 from attnconv.errors import PlanError
 
@@ -153,7 +153,7 @@ def test_tap_sees_teacher_and_student() -> None:
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "attnconv" not in k})
     seen = []
 
-    def tap(call: AttentionCall) -> torch.Tensor:
+    def hook(call: AttentionCall) -> torch.Tensor:
         teacher, student = call.teacher(), call.student()
         assert teacher.shape == student.shape == (2, 4, 9, 8)
         assert not teacher.requires_grad
@@ -161,7 +161,7 @@ def test_tap_sees_teacher_and_student() -> None:
         seen.append(call.name)
         return teacher
 
-    with attention_tap(model, tap):
+    with attention_hook(model, hook):
         torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, logits(plain))
     assert seen == list(converted_modules(model))
     assert not torch.allclose(logits(model), logits(plain), atol=1e-4)

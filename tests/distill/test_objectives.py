@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from attnconv.convert.surgery.attention_function import attention_tap
+from attnconv.convert.surgery.attention_function import attention_hook
 from attnconv.distill.distance import output_distance
 from attnconv.distill.head import TrainedHead
 from attnconv.distill.logits import LogitDistillation
@@ -76,7 +76,7 @@ def summed_transfer(trainee, batch, parameters):
         return pairs[-1][1]
 
     trainee.train_only(parameters.values())
-    with attention_tap(trainee.model, record):
+    with attention_hook(trainee.model, record):
         trainee.model(input_ids=batch.input_ids, use_cache=False)
     loss = 1000 * sum(functional.mse_loss(student, teacher) for student, teacher in pairs) / len(pairs)
     loss.backward()
@@ -205,7 +205,7 @@ def test_weight_cross_entropy_compares_weights_with_the_teachers(make_trainee, b
     for window in (4, 48):
         calls = []
         trainee = make_trainee(window=window)
-        with attention_tap(trainee.model, lambda call, calls=calls: calls.append(call) or call.teacher()):
+        with attention_hook(trainee.model, lambda call, calls=calls: calls.append(call) or call.teacher()):
             trainee.model(input_ids=batch.input_ids, use_cache=False)
         losses[window] = sum(float(attention_weight_loss(call)) for call in calls)
     assert losses[48] < losses[4]

@@ -12,55 +12,55 @@ from attnconv.errors import CheckpointError
 from attnconv.evaluate import load_tokens
 from attnconv.evaluate.engine.bootstrap import make_figures
 from attnconv.evaluate.engine.items import Item
-from attnconv.evaluate.engine.models import load_subject, open_subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
 from attnconv.evaluate.tasks import agreement
 from attnconv.evaluate.tasks.agreement import AgreementSettings, AgreementTask, compare_predictions
-from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.packaged import packaged_file
 from attnconv.packaged.model import embedded_model_path
 
 BASE = str(embedded_model_path())
 
 
-def subject_of(model: LlamaForCausalLM, folder: Path) -> Subject:
+def evaluated_of(model: LlamaForCausalLM, folder: Path) -> EvaluatedModel:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    subject = open_subject("model", str(folder))
-    load_subject(subject, device="cpu")
-    return subject
+    evaluated = open_evaluated("model", str(folder))
+    load_evaluated(evaluated, device="cpu")
+    return evaluated
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
     model = convert_model(AutoModelForCausalLM.from_pretrained(BASE), "lolcats", window=32)
-    found = subject_of(model, tmp_path_factory.mktemp("model"))
-    found.base = open_subject("base", BASE)
-    load_subject(found.base, device="cpu")
+    found = evaluated_of(model, tmp_path_factory.mktemp("model"))
+    found.base = open_evaluated("base", BASE)
+    load_evaluated(found.base, device="cpu")
     return found
 
 
 @pytest.fixture
-def other_base(subject: Subject) -> Iterator[Subject]:
-    own = subject.base
-    yield subject
-    subject.base = own
+def other_base(evaluated: EvaluatedModel) -> Iterator[EvaluatedModel]:
+    own = evaluated.base
+    yield evaluated
+    evaluated.base = own
 
 
-def score(subject: Subject, scope: Scope = Scope(), **settings: object) -> list[Item]:  # noqa: B008
+def score(evaluated: EvaluatedModel, scope: Scope = Scope(), **settings: object) -> list[Item]:  # noqa: B008
     task = AgreementTask(AgreementSettings(**settings))
     with torch.inference_mode():
-        return [item for unit in task.units(subject, scope) for item in task.measure(subject, unit).items]
+        return [item for unit in task.units(evaluated, scope) for item in task.measure(evaluated, unit).items]
 
 
 @pytest.mark.parametrize("at_once", [512 * 8 * 3, 2**24])
 @torch.inference_mode()
-def test_equals_the_definition(subject: Subject, at_once: int, monkeypatch) -> None:
+def test_equals_the_definition(evaluated: EvaluatedModel, at_once: int, monkeypatch) -> None:
     monkeypatch.setattr(agreement, "LOGITS_AT_ONCE", at_once)
-    items = score(subject, tokens=500, context=200)
-    stream = load_tokens(packaged_file("book"), subject.tokenizer, context=200, limit=500)
+    items = score(evaluated, tokens=500, context=200)
+    stream = load_tokens(packaged_file("book"), evaluated.tokenizer, context=200, limit=500)
     expected = []
     for window in stream.split(200):
-        logits = [each.model(window[None]).logits[0] for each in (subject.base, subject)]
+        logits = [each.model(window[None]).logits[0] for each in (evaluated.base, evaluated)]
         base, model = [each.double().log_softmax(-1) for each in logits]
         for block in torch.arange(len(window)).split(128):
             kl = functional.kl_div(model[block], base[block], log_target=True, reduction="sum")
@@ -75,28 +75,28 @@ def test_equals_the_definition(subject: Subject, at_once: int, monkeypatch) -> N
     assert 0 < figures["top-1 agreement"] < 1
 
 
-def test_a_model_agrees_with_itself(other_base: Subject) -> None:
+def test_a_model_agrees_with_itself(other_base: EvaluatedModel) -> None:
     other_base.base = other_base
     for item in score(other_base, tokens=256, context=128):
         assert item.values == {"kl": 0.0, "same": 128.0, "tokens": 128}
 
 
-def test_batches_and_limits(subject: Subject) -> None:
-    one = score(subject, Scope(None, 1), tokens=300, context=64)
-    many = score(subject, Scope(None, 4), tokens=300, context=64)
+def test_batches_and_limits(evaluated: EvaluatedModel) -> None:
+    one = score(evaluated, Scope(None, 1), tokens=300, context=64)
+    many = score(evaluated, Scope(None, 4), tokens=300, context=64)
     assert [item.id for item in one] == [item.id for item in many]
     assert [i.values["kl"] for i in many] == pytest.approx([i.values["kl"] for i in one], rel=1e-4)
-    assert score(subject, Scope(2, 1), tokens=300, context=64) == one[:2]
+    assert score(evaluated, Scope(2, 1), tokens=300, context=64) == one[:2]
 
 
-def test_a_padded_vocabulary_is_compared_over_what_both_have(subject: Subject, tmp_path: Path) -> None:
+def test_a_padded_vocabulary_is_compared_over_what_both_have(evaluated: EvaluatedModel, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE)
     model.resize_token_embeddings(520)
     with torch.no_grad():
         # Were the padding counted, it would take all probability.
         model.lm_head.weight[512:] = 100 * model.lm_head.weight[:8]
-    padded = subject_of(model, tmp_path)
-    padded.base = subject.base
+    padded = evaluated_of(model, tmp_path)
+    padded.base = evaluated.base
     assert padded.model.config.vocab_size == 520
     for item in score(padded, tokens=128, context=64):
         assert item.values["kl"] == pytest.approx(0, abs=1e-3)
@@ -134,10 +134,10 @@ def test_rounding_makes_no_divergence_negative() -> None:
     assert divergence.max() < 1e-6
 
 
-def test_what_cannot_be_compared(other_base: Subject, tmp_path: Path) -> None:
+def test_what_cannot_be_compared(other_base: EvaluatedModel, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE)
     model.config.max_position_embeddings = 100
-    short = subject_of(model, tmp_path / "short")
+    short = evaluated_of(model, tmp_path / "short")
     other_base.base = short
     with pytest.raises(CheckpointError, match="has 100 positions, but 128 are compared"):
         score(other_base, tokens=256, context=128)

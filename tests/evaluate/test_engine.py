@@ -102,7 +102,9 @@ def test_an_interrupted_run_goes_on(
     measured = []
     original = PerplexityTask.measure
     monkeypatch.setattr(
-        PerplexityTask, "measure", lambda self, subject, unit: measured.append(unit) or original(self, subject, unit)
+        PerplexityTask,
+        "measure",
+        lambda self, evaluated, unit: measured.append(unit) or original(self, evaluated, unit),
     )
     found = run_evaluation(other, suite, against=teacher, output=tmp_path / "cut", batch_size=1)
     assert len(measured) == 7
@@ -118,7 +120,9 @@ def test_other_settings_are_measured_anew(teacher: str, suite: Suite, tmp_path: 
     measured = []
     original = PerplexityTask.measure
     monkeypatch.setattr(
-        PerplexityTask, "measure", lambda self, subject, unit: measured.append(unit) or original(self, subject, unit)
+        PerplexityTask,
+        "measure",
+        lambda self, evaluated, unit: measured.append(unit) or original(self, evaluated, unit),
     )
     for options in ({}, {"dtype": "bfloat16"}, {"limit": 3}, {"restart": True}):
         with pytest.raises(KeyboardInterrupt):

@@ -11,8 +11,8 @@ from attnconv.errors import CheckpointError, DataError
 from attnconv.evaluate.diagnose import compare
 from attnconv.evaluate.diagnose.compare import attention_divergence, comparable_layers
 from attnconv.evaluate.engine.bootstrap import make_figures
-from attnconv.evaluate.engine.models import load_subject, open_subject
-from attnconv.evaluate.tasks.base import Outcome, Scope, Subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
+from attnconv.evaluate.tasks.base import EvaluatedModel, Outcome, Scope
 from attnconv.evaluate.tasks.fidelity import FidelitySettings, FidelityTask, spread
 from attnconv.packaged.model import embedded_model_path
 from attnconv.recipes import build_recipe
@@ -31,27 +31,27 @@ def hybrid() -> PreTrainedModel:
     return convert_model(AutoModelForCausalLM.from_pretrained(BASE), recipe)
 
 
-def subject_of(model: PreTrainedModel, folder: Path) -> Subject:
+def evaluated_of(model: PreTrainedModel, folder: Path) -> EvaluatedModel:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    subject = open_subject("model", str(folder))
-    load_subject(subject, device="cpu")
-    return subject
+    evaluated = open_evaluated("model", str(folder))
+    load_evaluated(evaluated, device="cpu")
+    return evaluated
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
     # Saved and loaded again, as evaluation meets it.
-    found = subject_of(hybrid(), tmp_path_factory.mktemp("model"))
-    found.base = open_subject("base", BASE)
-    load_subject(found.base, device="cpu")
+    found = evaluated_of(hybrid(), tmp_path_factory.mktemp("model"))
+    found.base = open_evaluated("base", BASE)
+    load_evaluated(found.base, device="cpu")
     return found
 
 
-def run(subject: Subject, scope: Scope = Scope(), **settings: object) -> list[Outcome]:  # noqa: B008
+def run(evaluated: EvaluatedModel, scope: Scope = Scope(), **settings: object) -> list[Outcome]:  # noqa: B008
     task = FidelityTask(FidelitySettings(**{**SMALL, **settings}))
     with torch.inference_mode():
-        return [task.measure(subject, unit) for unit in task.units(subject, scope)]
+        return [task.measure(evaluated, unit) for unit in task.units(evaluated, scope)]
 
 
 def eager(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -61,8 +61,8 @@ def eager(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]
         return plain(input_ids=ids, output_attentions=True).attentions
 
 
-def test_items_and_figures(subject: Subject) -> None:
-    outcomes = run(subject)
+def test_items_and_figures(evaluated: EvaluatedModel) -> None:
+    outcomes = run(evaluated)
     assert len(outcomes) == 2
     items = [item for outcome in outcomes for item in outcome.items]
     assert len(items) == len({item.id for item in items}) == 2 * 5 * (8 + 1)
@@ -83,15 +83,17 @@ def test_items_and_figures(subject: Subject) -> None:
     assert found["attention KL", 0] > 0.01
 
 
-def test_the_first_layer_by_hand(subject: Subject) -> None:
+def test_the_first_layer_by_hand(evaluated: EvaluatedModel) -> None:
     """The first layer of both models gets the same input, and a sliding window's weights are known in closed form."""
     model = convert_model(AutoModelForCausalLM.from_pretrained(BASE), "sliding_window", window=8, num_sinks=0)
     task = FidelityTask(FidelitySettings(**SMALL))
-    unit = task.units(subject, Scope())[0]
-    windowed = Subject("model", "windowed", subject.checkpoint, subject.tokenizer, model.eval(), subject.base)
+    unit = task.units(evaluated, Scope())[0]
+    windowed = EvaluatedModel(
+        "model", "windowed", evaluated.checkpoint, evaluated.tokenizer, model.eval(), evaluated.base
+    )
     with torch.inference_mode():
         outcome = task.measure(windowed, unit)
-    teacher = eager(subject.base.model, unit.content[1][None])[0][0].double()
+    teacher = eager(evaluated.base.model, unit.content[1][None])[0][0].double()
     gap = torch.arange(40)[:, None] - torch.arange(40)
     student = teacher * (gap < 8)
     student = student / student.sum(-1, keepdim=True)
@@ -101,36 +103,36 @@ def test_the_first_layer_by_hand(subject: Subject) -> None:
     assert measured == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-5)
     (error,) = [item.values for item in outcome.items if item.group == {"layer": 0}]
     seen = {}
-    handle = subject.base.model.model.layers[0].self_attn.v_proj.register_forward_hook(
+    handle = evaluated.base.model.model.layers[0].self_attn.v_proj.register_forward_hook(
         lambda module, args, out: seen.update(value=out)
     )
     with torch.no_grad():
-        subject.base.model(input_ids=unit.content[1][None])
+        evaluated.base.model(input_ids=unit.content[1][None])
     handle.remove()
     values = seen["value"].view(40, 4, 8).transpose(0, 1).repeat_interleave(2, 0).double()
     assert error["power"] == pytest.approx(float((teacher @ values).square().sum()), rel=1e-4)
     assert error["error"] == pytest.approx(float(((student - teacher) @ values).square().sum()), rel=1e-3)
 
 
-def test_a_model_is_faithful_to_itself_and_stays_as_it_was(subject: Subject) -> None:
-    base = subject.base
+def test_a_model_is_faithful_to_itself_and_stays_as_it_was(evaluated: EvaluatedModel) -> None:
+    base = evaluated.base
     assert base is not None
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        before = base.model(input_ids=ids).logits, subject.model(input_ids=ids, use_cache=False).logits
-    own = Subject("model", BASE, base.checkpoint, base.tokenizer, base.model, base)
+        before = base.model(input_ids=ids).logits, evaluated.model(input_ids=ids, use_cache=False).logits
+    own = EvaluatedModel("model", BASE, base.checkpoint, base.tokenizer, base.model, base)
     for outcome in run(own):
         assert all(item.values.get("kl", 0.0) == 0 for item in outcome.items)
         assert all(item.values.get("error", 0.0) == 0 for item in outcome.items)
         assert {row["name"] for row in outcome.extra["statistics"]} == {"density"}
-    run(subject)
+    run(evaluated)
     with torch.no_grad():
         assert torch.equal(base.model(input_ids=ids).logits, before[0])
-        assert torch.equal(subject.model(input_ids=ids, use_cache=False).logits, before[1])
+        assert torch.equal(evaluated.model(input_ids=ids, use_cache=False).logits, before[1])
 
 
-def test_extras_are_what_reports_draw(subject: Subject) -> None:
-    first = run(subject)[0]
+def test_extras_are_what_reports_draw(evaluated: EvaluatedModel) -> None:
+    first = run(evaluated)[0]
     extra = json.loads(json.dumps(first.extra))
     assert (extra["size"], extra["tokens"], len(extra["maps"])) == (16, None, 6)
     divergences = sorted((item.values["kl"] for item in first.items if "kl" in item.values), reverse=True)
@@ -153,36 +155,36 @@ def test_extras_are_what_reports_draw(subject: Subject) -> None:
     assert shares[3, "density"] == pytest.approx([1.0] * 8)
 
 
-def test_short_windows_keep_their_maps_and_tokens(subject: Subject) -> None:
-    extra = run(subject, context=12, map_heads=1)[0].extra
+def test_short_windows_keep_their_maps_and_tokens(evaluated: EvaluatedModel) -> None:
+    extra = run(evaluated, context=12, map_heads=1)[0].extra
     (row,) = extra["maps"]
     assert extra["size"] == len(extra["tokens"]) == len(row["teacher"]) == 12
     assert [sum(line) for line in row["teacher"]] == pytest.approx([1.0] * 12, abs=1e-3)
     assert [sum(line) for line in row["student"]] == pytest.approx([1.0] * 12, abs=1e-3)
 
 
-def test_groups_of_layers_change_nothing(subject: Subject, monkeypatch) -> None:
-    whole = run(subject)
+def test_groups_of_layers_change_nothing(evaluated: EvaluatedModel, monkeypatch) -> None:
+    whole = run(evaluated)
     monkeypatch.setattr(compare, "WEIGHTS_AT_ONCE", 2 * 8 * 40 * 40)
-    assert run(subject) == whole
+    assert run(evaluated) == whole
 
 
-def test_limits_and_settings(subject: Subject) -> None:
-    whole = run(subject)
-    assert run(subject, Scope(1)) == whole[:1]
-    assert run(subject, map_heads=0)[0].extra["maps"] == []
+def test_limits_and_settings(evaluated: EvaluatedModel) -> None:
+    whole = run(evaluated)
+    assert run(evaluated, Scope(1)) == whole[:1]
+    assert run(evaluated, map_heads=0)[0].extra["maps"] == []
     with pytest.raises(DataError, match="packaged"):
-        run(subject, data="bok")
+        run(evaluated, data="bok")
 
 
-def test_layers_that_do_not_correspond_are_left_out(subject: Subject, tmp_path: Path, caplog) -> None:
-    config = subject.base.model.config.__class__.from_pretrained(BASE)
+def test_layers_that_do_not_correspond_are_left_out(evaluated: EvaluatedModel, tmp_path: Path, caplog) -> None:
+    config = evaluated.base.model.config.__class__.from_pretrained(BASE)
     config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 4, 4, 4
     config.head_dim = 16
     torch.manual_seed(0)
-    other = subject_of(type(subject.base.model)(config), tmp_path)
-    other.base = subject.base
-    layers, skipped = comparable_layers(subject.base.model, other.model)
+    other = evaluated_of(type(evaluated.base.model)(config), tmp_path)
+    other.base = evaluated.base
+    layers, skipped = comparable_layers(evaluated.base.model, other.model)
     assert layers == ()
     assert skipped["model.layers.4.self_attn"] == "only the base has it"
     assert skipped["model.layers.0.self_attn"] == "it has 4 heads of 16 values, but 8 heads of 8 values in the base"
@@ -192,18 +194,18 @@ def test_layers_that_do_not_correspond_are_left_out(subject: Subject, tmp_path: 
     assert caplog.text.count("is not compared with the base's") == 5
 
 
-def test_without_a_base_nothing_is_measured(subject: Subject) -> None:
-    alone = Subject("model", "alone", subject.checkpoint, subject.tokenizer, subject.model)
+def test_without_a_base_nothing_is_measured(evaluated: EvaluatedModel) -> None:
+    alone = EvaluatedModel("model", "alone", evaluated.checkpoint, evaluated.tokenizer, evaluated.model)
     with pytest.raises(CheckpointError, match="no base was named"):
         run(alone)
 
 
-def test_weights_of_either_sign_are_compared_by_their_size(subject: Subject) -> None:
+def test_weights_of_either_sign_are_compared_by_their_size(evaluated: EvaluatedModel) -> None:
     model = convert_model(AutoModelForCausalLM.from_pretrained(BASE), "lightning", activation="none").eval()
     task = FidelityTask(FidelitySettings(**SMALL | {"map_size": 40}))
-    lightning = Subject("model", "lightning", subject.checkpoint, subject.tokenizer, model, subject.base)
+    lightning = EvaluatedModel("model", "lightning", evaluated.checkpoint, evaluated.tokenizer, model, evaluated.base)
     with torch.inference_mode():
-        outcome = task.measure(lightning, task.units(subject, Scope())[0])
+        outcome = task.measure(lightning, task.units(evaluated, Scope())[0])
     divergences = [item.values["kl"] for item in outcome.items if "kl" in item.values]
     # As if no key of the teacher's were seen at all it would be 13.8.
     assert all(0.01 < kl < 13.8 for kl in divergences)

@@ -9,8 +9,8 @@ from attnconv import convert_model
 from attnconv.errors import CheckpointError, DataError
 from attnconv.evaluate.engine.bootstrap import make_figures
 from attnconv.evaluate.engine.items import Item
-from attnconv.evaluate.engine.models import load_subject, open_subject
-from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
+from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.generation import (
     GenerationSettings,
     GenerationTask,
@@ -25,22 +25,22 @@ BASE = str(embedded_model_path())
 
 
 @pytest.fixture(scope="module")
-def shared_subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def shared_evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
     folder = tmp_path_factory.mktemp("model")
     convert_model(AutoModelForCausalLM.from_pretrained(BASE), "lolcats", window=24).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
-    subject, base = open_subject("model", str(folder)), open_subject("base", BASE)
-    for each in (subject, base):
-        load_subject(each, device="cpu")
-    subject.base = base
-    return subject
+    evaluated, base = open_evaluated("model", str(folder)), open_evaluated("base", BASE)
+    for each in (evaluated, base):
+        load_evaluated(each, device="cpu")
+    evaluated.base = base
+    return evaluated
 
 
 @pytest.fixture
-def subject(shared_subject: Subject) -> Iterator[Subject]:
-    loaded, base = shared_subject.loaded, shared_subject.base
-    yield shared_subject
-    shared_subject.loaded, shared_subject.base = loaded, base
+def evaluated(shared_evaluated: EvaluatedModel) -> Iterator[EvaluatedModel]:
+    loaded, base = shared_evaluated.loaded, shared_evaluated.base
+    yield shared_evaluated
+    shared_evaluated.loaded, shared_evaluated.base = loaded, base
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def score(subject: Subject, scope: Scope = Scope(), **settings: object) -> list[Item]:  # noqa: B008
+def score(evaluated: EvaluatedModel, scope: Scope = Scope(), **settings: object) -> list[Item]:  # noqa: B008
     task = GenerationTask(GenerationSettings(**settings))
     with torch.inference_mode():
-        return [item for unit in task.units(subject, scope) for item in task.measure(subject, unit).items]
+        return [item for unit in task.units(evaluated, scope) for item in task.measure(evaluated, unit).items]
 
 
 @torch.no_grad()
@@ -72,18 +72,18 @@ def by_hand(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, ends:
     return ids[len(prompt) :]
 
 
-def test_equals_decoding_token_by_token_without_a_cache(subject: Subject, story: str) -> None:
+def test_equals_decoding_token_by_token_without_a_cache(evaluated: EvaluatedModel, story: str) -> None:
     settings = {"data": story, "prompts": 4, "prompt_tokens": 40, "new_tokens": 20}
-    items = score(subject, Scope(None, 3), **settings)
+    items = score(evaluated, Scope(None, 3), **settings)
     assert [item.id for item in items] == [f"prompt {index}" for index in range(4)]
-    prompts = cut_prompts(subject.tokenizer, GenerationSettings(**settings))
-    ends = end_tokens(subject.base.model, subject.base.tokenizer)
+    prompts = cut_prompts(evaluated.tokenizer, GenerationSettings(**settings))
+    ends = end_tokens(evaluated.base.model, evaluated.base.tokenizer)
     for item, prompt in zip(items, prompts, strict=True):
-        expected, answer = [by_hand(each.model, prompt, 20, ends) for each in (subject.base, subject)]
+        expected, answer = [by_hand(each.model, prompt, 20, ends) for each in (evaluated.base, evaluated)]
         equal = [wanted == token for wanted, token in zip(expected, answer, strict=False)]
         same = equal.index(False) if False in equal else len(equal)
         assert item.values == {"matching": same, "new": len(expected), "identical": int(expected == answer)}
-        texts = [subject.tokenizer.decode(ids, skip_special_tokens=True) for ids in (expected, answer)]
+        texts = [evaluated.tokenizer.decode(ids, skip_special_tokens=True) for ids in (expected, answer)]
         assert item.note == f"base: {texts[0]}\nmodel: {texts[1]}"
     total = {key: sum(item.values[key] for item in items) for key in ("matching", "new", "identical")}
     assert 0 < total["matching"] < total["new"]
@@ -92,25 +92,27 @@ def test_equals_decoding_token_by_token_without_a_cache(subject: Subject, story:
     assert figures["identical answers"] == pytest.approx(total["identical"] / 4)
 
 
-def test_a_model_continues_like_itself(subject: Subject, story: str) -> None:
-    subject.base = subject
-    for item in score(subject, data=story, prompts=2, prompt_tokens=30, new_tokens=10):
+def test_a_model_continues_like_itself(evaluated: EvaluatedModel, story: str) -> None:
+    evaluated.base = evaluated
+    for item in score(evaluated, data=story, prompts=2, prompt_tokens=30, new_tokens=10):
         assert item.values["matching"] == item.values["new"]
         assert item.values["identical"] == 1
 
 
-def test_batches_and_limits(subject: Subject, story: str) -> None:
+def test_batches_and_limits(evaluated: EvaluatedModel, story: str) -> None:
     settings = {"data": story, "prompts": 5, "prompt_tokens": 30, "new_tokens": 6}
-    units = GenerationTask(GenerationSettings(**settings)).units(subject, Scope(None, 2))
+    units = GenerationTask(GenerationSettings(**settings)).units(evaluated, Scope(None, 2))
     assert [len(unit.content.ids) for unit in units] == [2, 2, 1]
     assert [unit.tokens for unit in units] == [144, 144, 72]
-    one = score(subject, Scope(None, 1), **settings)
-    assert score(subject, Scope(None, 5), **settings) == one
-    assert score(subject, Scope(3, 2), **settings) == one[:3]
+    one = score(evaluated, Scope(None, 1), **settings)
+    assert score(evaluated, Scope(None, 5), **settings) == one
+    assert score(evaluated, Scope(3, 2), **settings) == one[:3]
 
 
-def test_prompts_lie_at_even_distances_and_begin_as_the_model_wants_it(subject: Subject, tmp_path: Path) -> None:
-    tokenizer = subject.tokenizer
+def test_prompts_lie_at_even_distances_and_begin_as_the_model_wants_it(
+    evaluated: EvaluatedModel, tmp_path: Path
+) -> None:
+    tokenizer = evaluated.tokenizer
     path = tmp_path / "numbers.txt"
     path.write_text(" ".join(str(number) for number in range(200)))
     ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
@@ -122,20 +124,20 @@ def test_prompts_lie_at_even_distances_and_begin_as_the_model_wants_it(subject: 
     assert places == [0, len(pieces) // 3, 2 * len(pieces) // 3]
 
 
-def test_a_short_text_gives_fewer_prompts(subject: Subject, tmp_path: Path, caplog) -> None:
+def test_a_short_text_gives_fewer_prompts(evaluated: EvaluatedModel, tmp_path: Path, caplog) -> None:
     path = tmp_path / "short.txt"
     path.write_text("Once upon a time there was a dog. It was a big dog. It ran and ran and ran.")
-    prompts = cut_prompts(subject.tokenizer, GenerationSettings(data=str(path), prompts=50, prompt_tokens=8))
+    prompts = cut_prompts(evaluated.tokenizer, GenerationSettings(data=str(path), prompts=50, prompt_tokens=8))
     assert 1 < len(prompts) < 50
     assert len({tuple(row.tolist()) for row in prompts}) == len(prompts)
     assert f"long enough for {len(prompts)} prompts" in caplog.text
     with pytest.raises(DataError, match="less than one prompt of 300 tokens"):
-        cut_prompts(subject.tokenizer, GenerationSettings(data=str(path), prompt_tokens=300))
+        cut_prompts(evaluated.tokenizer, GenerationSettings(data=str(path), prompt_tokens=300))
 
 
-def test_continuations_stop_where_the_text_ends(subject: Subject, story: str) -> None:
-    prompts = cut_prompts(subject.tokenizer, GenerationSettings(data=story, prompts=3, prompt_tokens=30))
-    model = subject.base.model
+def test_continuations_stop_where_the_text_ends(evaluated: EvaluatedModel, story: str) -> None:
+    prompts = cut_prompts(evaluated.tokenizer, GenerationSettings(data=story, prompts=3, prompt_tokens=30))
+    model = evaluated.base.model
     free = [by_hand(model, prompt, 12, []) for prompt in prompts]
     end = free[0][4]
     expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
@@ -144,9 +146,11 @@ def test_continuations_stop_where_the_text_ends(subject: Subject, story: str) ->
     assert len(expected[0]) <= 5
 
 
-def test_the_models_own_generation_settings_do_not_matter(subject: Subject, story: str, caplog, recwarn) -> None:
-    prompts = cut_prompts(subject.tokenizer, GenerationSettings(data=story, prompts=2, prompt_tokens=30))
-    model = subject.base.model
+def test_the_models_own_generation_settings_do_not_matter(
+    evaluated: EvaluatedModel, story: str, caplog, recwarn
+) -> None:
+    prompts = cut_prompts(evaluated.tokenizer, GenerationSettings(data=story, prompts=2, prompt_tokens=30))
+    model = evaluated.base.model
     expected = [by_hand(model, prompt, 12, []) for prompt in prompts]
     own = model.generation_config
     odd = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "max_length": 20}
@@ -161,8 +165,8 @@ def test_the_models_own_generation_settings_do_not_matter(subject: Subject, stor
     assert not recwarn.list
 
 
-def test_tokens_that_end_a_text(subject: Subject) -> None:
-    model, tokenizer = subject.base.model, subject.base.tokenizer
+def test_tokens_that_end_a_text(evaluated: EvaluatedModel) -> None:
+    model, tokenizer = evaluated.base.model, evaluated.base.tokenizer
     own = model.generation_config.eos_token_id
     try:
         for given, ends in [(7, [7]), ([3, 4], [3, 4]), (None, [tokenizer.eos_token_id])]:
@@ -180,15 +184,15 @@ def test_matching(expected: list[int], answer: list[int], count: int) -> None:
     assert matching(expected, answer) == count
 
 
-def test_what_cannot_be_done(subject: Subject, story: str) -> None:
+def test_what_cannot_be_done(evaluated: EvaluatedModel, story: str) -> None:
     with pytest.raises(DataError, match="more than the 512 positions"):
-        score(subject, data=story, prompt_tokens=500, new_tokens=13)
+        score(evaluated, data=story, prompt_tokens=500, new_tokens=13)
     encoder = torch.nn.Module()
     encoder.can_generate = lambda: False
     with pytest.raises(CheckpointError, match="generates no text"):
         continue_greedily(encoder, torch.zeros(1, 2, dtype=torch.long), 3, [])
-    subject.base = None
+    evaluated.base = None
     task = GenerationTask(GenerationSettings(data=story, prompts=1, prompt_tokens=10))
-    (unit,) = task.units(subject, Scope())
+    (unit,) = task.units(evaluated, Scope())
     with pytest.raises(CheckpointError, match="no base was named"):
-        task.measure(subject, unit)
+        task.measure(evaluated, unit)

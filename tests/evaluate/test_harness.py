@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from attnconv.convert import convert_model
 from attnconv.errors import DataError
 from attnconv.evaluate.engine.items import Item
-from attnconv.evaluate.engine.models import load_subject, open_subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
 from attnconv.evaluate.tasks import harness
-from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.harness import HarnessSettings, HarnessTask, items_of
 from attnconv.packaged.model import embedded_model_path
 
@@ -61,22 +61,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted() -> Subject:
-    subject = open_subject("model", str(embedded_model_path()))
-    load_subject(subject, device="cpu")
-    convert_model(subject.model, "lolcats", window=16)
-    return subject
+def converted() -> EvaluatedModel:
+    evaluated = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(evaluated, device="cpu")
+    convert_model(evaluated.model, "lolcats", window=16)
+    return evaluated
 
 
-def run(subject: Subject, folder: Path, name: str, **scope: int) -> list[Item]:
+def run(evaluated: EvaluatedModel, folder: Path, name: str, **scope: int) -> list[Item]:
     task = HarnessTask(HarnessSettings(tasks=(name,), include_path=str(folder)))
-    (unit,) = task.units(subject, Scope(**scope))
+    (unit,) = task.units(evaluated, Scope(**scope))
     with torch.inference_mode():
-        return list(task.measure(subject, unit).items)
+        return list(task.measure(evaluated, unit).items)
 
 
 @needs_lm_eval
-def test_questions_become_items(converted: Subject, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_questions_become_items(converted: EvaluatedModel, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     items = run(converted, folder, "stories_choose", limit=4, batch_size=2)
     assert [item.id for item in items] == [f"stories_choose/{number}" for number in range(4)]
@@ -93,7 +93,7 @@ def test_questions_become_items(converted: Subject, folder: Path, capfd: pytest.
 
 
 @needs_lm_eval
-def test_a_batch_of_generations_is_what_single_ones_are(converted: Subject, folder: Path) -> None:
+def test_a_batch_of_generations_is_what_single_ones_are(converted: EvaluatedModel, folder: Path) -> None:
     one = run(converted, folder, "stories_write", batch_size=1)
     many = run(converted, folder, "stories_write", batch_size=5)
     assert one == many
@@ -103,7 +103,7 @@ def test_a_batch_of_generations_is_what_single_ones_are(converted: Subject, fold
 
 
 @needs_lm_eval
-def test_perplexity_is_a_quotient_of_sums(converted: Subject, folder: Path) -> None:
+def test_perplexity_is_a_quotient_of_sums(converted: EvaluatedModel, folder: Path) -> None:
     items = run(converted, folder, "stories_roll", batch_size=2)
     words, bits = HarnessTask(HarnessSettings(tasks=("stories_roll",))).metrics_of(items)
     assert (words.name, words.scale, words.better, words.compare) == ("word_perplexity", "exp", "lower", "ratio")
@@ -116,14 +116,14 @@ def test_perplexity_is_a_quotient_of_sums(converted: Subject, folder: Path) -> N
 
 
 @needs_lm_eval
-def test_data_that_cannot_be_had_is_one_sentence(converted: Subject, folder: Path) -> None:
+def test_data_that_cannot_be_had_is_one_sentence(converted: EvaluatedModel, folder: Path) -> None:
     with pytest.raises(DataError, match='The lm-eval task "stories_missing" cannot be loaded: ') as caught:
         run(converted, folder, "stories_missing", limit=1)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @needs_lm_eval
-def test_an_unknown_task_is_answered_with_the_nearest(converted: Subject, folder: Path, monkeypatch) -> None:
+def test_an_unknown_task_is_answered_with_the_nearest(converted: EvaluatedModel, folder: Path, monkeypatch) -> None:
     # All that lm-eval has takes seconds to read; its own folder of one task stands in for it.
     original = harness._index
     monkeypatch.setattr(harness, "_index", lambda path, defaults: original(path, False))
@@ -132,12 +132,12 @@ def test_an_unknown_task_is_answered_with_the_nearest(converted: Subject, folder
 
 
 @needs_lm_eval
-def test_the_folder_of_tasks_must_exist(converted: Subject, tmp_path: Path) -> None:
+def test_the_folder_of_tasks_must_exist(converted: EvaluatedModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
         run(converted, tmp_path / "nowhere", "piqa")
 
 
-def test_without_lm_eval_it_says_what_to_install(converted: Subject, folder: Path, monkeypatch) -> None:
+def test_without_lm_eval_it_says_what_to_install(converted: EvaluatedModel, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"attnconv\[eval\]"):
         run(converted, folder, "stories_choose")

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from attnconv.convert import convert_model
 from attnconv.errors import DataError
 from attnconv.evaluate.engine.items import Item
-from attnconv.evaluate.engine.models import load_subject, open_subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
 from attnconv.evaluate.tasks import scoring
-from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.multiple_choice import (
     STYLES,
     MultipleChoiceSettings,
@@ -35,9 +35,9 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    found = open_subject("model", str(embedded_model_path()))
-    load_subject(found, device="cpu")
+def evaluated() -> EvaluatedModel:
+    found = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(found, device="cpu")
     return found
 
 
@@ -184,13 +184,13 @@ def test_files_that_hold_no_questions(tmp_path: Path) -> None:
         load_questions(str(tmp_path / "bad.jsonl.gz"))
 
 
-def run(subject: Subject, data: str, **scope: int) -> list[Item]:
+def run(evaluated: EvaluatedModel, data: str, **scope: int) -> list[Item]:
     task = MultipleChoiceTask(MultipleChoiceSettings(data=data))
-    items = [item for unit in task.units(subject, Scope(**scope)) for item in task.measure(subject, unit).items]
+    items = [item for unit in task.units(evaluated, Scope(**scope)) for item in task.measure(evaluated, unit).items]
     return sorted(items, key=lambda item: int(item.id))
 
 
-def test_a_trained_model_prefers_what_it_has_learned(subject: Subject, tmp_path: Path) -> None:
+def test_a_trained_model_prefers_what_it_has_learned(evaluated: EvaluatedModel, tmp_path: Path) -> None:
     pairs = [
         ("Once upon a time, there was a little", "girl", "zebra crossing"),
         ("Lily and her mom went to the", "park", "of of"),
@@ -201,19 +201,19 @@ def test_a_trained_model_prefers_what_it_has_learned(subject: Subject, tmp_path:
         {"question": text, "choices": [good, bad] if index % 2 else [bad, good], "label": 1 - index % 2}
         for index, (text, good, bad) in enumerate(pairs)
     ]
-    items = run(subject, write_rows(tmp_path / "openbookqa.jsonl", rows), batch_size=3)
+    items = run(evaluated, write_rows(tmp_path / "openbookqa.jsonl", rows), batch_size=3)
     assert [item.id for item in items] == ["0", "1", "2", "3"]
     assert sum(item.values["correct"] for item in items) == 4
     assert all(item.values["margin"] > 0 for item in items)
     assert [item.note.split(",")[0] for item in items] == ["B", "A", "B", "A"]
     swapped = [{**row, "label": 1 - row["label"]} for row in rows]
-    wrong = run(subject, write_rows(tmp_path / "openbookqa_swapped.jsonl", swapped), batch_size=8)
+    wrong = run(evaluated, write_rows(tmp_path / "openbookqa_swapped.jsonl", swapped), batch_size=8)
     assert sum(item.values["correct"] for item in wrong) == 0
     assert [item.values["margin"] for item in wrong] == pytest.approx([-item.values["margin"] for item in items])
 
 
 def test_units_are_cut_without_the_model_and_respect_the_limit() -> None:
-    closed = open_subject("model", str(embedded_model_path()))
+    closed = open_evaluated("model", str(embedded_model_path()))
     task = MultipleChoiceTask(MultipleChoiceSettings(data="piqa"))
     units = task.units(closed, Scope(limit=7, batch_size=3))
     assert [len(unit.content.questions) for unit in units] == [3, 3, 1]
@@ -235,17 +235,17 @@ def check(repository: Path) -> ModuleType:
 )
 def test_scores_are_those_of_lm_eval(name: str, converted: bool, check: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    subject = open_subject("model", str(embedded_model_path()))
-    load_subject(subject, device="cpu")
+    evaluated = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(evaluated, device="cpu")
     if converted:
-        convert_model(subject.model, "lolcats", window=16)
+        convert_model(evaluated.model, "lolcats", window=16)
     path = name
     if name == "boolq":
         rows = [
             {"question": f"is {n} even", "passage": f"{n} is a number. " * n, "label": n % 2 == 0} for n in range(1, 7)
         ]
         path = write_rows(tmp_path / "boolq.jsonl", rows)
-    result = check.compare(subject, name, path, 12, 5)
+    result = check.compare(evaluated, name, path, 12, 5)
     assert result["questions"] == (6 if name == "boolq" else 12)
     assert result["differing"] == {"acc": 0, "acc_norm": 0, "chosen": 0}
     for counts in result["correct"].values():
@@ -253,17 +253,17 @@ def test_scores_are_those_of_lm_eval(name: str, converted: bool, check: ModuleTy
 
 
 def test_scores_are_finite_in_half_precision() -> None:
-    subject = open_subject("model", str(embedded_model_path()))
-    load_subject(subject, dtype="bfloat16", device="cpu")
-    items = run(subject, "piqa", limit=4, batch_size=4)
+    evaluated = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(evaluated, dtype="bfloat16", device="cpu")
+    items = run(evaluated, "piqa", limit=4, batch_size=4)
     assert all(math.isfinite(item.values["margin"]) for item in items)
 
 
 def test_a_broken_model_is_right_about_nothing() -> None:
-    subject = open_subject("model", str(embedded_model_path()))
-    load_subject(subject, device="cpu")
+    evaluated = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(evaluated, device="cpu")
     with torch.no_grad():
-        subject.model.lm_head.weight.fill_(torch.nan)
-    items = run(subject, "piqa", limit=6, batch_size=4)
+        evaluated.model.lm_head.weight.fill_(torch.nan)
+    items = run(evaluated, "piqa", limit=6, batch_size=4)
     assert len(items) == 6
     assert [value for item in items for name, value in item.values.items() if name != "margin"] == [0.0] * 12

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from attnconv.convert import convert_model
 from attnconv.errors import CheckpointError, DataError
-from attnconv.evaluate.engine.models import load_subject, open_subject
+from attnconv.evaluate.engine.models import load_evaluated, open_evaluated
 from attnconv.evaluate.tasks import retrieval
-from attnconv.evaluate.tasks.base import Scope, Subject
+from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.haystack import CITIES, RIDDLES, Haystack, Riddle, fit, make_prompt, weave
 from attnconv.evaluate.tasks.packaged import data_file
 from attnconv.evaluate.tasks.retrieval import RetrievalSettings, RetrievalTask, continuations, encode, interleave
@@ -32,20 +32,20 @@ def book() -> Haystack:
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    found = open_subject("model", str(embedded_model_path()))
-    load_subject(found, device="cpu")
+def evaluated() -> EvaluatedModel:
+    found = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(found, device="cpu")
     return found
 
 
 @pytest.fixture(scope="module")
-def closed() -> Subject:
-    return open_subject("model", str(embedded_model_path()))
+def closed() -> EvaluatedModel:
+    return open_evaluated("model", str(embedded_model_path()))
 
 
-def questions(subject: Subject, limit: int | None = None, batch_size: int = 8, **settings: object) -> list:
+def questions(evaluated: EvaluatedModel, limit: int | None = None, batch_size: int = 8, **settings: object) -> list:
     task = RetrievalTask(RetrievalSettings(**settings))
-    return [question for unit in task.units(subject, Scope(limit, batch_size)) for question in unit.content]
+    return [question for unit in task.units(evaluated, Scope(limit, batch_size)) for question in unit.content]
 
 
 LENGTHS = [("passkey", 300), *((task, length) for task in TASKS for length in (600, 2000))]
@@ -132,7 +132,7 @@ def test_weaving_ends_what_was_cut_off() -> None:
         Haystack(" \n ")
 
 
-def test_any_limit_covers_lengths_and_depths_evenly(closed: Subject) -> None:
+def test_any_limit_covers_lengths_and_depths_evenly(closed: EvaluatedModel) -> None:
     everything = questions(closed, lengths=(200, 250, 300), depths=(0.1, 0.5, 0.9), samples=2)
     assert len(everything) == len({question.id for question in everything}) == 18
     for limit in (3, 9, 12):
@@ -143,7 +143,7 @@ def test_any_limit_covers_lengths_and_depths_evenly(closed: Subject) -> None:
     assert interleave([1, 2], ["a", "b", "c"]) == [(1, "a"), (2, "b"), (1, "b"), (2, "c"), (1, "c"), (2, "a")]
 
 
-def test_units_hold_one_length_and_not_too_many_tokens(closed: Subject, monkeypatch) -> None:
+def test_units_hold_one_length_and_not_too_many_tokens(closed: EvaluatedModel, monkeypatch) -> None:
     monkeypatch.setattr(retrieval, "TOKENS_AT_ONCE", 700)
     task = RetrievalTask(RetrievalSettings(lengths=(200, 300), depths=(0.5,), samples=5))
     units = task.units(closed, Scope(batch_size=4))
@@ -155,14 +155,14 @@ def test_units_hold_one_length_and_not_too_many_tokens(closed: Subject, monkeypa
     assert units[0].tokens == sum(len(question.ids) + 10 for question in units[0].content)
 
 
-def test_prompts_depend_on_the_seed_and_not_on_other_lengths(closed: Subject) -> None:
+def test_prompts_depend_on_the_seed_and_not_on_other_lengths(closed: EvaluatedModel) -> None:
     alone = questions(closed, lengths=(250,), depths=(0.5,), samples=1)
     among = questions(closed, lengths=(200, 250), depths=(0.1, 0.5), samples=2)
     assert alone[0] in among
     assert questions(closed, lengths=(250,), depths=(0.5,), samples=1, seed=1)[0].answers != alone[0].answers
 
 
-def test_lengths_without_positions(closed: Subject, caplog) -> None:
+def test_lengths_without_positions(closed: EvaluatedModel, caplog) -> None:
     kept = questions(closed, lengths=(512, 600), depths=(0.5,), samples=1)
     assert "1 of 2 lengths are left out" in caplog.text
     assert "512 positions" in caplog.text
@@ -183,7 +183,7 @@ def test_settings_without_effect_are_said(caplog) -> None:
             RetrievalSettings(**wrong)
 
 
-def test_prompts_from_a_file(closed: Subject, tmp_path: Path, caplog) -> None:
+def test_prompts_from_a_file(closed: EvaluatedModel, tmp_path: Path, caplog) -> None:
     rows = [
         {"prompt": "The key is 12. " * size, "answer": "12", "depth": depth, "chars": 100 * size}
         for size in (2, 4)
@@ -209,33 +209,33 @@ def test_prompts_from_a_file(closed: Subject, tmp_path: Path, caplog) -> None:
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_padding_changes_no_continuation(converted: bool, caplog) -> None:
-    subject = open_subject("model", str(embedded_model_path()))
-    load_subject(subject, device="cpu")
+    evaluated = open_evaluated("model", str(embedded_model_path()))
+    load_evaluated(evaluated, device="cpu")
     if converted:
-        convert_model(subject.model, "lolcats", window=16)
+        convert_model(evaluated.model, "lolcats", window=16)
     prompts = [
-        encode(subject.tokenizer, text) for text in ("Once upon a time", "Lily had a red", "The big dog ran to the")
+        encode(evaluated.tokenizer, text) for text in ("Once upon a time", "Lily had a red", "The big dog ran to the")
     ]
     # Settings of the model's own that greedy search would warn about, or obey.
-    subject.model.generation_config.update(temperature=0.5, do_sample=True, repetition_penalty=3.0)
-    own = subject.model.generation_config
+    evaluated.model.generation_config.update(temperature=0.5, do_sample=True, repetition_penalty=3.0)
+    own = evaluated.model.generation_config
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING), torch.inference_mode():
         warnings.simplefilter("error")
-        together = continuations(subject.model, subject.tokenizer, prompts, 12)
-        alone = [continuations(subject.model, subject.tokenizer, [prompt], 12)[0] for prompt in prompts]
+        together = continuations(evaluated.model, evaluated.tokenizer, prompts, 12)
+        alone = [continuations(evaluated.model, evaluated.tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert together == alone
     assert len(set(alone)) == 3
     assert not caplog.records
-    assert subject.model.generation_config is own
+    assert evaluated.model.generation_config is own
 
 
-def test_items_say_what_was_found(subject: Subject, monkeypatch) -> None:
+def test_items_say_what_was_found(evaluated: EvaluatedModel, monkeypatch) -> None:
     task = RetrievalTask(RetrievalSettings(task="multi_value", lengths=(400,), samples=2))
-    (unit,) = task.units(subject, Scope())
+    (unit,) = task.units(evaluated, Scope())
     first, second = unit.content
     answers = [f"{first.answers[0]} and {first.answers[2]}", " ".join(second.answers)]
     monkeypatch.setattr(retrieval, "continuations", lambda *_: answers)
-    items = task.measure(subject, unit).items
+    items = task.measure(evaluated, unit).items
     assert [item.values["found"] for item in items] == [0.5, 1.0]
     assert [item.id for item in items] == ["multi_value/400/0", "multi_value/400/1"]
     assert items[0].group == {"task": "multi_value", "length": 400}
@@ -243,17 +243,17 @@ def test_items_say_what_was_found(subject: Subject, monkeypatch) -> None:
 
 
 @torch.no_grad()
-def greedy_words(subject: Subject, prompt: str, count: int) -> str:
-    ids = encode(subject.tokenizer, prompt)
+def greedy_words(evaluated: EvaluatedModel, prompt: str, count: int) -> str:
+    ids = encode(evaluated.tokenizer, prompt)
     start = len(ids)
     for _ in range(count):
-        ids.append(int(subject.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return subject.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        ids.append(int(evaluated.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return evaluated.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-def test_what_the_model_says_is_found(subject: Subject, tmp_path: Path) -> None:
+def test_what_the_model_says_is_found(evaluated: EvaluatedModel, tmp_path: Path) -> None:
     prompts = ["Once upon a time, there was a little girl. She", "The dog ran", "Tim and Sue went to the big"]
-    said = [greedy_words(subject, prompt, 10) for prompt in prompts]
+    said = [greedy_words(evaluated, prompt, 10) for prompt in prompts]
     path = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": prompt, "answer": [text.strip().upper(), "xylophone"]}
@@ -262,17 +262,17 @@ def test_what_the_model_says_is_found(subject: Subject, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = RetrievalTask(RetrievalSettings(task="file", data=str(path)))
     with torch.inference_mode():
-        items = [item for unit in task.units(subject, Scope()) for item in task.measure(subject, unit).items]
+        items = [item for unit in task.units(evaluated, Scope()) for item in task.measure(evaluated, unit).items]
     assert [item.values["found"] for item in items] == [0.5, 0.5, 0.5]
     assert all(text.strip() in item.note for text, item in zip(said, items, strict=True))
 
 
-def test_a_model_that_cannot_generate_is_refused(subject: Subject) -> None:
+def test_a_model_that_cannot_generate_is_refused(evaluated: EvaluatedModel) -> None:
     with pytest.raises(CheckpointError, match="generates no text"):
-        continuations(subject.model.model, subject.tokenizer, [[1, 2]], 3)
+        continuations(evaluated.model.model, evaluated.tokenizer, [[1, 2]], 3)
 
 
-def test_prompts_of_the_shared_folder(shared: Path, closed: Subject) -> None:
+def test_prompts_of_the_shared_folder(shared: Path, closed: EvaluatedModel) -> None:
     path = shared / "data" / "longdoc" / "passkey.jsonl.gz"
     with pytest.raises(DataError, match="512 positions"):
         questions(closed, task="file", data=str(path))

@@ -56,7 +56,7 @@ def test_agent_says_how_it_takes_text():
     assert len(overrides) == 4
     recipe = load_recipe("agent", overrides)
     assert (recipe.data.path, recipe.data.image_field, recipe.data.hub) == ("FILE", None, None)
-    assert recipe.stages[0].misfit(recipe.data) is None
+    assert recipe.stages[0].why_unsupported(recipe.data) is None
     assert recipe.attention[0].options["layout"] == "sequence"
 
 

@@ -17,11 +17,11 @@ class PageText(HTMLParser):
     """A parsed page.
 
     Attributes:
-        tags: Every start tag with its attributes.
-        tables: Texts of the cells of each table, by row; the caption is that of the region around it.
-        headings: Level and text of each heading.
-        words: All text that is shown.
-        broken: End tags that match no start tag.
+        tags: every start tag with its attributes.
+        tables: texts of the cells of each table, by row; the caption is that of the region around it.
+        headings: level and text of each heading.
+        words: all text that is shown.
+        broken: end tags that match no start tag.
     """
 
     tags: list[tuple[str, dict]] = field(default_factory=list)
