@@ -82,7 +82,7 @@ def test_the_model_computes_what_it_did_and_is_left_as_it_was(name: str) -> None
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, expected)
     assert seen == names
     assert all(a is getattr(b, "config", None) for a, b in zip(configs, model.modules(), strict=True))
-    assert not any("watched" in key or "hook" in key for module in model.modules() for key in vars(module))
+    assert not any("watched" in key or "attnconv_hook" in key for module in model.modules() for key in vars(module))
 
 
 def test_a_hybrid_shows_both_kinds_of_layers() -> None:
