@@ -14,7 +14,7 @@ def read_rows(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any
 
     Args:
         path: a file of JSON lines, or one with `.gz` behind its name.
-        limit: rows at most, evenly spread over the file: many files are sorted by label or evaluated.
+        limit: rows at most, evenly spread over the file: many files are sorted by label or subject.
 
     Raises:
         DataError: the file cannot be read, or a line is no JSON object.
