@@ -73,10 +73,10 @@ def diagnose(
     session.silence_libraries()
     from ..evaluate.diagnose import advice_yaml, diagnose_model, plot_diagnosis, recommend
     from ..evaluate.engine.results import write_text
-    from .progress import progress_bar
+    from .progress import measuring_progress
     from .results import show_diagnosis
 
-    with progress_bar("diagnosing", quiet=session.quiet) as progress:
+    with measuring_progress(quiet=session.quiet) as progress:
         diagnosis = diagnose_model(
             model, text=text, tokens=tokens, device=device, trust_remote_code=trust_remote_code, progress=progress
         )

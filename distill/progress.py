@@ -1,5 +1,6 @@
-"""How a run shows itself: the interface, a silent one, and bars on the terminal."""
+"""How a run shows itself: the interface, a silent one, bars on the terminal, and lines for a log."""
 
+import sys
 from types import TracebackType
 from typing import Protocol
 
@@ -117,3 +118,35 @@ class TerminalProgress:
             self.bars.update(self.task, total=1, completed=1)
         self.bars.stop_task(self.task)
         self.task = None
+
+
+class LineProgress:
+    """A line on standard error for each phase, and ten for each stage: for logs."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.unit = "tokens"
+
+    def phase(self, text: str) -> None:
+        """One line."""
+        _say(text)
+
+    def begin(self, text: str, total: int, done: int, unit: str = "tokens") -> None:
+        """One line, and steps are counted from here."""
+        self.total, self.done, self.unit = total, done, unit
+        _say(f"{text}: {total} steps" + (f", {done} done already" if done else ""))
+
+    def step(self, loss: float, per_second: float) -> None:
+        """A line after each tenth of the steps."""
+        self.done += 1
+        if self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
+            figures = f"step loss {number(loss)}, {rate(per_second)} {self.unit}/s"
+            _say(f"  step {self.done} of {self.total}: {figures}")
+
+    def end(self) -> None:
+        """Nothing: the next line tells enough."""
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -117,7 +117,8 @@ def run_conversion(
         trust_remote_code: let the checkpoint's own Python code define the model.
         self_contained: write a modeling file that loads the result without attnconv.
         device: where to compute, as torch names it; None means the accelerator if there is one.
-        progress: whom to tell; None means nobody, and `attnconv.distill.TerminalProgress` draws bars on stderr.
+        progress: whom to tell; None means nobody; `TerminalProgress` of `attnconv.distill` draws bars
+            on standard error, its `LineProgress` writes lines.
 
     Raises:
         AttnConvError: one of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.

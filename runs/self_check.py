@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from ..compat import cache_argument
 from ..convert import convert_model, converted_modules
 from ..convert.writing.executed import check_executed
+from ..evaluate.engine.progress import Progress
 from ..packaged.model import embedded_model_path, embedded_tokens
 
 # One that carries a state and reads the layer's input, and one that forgets; the window is shorter than the text.
@@ -70,7 +71,7 @@ class SelfCheck:
 def run_self_check(
     devices: tuple[torch.device, ...] = (torch.device("cpu"),),
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> SelfCheck:
     """Convert the packaged model, save it, reload it, and compare its logits on several ways to them; takes seconds.
 

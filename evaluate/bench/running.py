@@ -19,6 +19,7 @@ from ...formats import count
 from ..engine.attention import count_tokens
 from ..engine.journal import Journal
 from ..engine.models import find_device
+from ..engine.progress import Progress
 from ..engine.results import describe_model, describe_setup, results_folder, write_results
 from ..engine.schema import MeasuredModel, Setup
 from .cases import BASE, DECODE, MAX_SECONDS, MODEL, TRANSFER, BenchSettings, Case, Piece, Role, pieces_of
@@ -36,7 +37,6 @@ JOURNAL = "bench.partial"
 # Tokens on which a converted model has to show that its layers run their methods.
 CHECKED = 64
 
-Progress = Callable[[int, int, str], None]
 TrainingStep = Callable[[torch.Tensor], object]
 
 

@@ -14,14 +14,13 @@ from ...convert.surgery.swap import converted_modules
 from ...errors import CheckpointError, DataError, PlanError
 from ..bench.footprint import native_window
 from ..engine.models import find_device
+from ..engine.progress import Progress
 from ..tasks.packaged import data_file
 from ..tasks.textfile import adds_bos, load_tokens
 from . import measures
 from .maps import watch_tokens
 from .profiles import MEASURES, Diagnosis, HeadProfile, LayerProfile, SkippedLayer
 from .roles import role_of
-
-Progress = Callable[[int, int], None]
 
 # Random sequences, and tokens of each that come twice: a score of 0.2 is then a mean over 512 look-ups.
 REPETITIONS = 4
@@ -58,7 +57,7 @@ def diagnose_model(
         window: newest tokens that count as near.
         device: where to run a model that is not loaded yet; None means a GPU if there is one.
         trust_remote_code: whether a model that brings its own code may run it.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in all, what is being done).
 
     Raises:
         CheckpointError: the model cannot be read, is a conversion already, or takes no text.
@@ -177,7 +176,7 @@ def _skipped(layers: Sequence[AttentionLayer], sums: _Sums) -> tuple[SkippedLaye
 def _tell(progress: Progress | None, sums: _Sums, part: Tensor, in_all: int) -> None:
     sums.done += part.numel()
     if progress is not None:
-        progress(sums.done, in_all)
+        progress(sums.done, in_all, "diagnosing")
 
 
 def _open(

@@ -19,6 +19,7 @@ from .items import Item
 from .jobs import Job, make_jobs, scope_of
 from .journal import Journal
 from .models import evaluated_dtype, find_device, load_evaluated, open_evaluated, same_tokens, unload
+from .progress import Progress
 from .remarks import remarks_on
 from .results import describe_model, describe_setup, read_results, results_folder, results_path, write_results
 from .schema import EvaluationFile, ItemColumns, MeasuredModel, TaskResult
@@ -26,7 +27,6 @@ from .suite import Suite
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
 JOURNAL = "eval.partial"
 OLD = "eval.old.json"
 """Where results of other models go when those of this one take their place."""

@@ -1,7 +1,7 @@
 """`attnconv report`: a conversion's folder gets its page, the page's Markdown twin, and a summary in its card."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from ...convert.writing.card import with_report
 from ...errors import DataError, OutputError
 from ...files.own_files import CARD_FILE
 from ...files.whole_files import refuse_link, write_atomically
+from ..engine.progress import Progress
 from .gathering import Report, gather
 from .html import render_html
 from .markdown import IMAGES, escape, render_markdown, table
@@ -17,8 +18,6 @@ from .page import card_lines, make_page, summarize
 logger = logging.getLogger(__name__)
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

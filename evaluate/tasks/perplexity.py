@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...convert.surgery.head import ModelHead, slices
 from ...errors import DataError
+from ..engine.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def perplexity(
     limit: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """Measure how well a model predicts a stream of tokens.
 
@@ -64,7 +65,7 @@ def perplexity(
         limit: how many tokens of the stream (or of the rows, in order) are used at most; None means all.
         tokenizer: with it, the result also carries characters and bits per character.
         batch_size: windows in one forward pass, at least 1; only windows of equal length share one.
-        progress: called with (tokens done, tokens in all) after every batch.
+        progress: called with (tokens done, tokens in all, what is being done) after every batch.
 
     Raises:
         DataError: there are fewer than two tokens to use, or a number is out of its range.
@@ -84,7 +85,7 @@ def perplexity(
             predicted += batch.shape[0] * (batch.shape[1] - 1)
             done += batch.numel()
             if progress is not None:
-                progress(done, in_all)
+                progress(done, in_all, "measuring perplexity")
     finally:
         model.train(was_training)
     characters = None if tokenizer is None else sum(_predicted_characters(tokenizer, window) for window in windows)

@@ -13,10 +13,10 @@ from rich.table import Table
 from typer.testing import Result
 
 import attnconv
-from attnconv.commands.progress import LineProgress
 from attnconv.commands.session import Session
 from attnconv.commands.tables import _metrics_table, command_line
 from attnconv.distill.data import read_rows
+from attnconv.distill.progress import LineProgress
 from attnconv.evaluate import read_documents
 from attnconv.recipes import DataSection, load_recipe
 

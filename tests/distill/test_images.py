@@ -20,12 +20,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from attnconv.commands.progress import LineProgress
 from attnconv.commands.tables import show_conversion
 from attnconv.distill.batches import ImageBatch
 from attnconv.distill.features import feature_error
 from attnconv.distill.images import ImageStream, read_images
 from attnconv.distill.packing import PackedSequence, Position
+from attnconv.distill.progress import LineProgress
 from attnconv.errors import DataError, PlanError, TrainingError
 from attnconv.evaluate.report.gathering import gather
 from attnconv.evaluate.report.healing_part import healing_section

@@ -193,7 +193,7 @@ def test_a_loaded_model_is_left_as_it_was() -> None:
     model = AutoModelForCausalLM.from_pretrained(BASE).train()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     arguments: dict[str, Any] = {"text": "book", "tokens": 64, "context": 64, "window": 8}
     found = diagnose_model(model, tokenizer=tokenizer, progress=lambda *done: seen.append(done), **arguments)
     assert model.training

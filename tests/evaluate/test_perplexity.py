@@ -128,7 +128,7 @@ def test_batches_change_nothing(batch_size: int) -> None:
 def test_progress_and_training_mode() -> None:
     model, calls = tiny(CONFIGS["llama"]).train(), []
     perplexity(model, torch.randint(0, 97, (50,)), context=16, progress=lambda *done: calls.append(done))
-    assert calls == [(16, 50), (32, 50), (48, 50), (50, 50)]
+    assert [call[:2] for call in calls] == [(16, 50), (32, 50), (48, 50), (50, 50)]
     assert model.training
 
 
