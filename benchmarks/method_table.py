@@ -101,7 +101,9 @@ def causal_recipes(model: Path) -> list[str]:
     for name in list_recipes():
         recipe = load_recipe(name)
         data = recipe.data
-        other = name.endswith("-encoder") or (data is not None and (data.embedded or data.image_field is not None))
+        # Rewritten weights, with experts say, are another model than the one that methods are compared on.
+        other = recipe.rewrite or name.endswith("-encoder")
+        other = other or (data is not None and (data.embedded or data.image_field is not None))
         if not other and inspect_model(str(model), recipe=recipe).num_converted:
             found.append(name)
     return found

@@ -191,8 +191,12 @@ def _watch(
         del config.attnconv
     if device == "cpu":
         _refuse_large(config, model_class)
+    settings = {"attn_implementation": _PROBE}
+    # Without weights, grouped products refuse sizes that they take with them; older releases have no choice of experts.
+    if getattr(model_class, "_can_set_experts_implementation", bool)():
+        settings["experts_implementation"] = "eager"
     with torch.device(device):
-        model = model_class._from_config(config, attn_implementation=_PROBE)
+        model = model_class._from_config(config, **settings)
     model.eval()
     failure: Exception | None = None
     for inputs in candidate_inputs(model, device):

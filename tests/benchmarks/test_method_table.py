@@ -57,7 +57,8 @@ def test_all_causal_recipes_are_measured_and_no_others(script: ModuleType, model
         (name,) = [
             name for name in list_recipes() if [rule.method for rule in load_recipe(name).attention[:1]] == [method]
         ]
-        assert not inspect_model(str(model), recipe=load_recipe(name)).num_converted
+        recipe = load_recipe(name)
+        assert recipe.rewrite or not inspect_model(str(model), recipe=recipe).num_converted
 
 
 def test_stages_share_the_tokens(script: ModuleType, model: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_large_model_is_probed_without_weights() -> None:
         self_attention=True,
         extras=(),
         class_name="LlamaAttention",
+        shows_rotation=True,
     )
     assert config.to_dict() == before
 

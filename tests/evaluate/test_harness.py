@@ -139,7 +139,7 @@ def test_the_folder_of_tasks_must_exist(converted: EvaluatedModel, tmp_path: Pat
 
 def test_without_lm_eval_it_says_what_to_install(converted: EvaluatedModel, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"attnconv\[eval\]"):
+    with pytest.raises(DataError, match="need lm-eval: pip install lm-eval"):
         run(converted, folder, "stories_choose")
 
 

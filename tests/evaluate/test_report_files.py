@@ -43,7 +43,13 @@ def test_without_measurements_the_commands_for_them_are_named(unmeasured):
     # The receipt has the name alone of a folder, which leads nowhere.
     assert "BASE stands for the place of stories260K." in page.words
     titles = [text for level, text in page.headings if level == 2]
-    assert titles == ["What was converted", "Healing, stage by stage", "Not measured", "Receipt"]
+    assert titles == [
+        "What was converted",
+        "Healing, stage by stage",
+        "What the attention did",
+        "Not measured",
+        "Receipt",
+    ]
     assert "Perplexity, while converting" in page.words
     assert (calls[0][:2], calls[-1][:2]) == ((0, 3), (3, 3))
 
