@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 import transformers
 from transformers import (
     AlbertConfig,
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     ModernBertConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -155,3 +157,11 @@ def test_a_mask_that_weighs_keys_is_refused() -> None:
     assert modules[0].extras == ("mask",)
     with pytest.raises(PlanError, match="attention mask of its own"):
         make_plan([_EveryLayer("lolcats")], modules)
+
+
+def test_experts_of_any_size_are_probed_without_weights() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
+    config = MixtralConfig(**sizes, intermediate_size=86, num_hidden_layers=1, num_local_experts=2)
+    config.dtype = torch.bfloat16
+    (module,) = watch(config, "MixtralForCausalLM")
+    assert module.geometry.num_heads == 4
