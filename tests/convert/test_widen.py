@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rewritten
 import torch
+from rewritten import EXACT, PROMPTS, loaded, logits
 from safetensors.torch import load_file
-from tiny_models import save
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, JetMoeConfig, PreTrainedModel
+from transformers import JetMoeConfig, PreTrainedModel
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention
 
 from attnconv.attention_modules.heads.moa import MoaAttention
@@ -32,30 +33,10 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PROMPTS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
-EXACT = 2e-6
-"""Relative to the largest number, in float32."""
 
 
 def dense(kind: str, folder: Path, **settings: Any) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return save(model, folder)
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(PROMPTS).logits
-    return found
+    return rewritten.dense(kind, folder, sizes=SIZES, **settings)
 
 
 def widened(num_experts: int, *, share_kv: bool = False, active: int | None = None) -> Recipe:

@@ -44,10 +44,10 @@ with torch.no_grad():
 """
 
 
-def dense(kind: str, folder: Path, **settings: Any) -> Path:
+def dense(kind: str, folder: Path, *, sizes: dict[str, Any] = SIZES, **settings: Any) -> Path:
     """A random model whose norms and biases are not what they would be at the start of a training."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **settings}))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
