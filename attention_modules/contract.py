@@ -43,15 +43,15 @@ class AttentionContract(nn.Module, ABC):
     name: ClassVar[str] = ""
     implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch")
     # Whether the state stays as it is while the context grows.
-    is_recurrent: ClassVar[bool] = True
+    is_recurrent: bool = True
     # Whether the model's own attention, cache and kernels mix the values, and the method acts on what each head made of
     # them; its `forward` then takes that as `mixed`.
     keeps_softmax: ClassVar[bool] = False
     # What the method asks for besides queries, keys and values; see `tokens.Surroundings`. The layer's input is asked
     # for by `reads_hidden_states`, which may depend on the options.
-    reads_positions: ClassVar[bool] = False
-    reads_unrotated: ClassVar[bool] = False
-    reads_board: ClassVar[bool] = False
+    reads_positions: bool = False
+    reads_unrotated: bool = False
+    reads_board: bool = False
     # Whether it makes queries, keys and values of its own out of those of the module's projections; see `project`.
     reprojects: ClassVar[bool] = False
     # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
@@ -87,6 +87,11 @@ class AttentionContract(nn.Module, ABC):
             image_tokens: how many there are of an image of the model's own size; None if it takes no images.
         """
         return None
+
+    @property
+    def parts(self) -> "tuple[AttentionContract, ...]":
+        """Modules that serve some of the heads each; empty for a method that serves all of them by itself."""
+        return ()
 
     @property
     def reads_hidden_states(self) -> bool:

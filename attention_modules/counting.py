@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,24 +66,45 @@ class Counter:
         """
         counts, geometry = self._counts[core], core.geometry
         seen = places.rank if geometry.causal else places.total.expand_as(places.rank)
-        attended = core.tokens_attended(places.rank, places.total)
-        rest, through_state = seen - attended, core.state_multiply_adds()
-        at, width = places.real, geometry.head_dim + geometry.value_dim
-        # One number for all queries or one for each.
-        heads = torch.as_tensor(core.heads_used(hidden_states), device=attended.device).expand_as(attended)
-        queries, exact, dense = int(at.sum()), int(attended[at].sum()), int(seen[at].sum())
+        at = places.real
+        queries, dense = int(at.sum()), int(seen[at].sum())
+        served = [_served(part, places, seen, hidden_states) for part in core.parts or (core,)]
         counts.calls += 1
         counts.queries += queries
-        counts.exact_pairs += exact
+        counts.exact_pairs += round(sum(one.share * one.exact for one in served) / geometry.num_heads)
+        counts.summarized_pairs += round(sum(one.share * one.summarized for one in served) / geometry.num_heads)
         counts.dense_pairs += dense
-        counts.head_queries += int(heads[at].sum()) if serving is None else int((serving & at[:, None]).sum())
+        counts.head_queries += sum(o.heads for o in served) if serving is None else int((serving & at[:, None]).sum())
         counts.head_slots += queries * geometry.num_heads
-        counts.multiply_adds += int((attended * heads)[at].sum()) * width
-        counts.dense_multiply_adds += dense * geometry.num_heads * width
-        if through_state:
-            counts.summarized_pairs += int(rest[at].sum())
-            counts.multiply_adds += int((rest[at] > 0).sum()) * through_state
+        counts.multiply_adds += sum(one.multiply_adds for one in served)
+        counts.dense_multiply_adds += dense * geometry.num_heads * (geometry.head_dim + geometry.value_dim)
         counts.state_bytes = max(counts.state_bytes, held if state is None else state.nbytes)
+
+
+class _Served(NamedTuple):
+    """What a module that serves `share` heads did in a call; pairs are counted once for all of them."""
+
+    share: int
+    exact: int
+    summarized: int
+    heads: int
+    multiply_adds: int
+
+
+def _served(core: AttentionContract, places: "Places", seen: Tensor, hidden_states: Tensor | None) -> _Served:
+    geometry, at = core.geometry, places.real
+    attended = core.tokens_attended(places.rank, places.total)
+    rest, through_state = (seen - attended)[at], core.state_multiply_adds()
+    # One number for all queries or one for each.
+    heads = torch.as_tensor(core.heads_used(hidden_states), device=attended.device).expand_as(attended)
+    products = int((attended * heads)[at].sum()) * (geometry.head_dim + geometry.value_dim)
+    return _Served(
+        share=geometry.num_heads,
+        exact=int(attended[at].sum()),
+        summarized=int(rest.sum()) if through_state else 0,
+        heads=int(heads[at].sum()),
+        multiply_adds=products + int((rest > 0).sum()) * through_state,
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,9 @@ def counting(modules: nn.Module | Iterable[nn.Module]) -> Iterator[Counter]:
             for name, module in part.named_modules()
         }
     cores = {name: module for name, module in named.items() if isinstance(module, AttentionContract)}
+    # What serves some heads of a module is counted with the whole.
+    inner = {part for core in cores.values() for part in core.parts}
+    cores = {name: core for name, core in cores.items() if core not in inner}
     if not cores:
         raise ValueError("there is no attention module to count: give a converted model or an attention module")
     by_module = {name: Counts() for name in cores}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .padding import take_tokens
 
-# Room is doubled up to so many tokens, and grows by an eighth from where that is more.
-MOST_SPARE = 4096
+# Room is doubled up to so many tokens, and grows by a thirty-second from where that is more.
+MOST_SPARE, SPARE_PART = 1024, 32
 
 Summarize = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Room:
         """
         length, new = held["keys"].shape[2], fresh["keys"].shape[2]
         if not self._fits(fresh, length + new):
-            spare = min(length + new, max(MOST_SPARE, (length + new) // 8))
+            spare = min(length + new, max(MOST_SPARE, (length + new) // SPARE_PART))
             self.buffers = {name: _with_room(held[name], part, length + new + spare) for name, part in fresh.items()}
         for name, part in fresh.items():
             self.buffers[name].narrow(token_axis(part), length, new).copy_(part)

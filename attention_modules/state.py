@@ -83,6 +83,11 @@ class AttentionState:
         return own if self._projections is None else own + self._projections.nbytes
 
     @property
+    def recoverable(self) -> int:
+        """Newest tokens that `crop` can take back."""
+        return self._recoverable
+
+    @property
     def projections(self) -> "AttentionState":
         """A state beside this one for what the module projected; whatever happens to this one happens to it too."""
         if self._projections is None:

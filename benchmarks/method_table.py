@@ -103,6 +103,8 @@ def causal_recipes(model: Path) -> list[str]:
         data = recipe.data
         # Rewritten weights, with experts say, are another model than the one that methods are compared on.
         other = recipe.rewrite or name.endswith("-encoder")
+        # What goes by a file about the model cannot be run without it.
+        other = other or any(isinstance(rule.heads, dict) for rule in recipe.attention)
         other = other or (data is not None and (data.embedded or data.image_field is not None))
         if not other and inspect_model(str(model), recipe=recipe).num_converted:
             found.append(name)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..recipes import Recipe
+    from ..recipes import AttentionRule, Recipe
     from .method_list import MethodDescription
 
 _ARXIV = "https://arxiv.org/abs/"
@@ -21,7 +21,7 @@ def methods_markdown(methods: "Iterable[MethodDescription]", recipes: "Sequence[
     for method in methods:
         if method.name == "softmax":
             continue
-        users = [recipe for recipe in recipes if any(rule.method == method.name for rule in recipe.attention)]
+        users = [recipe for recipe in recipes if any(_uses(rule, method.name) for rule in recipe.attention)]
         papers = dict.fromkeys([method.paper, *(recipe.paper for recipe in users if recipe.paper)])
         names = ", ".join(f"`{recipe.name}`" for recipe in users)
         rows.append([f"`{method.name}`", method.summary, ", ".join(map(_link, papers)), names])
@@ -31,6 +31,11 @@ def methods_markdown(methods: "Iterable[MethodDescription]", recipes: "Sequence[
 def recipes_markdown(recipes: "Iterable[Recipe]") -> str:
     """A row for each recipe."""
     return _table(["recipe", "what it does"], [[f"`{recipe.name}`", recipe.description] for recipe in recipes])
+
+
+def _uses(rule: "AttentionRule", method: str) -> bool:
+    """Whether a rule makes layers of a method; one that names heads makes layers of several."""
+    return rule.method == method or (rule.heads is not None and method == "by_head")
 
 
 def _link(url: str) -> str:

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from .data import DataSection, EvaluateSection
 from .fields import Section, Text
+from .heads import Heads, HeadSelector, parse_heads
 from .rewrites.base import Rewrite
 from .selectors import Layers, LayerSelector, parse_layers
 from .stages.base import Stage
@@ -24,11 +25,14 @@ class AttentionRule(Section):
 
     Attributes:
         layers: `all`, `"0-3,7"`, `{every: 4, offset: 3}`, `{first: 2}`, `{last: 2}` or a regex on module names.
+        heads: KV heads of these layers that the rule is about, by number such as `"0,3"`, or `{importance: FILE, top:
+            25%}`, those that matter most of all these layers' heads; null = all that no earlier rule takes.
         method: a registered method; `softmax` keeps the layers as they are.
         options: the method's own options.
     """
 
     layers: Layers
+    heads: Heads | None = None
     method: Text
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -36,6 +40,11 @@ class AttentionRule(Section):
     def selector(self) -> LayerSelector:
         """The parsed `layers`."""
         return parse_layers(self.layers)
+
+    @property
+    def head_selector(self) -> HeadSelector | None:
+        """The parsed `heads`; None if the rule takes all."""
+        return None if self.heads is None else parse_heads(self.heads)
 
     def matches(self, index: int | None, num_layers: int, module_name: str) -> bool:
         """Whether the rule is about a module.

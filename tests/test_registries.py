@@ -190,7 +190,13 @@ def test_every_method_has_its_rows(repository):
     lines = (repository / "README.md").read_text(encoding="utf-8").splitlines()
     has = {
         "rows": {row.method for row in ROWS},
-        "recipes": {rule.method for name in list_recipes() for rule in load_recipe(name).attention},
+        # A rule that names heads makes layers of `by_head`.
+        "recipes": {
+            method
+            for name in list_recipes()
+            for rule in load_recipe(name).attention
+            for method in (rule.method, *(["by_head"] if rule.heads is not None else []))
+        },
         "readme": [line.split("`")[1] for line in lines if line.startswith("| `") and "https://" in line],
     }
     problems = [problem for method in available() for problem in missing_rows(method, **has)]

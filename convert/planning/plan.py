@@ -1,9 +1,9 @@
 """What will be done to each attention module, decided before anything is touched."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,14 @@ from torch import Tensor
 from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create, get_method
 from ...errors import PlanError
+from .head_rules import Rule, choose_rules
 from .probe import ProbedModule
 from .section import SECTION_VERSION, core_problem, read_section, sealed
 
 logger = logging.getLogger(__name__)
+
+# The method of layers whose KV heads go by different rules.
+BY_HEAD = "by_head"
 
 # What a softmax layer may add to its logits and a replacement leaves out.
 _LOSSY = {
@@ -23,21 +27,6 @@ _LOSSY = {
     "position_bias": "an additive position bias",
     "indices": "the model's own sparse selection of keys",
 }
-
-
-class Rule(Protocol):
-    """What a recipe says about layers; `recipes.AttentionRule` is one."""
-
-    @property
-    def method(self) -> str:
-        """A registered method."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its options."""
-
-    def matches(self, index: int, num_layers: int, module_name: str) -> bool:
-        """Whether this rule takes the attention layer at `index` of `num_layers`."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +52,25 @@ class PlanEntry:
     refused: str | None = None
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Its method and those of parts of its heads, each once."""
+        return methods_of(self.method, self.options)
+
+    @property
     def converted(self) -> bool:
         """Whether its attention is replaced."""
         return self.method != "softmax" and self.refused is None
+
+
+def methods_of(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A method and those of its parts, each once.
+
+    Args:
+        method: its name.
+        options: its options as plain data.
+    """
+    parts = options.get("parts", ()) if method == BY_HEAD else ()
+    return tuple(dict.fromkeys([method, *(part["method"] for part in parts if "method" in part)]))
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,15 @@ def make_plan(
     if check and not layers:
         raise PlanError("no self-attention of this model goes through transformers' attention interface")
     matching = _matching(rules, layers)
-    chosen = {module.name: rules[positions[0]] for module, positions in zip(layers, matching, strict=True) if positions}
-    plan = Plan(tuple(_entry(module, chosen.get(module.name)) for module in probed))
+    takers = choose_rules(rules, matching, layers)
+    chosen = {module.name: own for module, own in zip(layers, takers, strict=True)}
+    plan = Plan(tuple(_entry(module, rules, chosen.get(module.name, [])) for module in probed))
     if check:
         for sentence in unmatched_rules(rules, probed):
             raise PlanError(sentence)
+        used = {position for own in takers for position in own}
         for position, rule in enumerate(rules):
-            if not any(positions and positions[0] == position for positions in matching):
+            if position not in used:
                 which = _called(position, rule)
                 logger.warning("%s has no effect: earlier rules take all layers that it matches", which)
         plan.require(allow_lossy=allow_lossy)
@@ -210,21 +217,27 @@ def _matching(rules: Sequence[Rule], layers: Sequence[ProbedModule]) -> list[lis
 
 
 def _called(position: int, rule: Rule) -> str:
-    return f"attention rule {position + 1} (layers: {getattr(rule, 'layers', 'all')}, method: {rule.method})"
+    heads = getattr(rule, "heads", None)
+    which = f"layers: {getattr(rule, 'layers', 'all')}" + ("" if heads is None else f", heads: {heads}")
+    return f"attention rule {position + 1} ({which}, method: {rule.method})"
 
 
-def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
-    if rule is None or rule.method == "softmax":
+def _entry(module: ProbedModule, rules: Sequence[Rule], takers: Sequence[int | None]) -> PlanEntry:
+    """What becomes of a module whose KV heads go by these rules."""
+    method, options = _method(rules, takers)
+    if method == "softmax":
         return PlanEntry(module.name, module.layer_idx, "softmax", {}, module.geometry)
-    info = get_method(rule.method)
-    parsed = info.options_class(**rule.options)
+    info = get_method(method)
+    parsed = info.options_class(**options)
     options = parsed.model_dump(mode="json")
     keeps = info.module_class.keeps_softmax
     lossy = () if keeps else tuple(_LOSSY[name] for name in module.extras if name in _LOSSY)
     refused = info.module_class.why_unsupported(module.geometry, parsed)
     refused = refused or info.module_class.why_unsupported_tokens(parsed, module.image_tokens)
-    if (info.module_class.reprojects or info.module_class.reads_unrotated) and not module.shows_rotation:
-        refused = f"{rule.method!r} works before the rotary embedding, which {module.class_name} does not show"
+    classes = [get_method(name).module_class for name in methods_of(method, options)]
+    unrotated = next((one.name for one in classes if one.reprojects or one.reads_unrotated), None)
+    if unrotated is not None and not module.shows_rotation:
+        refused = f"{unrotated!r} works before the rotary embedding, which {module.class_name} does not show"
     if keeps:
         # The model's own attention goes on as it is, whatever it does.
         pass
@@ -232,5 +245,33 @@ def _entry(module: ProbedModule, rule: Rule | None) -> PlanEntry:
         refused = "it weighs keys through an attention mask of its own, which has no place in another attention"
     elif module.calls > 1 and module.geometry.causal:
         refused = f"it runs {module.calls} times in one forward, so one state cannot serve it"
-    refused = refused or core_problem(rule.method, options, module.geometry)
-    return PlanEntry(module.name, module.layer_idx, rule.method, options, module.geometry, lossy, refused)
+    elif "sliding_window" in module.extras and any(one.name == "softmax" for one in classes):
+        refused = "it sees no more than a window by itself, and heads that stay softmax would see everything"
+    refused = refused or core_problem(method, options, module.geometry)
+    return PlanEntry(module.name, module.layer_idx, method, options, module.geometry, lossy, refused)
+
+
+def _method(rules: Sequence[Rule], takers: Sequence[int | None]) -> tuple[str, dict[str, Any]]:
+    """Method and options of a layer: those of its rule, or of parts where its KV heads differ."""
+    # What no rule takes stays softmax.
+    parts: list[tuple[list[int], str, dict[str, Any]]] = []
+    for head, position in enumerate(takers):
+        method = "softmax" if position is None else rules[position].method
+        options = {} if position is None or method == "softmax" else rules[position].options
+        same = next((part for part in parts if part[1:] == (method, options)), None)
+        if same is None:
+            parts.append(([head], method, options))
+        else:
+            same[0].append(head)
+    if len(parts) <= 1:
+        return parts[0][1:] if parts else ("softmax", {})
+    written = [
+        {"groups": groups, "method": method, "options": _written_out(method, options)}
+        for groups, method, options in parts
+    ]
+    return BY_HEAD, {"parts": written}
+
+
+def _written_out(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a method."""
+    return get_method(method).options_class(**options).model_dump(mode="json")

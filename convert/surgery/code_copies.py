@@ -29,6 +29,8 @@ def can_serve(section: dict[str, Any]) -> bool:
     try:
         for entry in Plan.from_config(section).entries:
             get_method(entry.method).options_class(**entry.options)
+            for name in entry.methods:
+                get_method(name)
     except (KeyError, TypeError, ValueError):
         return False
     return True

@@ -132,7 +132,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             if any(core_of(module).reads_board for module in converted_modules(part).values()):
                 keep_board(part)
     # Serving engines that bring their own key/value cache must not take a recurrent layer.
-    if any(core_of(module).is_recurrent for module in converted_modules(model).values()):
+    if any(core_of(module).is_recurrent or core_of(module).parts for module in converted_modules(model).values()):
         model._supports_attention_backend = False
     return model
 

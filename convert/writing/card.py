@@ -66,7 +66,8 @@ def make_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     methods = Counter(entry.method for entry in plan.converted)
-    addresses = list(dict.fromkeys([*(get_method(method).paper for method in methods), *papers]))
+    used = dict.fromkeys(method for entry in plan.converted for method in entry.methods)
+    addresses = list(dict.fromkeys([*(get_method(method).paper for method in used), *papers]))
     auto_class = _auto_class(checkpoint.config.model_type, checkpoint.architecture)
     known = read_base(checkpoint)
     metadata: dict[str, Any] = {"pipeline_tag": PIPELINES.get(auto_class), **known.metadata}

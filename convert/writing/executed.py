@@ -87,6 +87,8 @@ def computes_dense(
         device: where they are; None means the CPU.
         board: what layers before it wrote when they were asked; see `Surroundings`.
     """
+    if isinstance(core, AttentionModule) and core.parts:
+        return any(computes_dense(part, dtype=dtype, device=device, board=board) for part in core.parts)
     if not isinstance(core, AttentionModule) or (length := _telling_length(core)) is None:
         return False
     geometry = core.geometry

@@ -24,6 +24,7 @@ import transformers
 from ... import __version__
 from ...attention_modules.registry import get_method
 from ...errors import PlanError
+from ..planning.plan import methods_of
 from ..reading.config_file import SECTION
 from .reload import CLASS_PREFIX
 from .save import MODELING_MODULE
@@ -125,7 +126,8 @@ def write_self_contained(folder: Path, config: Mapping[str, Any]) -> None:
     prefix = f"{MODELING_MODULE}.{CLASS_PREFIX}"
     references = [name for name in config["auto_map"].values() if name.startswith(prefix)]
     architectures = sorted({name.removeprefix(prefix) for name in references})
-    methods = {module["method"] for module in config[SECTION]["modules"].values()}
+    modules = config[SECTION]["modules"].values()
+    methods = {name for module in modules for name in methods_of(module["method"], module["options"])}
     source = bundle_source(methods, architectures, version=__version__)
     (folder / f"{MODELING_MODULE}.py").write_text(source, encoding="utf-8")
 

@@ -78,5 +78,5 @@ def planned_paths(config: PreTrainedConfig) -> tuple[str, ...]:
     section = getattr(config, SECTION, None)
     if section is None:
         return ()
-    methods = [get_method(entry.method) for entry in Plan.from_config(section).entries if entry.converted]
-    return tuple(dict.fromkeys(path for method in methods for path in method.module_class.paths))
+    names = dict.fromkeys(name for entry in Plan.from_config(section).converted for name in entry.methods)
+    return tuple(dict.fromkeys(path for name in names for path in get_method(name).module_class.paths))

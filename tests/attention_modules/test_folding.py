@@ -15,9 +15,9 @@ from attnconv.attention_modules.linear.recurrent import RecurrentModule
 
 LENGTH = 90
 # `sliding_window` and methods that keep all tokens map and fold nothing.
-FOLDING_ROWS = [
-    row for row in ROWS if row.causal and row.method != "sliding_window" and build(row).tail_tokens is not None
-]
+# So do parts of heads, which have rows of their own.
+OTHERS = ("sliding_window", "by_head")
+FOLDING_ROWS = [row for row in ROWS if row.causal and row.method not in OTHERS and build(row).tail_tokens is not None]
 
 
 @causal_rows

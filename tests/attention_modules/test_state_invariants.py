@@ -134,7 +134,7 @@ def test_state_size(row: Row) -> None:
 @causal_rows
 def test_bfloat16_weights_keep_an_fp32_state(row: Row) -> None:
     """2,048 decoded tokens do not drift away from the prefill."""
-    geometry = Geometry(2, 1, 16, 16, hidden_size=HIDDEN_SIZE)
+    geometry = row.widen(Geometry(2, 1, 16, 16, hidden_size=HIDDEN_SIZE))
     module = build(row, geometry).bfloat16()
     inputs = {name: t.bfloat16() for name, t in tokens(2048, geometry, batch=1).items()}
     state, outs = module.new_state(), []

@@ -19,6 +19,7 @@ SHIPPED = [
     "cast-bf16",
     "cca",
     "drop-upcycle",
+    "duo",
     "gated",
     "gated-delta",
     "hedgehog",
