@@ -20,7 +20,7 @@ class FeatureDistillation(Objective):
 
     For models without a language-model head. Later layers learn to make up for what errors of earlier ones add up to,
     and the pooled output, one vector for hundreds of tokens, counts as much as all of them. The teacher is the same
-    model with softmax attention; neither has dropout.
+    model with softmax attention, or the one that was rewritten into it; neither has dropout.
 
     Args:
         trainee: the converted model.
@@ -50,8 +50,8 @@ class FeatureDistillation(Objective):
 
     def backward(self, batch: Batch, total: int) -> Figures:
         """One pass of the teacher and one of the student."""
-        with torch.no_grad(), self.trainee.as_teacher():
-            taught = run_layers(self.trainee.model, batch)
+        with torch.no_grad(), self.trainee.as_teacher() as teacher:
+            taught = run_layers(teacher, batch)
         with self.trainee.as_student(self.balance.look):
             self.trainee.model.eval()
             loss = feature_error(run_layers(self.trainee.model, batch), taught, batch.padding_mask)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..convert.surgery.swap import apply_plan
 from ..errors import CheckpointError, TrainingError
 from ..evaluate import perplexity
 from ..files.digests import FileDigests
+from ..formats import size
 from ..recipes import DataSection, Recipe, StageBase, TrainingStage
 from .data import TokenStream
 from .distance import output_distance
@@ -42,18 +43,19 @@ class Run:
     """What a run works on and with.
 
     Attributes:
-        checkpoint: the teacher, as it lies on disk.
+        checkpoint: what is converted and healed, as it lies on disk; the teacher too, unless a rewrite changed it.
         plan: what is converted how.
         recipe: the recipe.
-        tokenizer: the teacher's tokenizer or processor; None if it has none.
+        tokenizer: the model's tokenizer or processor; None if it has none.
         team: the processes that share the run.
         work: the run's work folder.
         progress: whom to tell.
-        weights: digests of the teacher's weight files, None where they are taken while the files are copied.
+        weights: digests of its weight files, None where they are taken while the files are copied.
         measured: what was measured so far, under the names that the work folder keeps it by.
-        origin: what the user named, where the teacher is a rewritten form of that.
-        origin_digests: digests of the origin's weight files.
-        exactness: how far the teacher is from the origin, for the receipt.
+        origin: what the user named, where `checkpoint` is a rewritten form of that.
+        origin_digests: digests of the weight files of everything that the rewritten form was made of.
+        exactness: how far that is from the origin, for the receipt.
+        differs: whether the rewritten form computes something else than the origin, which then is the teacher.
     """
 
     checkpoint: Checkpoint
@@ -68,6 +70,17 @@ class Run:
     origin: Checkpoint | None = None
     origin_digests: Mapping[str, str] | None = None
     exactness: Mapping[str, Any] | None = None
+    differs: bool = False
+
+    @property
+    def taught_by(self) -> Checkpoint | None:
+        """The teacher where it is a model of its own; None where the healed model is its own teacher."""
+        return self.origin if self.differs else None
+
+    @property
+    def start(self) -> str:
+        """What the moment is called at which healing begins."""
+        return "swap" if self.plan.converted else "rewrite" if self.differs else "teacher"
 
     def stream(self, stage: StageBase) -> TokenStream | ImageStream:
         """The text or images of a stage.
@@ -187,7 +200,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         label = stage_label(run.recipe, index)
         run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
         measure(run, trainee.model, label)
-        warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else "swap", label)
+        warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else run.start, label)
         if stage.measures_layers:
             measure_distance(run, trainee, label)
     measure_path_use(run, trainee.model, stage_label(run.recipe, len(stages) - 1))
@@ -201,22 +214,42 @@ def stage_label(recipe: Recipe, index: int) -> str:
 
 
 def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) -> Trainee:
-    """Load the teacher and swap its attention.
+    """Load the model and swap its attention, if the plan says so.
 
     Args:
         run: the run.
         dtype: type of its weights; those of the cores are fp32.
-        first_time: measure the teacher before the swap.
+        first_time: measure the teacher, and the model before the swap.
     """
+    if first_time and run.taught_by is not None and run.evaluation_tokens is not None:
+        # Gone before the other one comes.
+        measure(run, load_teacher(run, dtype), "teacher")
     run.progress.phase("Loading the model")
     model = load_model(run.checkpoint, dtype=dtype, device=run.team.device)
     run.check_weights()
     run.progress.end()
-    if first_time:
-        measure(run, model, "teacher")
-    with seeded(run.seed):
-        apply_plan(model, run.plan)
-    return Trainee(model)
+    # What some rewrites make is not a model before the swap.
+    if first_time and not any(rewrite.needs_method for rewrite in run.recipe.rewrite):
+        measure(run, model, "rewrite" if run.differs else "teacher")
+    if run.plan.converted:
+        with seeded(run.seed):
+            apply_plan(model, run.plan)
+    return Trainee(model, None if run.taught_by is None else partial(load_teacher, run, dtype))
+
+
+def load_teacher(run: Run, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model that a rewritten one learns from.
+
+    Args:
+        run: a run with a teacher of its own.
+        dtype: type of its weights.
+    """
+    assert run.taught_by is not None
+    numbers = run.taught_by.nbytes // run.taught_by.dtype.itemsize
+    run.progress.phase(f"Loading the teacher, a model of its own ({size(numbers * dtype.itemsize)})")
+    model = load_model(run.taught_by, dtype=dtype, device=run.team.device)
+    run.progress.end()
+    return model
 
 
 @contextmanager
@@ -274,6 +307,9 @@ def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
     """Record how far each layer is from the teacher, on the first batch of the first stage."""
     if f"distance/{label}" in run.measured:
         return
+    if not run.plan.converted:
+        run.record(f"distance/{label}", {})
+        return
     stage = run.recipe.stages[0]
     stream = run.stream(stage)
     batch = stream.collate([next(stream.sequences(stage.sequence_length))])
@@ -286,7 +322,7 @@ def _fresh_trainee(run: Run, stage: StageBase) -> Trainee:
     first_time = "distance/swap" not in run.measured
     trainee = load_converted(run, dtype, first_time=first_time)
     if first_time:
-        measure(run, trainee.model, "swap")
+        measure(run, trainee.model, run.start)
         measure_distance(run, trainee, "swap")
     return trainee
 

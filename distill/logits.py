@@ -17,7 +17,8 @@ class LogitDistillation(Objective):
     """KL(teacher || student) of the next-token distributions, mean over the real tokens.
 
     The teacher is the same model with softmax attention and without adapters, so no second copy of the weights is
-    held. Its last hidden states are kept, its logits made again piece by piece beside the student's.
+    held, unless a rewrite has changed what the model computes: then it is the model that was rewritten. Its last hidden
+    states are kept, its logits made again piece by piece beside the student's.
 
     Args:
         trainee: the converted model.
@@ -34,6 +35,8 @@ class LogitDistillation(Objective):
         self.trainee = trainee
         self.temperature = stage.temperature
         self.head = TrainedHead(trainee.model, stage.kind)
+        # Adapters sit on the layers and not on the head, so the head of a model that teaches itself is the same.
+        self.teaching_head = TrainedHead(trainee.teacher, stage.kind)
         self.groups: list[ParameterGroup] = []
         if adapter is not None:
             self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))
@@ -57,15 +60,14 @@ class LogitDistillation(Objective):
     def backward(self, batch: Batch, total: int) -> Figures:
         """One pass of the teacher, one of the student, then the head of both in pieces."""
         with torch.no_grad(), self.trainee.as_teacher():
-            taught = self.head.run(batch)
+            taught = self.teaching_head.run(batch)
         with self.trainee.as_student(self.balance.look):
             hidden = self.head.run(batch)
         valid = batch.padding_mask
 
         def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:
-            # Adapters sit on the layers and not on the head, so the head of the two is the same.
             with torch.no_grad():
-                target = self.head.logits(taught[:, positions])
+                target = self.teaching_head.logits(taught[:, positions])
             chosen = None if valid is None else valid[:, positions]
             return distillation_loss(logits, target, chosen, temperature=self.temperature) / total
 

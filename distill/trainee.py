@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,18 +32,32 @@ class Trainee:
     Adapters of earlier stages stay in place, active and frozen, until the end, so that the model without adapters and
     with softmax attention remains the teacher throughout.
 
+    Where the model is a rewritten form of another one and does not start as that, the other one is the teacher instead.
+
     Args:
         model: a converted model; its parameters are frozen, and those of its cores turned to fp32.
+        load_teacher: loads a teacher of its own, when it is first asked for; None if the model can be its own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, load_teacher: Callable[[], PreTrainedModel] | None = None) -> None:
         self.model = model
+        self._load_teacher = load_teacher
         # A peft.PeftModel; importing peft takes seconds, which a run without adapters need not spend.
         self.peft: Any = None
         self.adapters: list[str] = []
         model.requires_grad_(False)
         for core in self.cores().values():
             core.float()
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The model that teaches: one of its own, which stays in memory from now on, or the trained one itself."""
+        if self._load_teacher is None:
+            return self.model
+        teacher = self._load_teacher()
+        teacher.requires_grad_(False)
+        teacher.eval()
+        return teacher
 
     def cores(self) -> dict[str, AttentionModule]:
         """The converted attention by the names of the modules it serves."""
@@ -85,7 +100,7 @@ class Trainee:
             if ALL_LINEAR not in settings.targets
             else list(targets.modules),
             target_parameters=list(targets.parameters) or None,
-            exclude_modules=CORES,
+            exclude_modules=CORES if self.cores() else None,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 asks the model for an attribute that transformers 5.23 has renamed.
@@ -107,8 +122,14 @@ class Trainee:
             parameter.requires_grad_(True)
 
     @contextmanager
-    def as_teacher(self) -> Iterator[None]:
-        """Within the context the model is the one it was made from: softmax attention, no adapters, no dropout."""
+    def as_teacher(self) -> Iterator[PreTrainedModel]:
+        """Within the context there is a model to learn from: one of its own, or this one as it was.
+
+        As it was it has softmax attention, no adapters and no dropout.
+        """
+        if self.teacher is not self.model:
+            yield self.teacher
+            return
         taught = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         was_training = self.model.training
         self.model.eval()
@@ -116,7 +137,7 @@ class Trainee:
             self.peft.base_model.disable_adapter_layers()
         try:
             with attention_hook(self.model, AttentionCall.teacher):
-                yield
+                yield self.model
         finally:
             if self.peft is not None:
                 self.peft.base_model.enable_adapter_layers()
@@ -173,6 +194,7 @@ class Trainee:
         """Give up the model's weights; the trainee is of no more use."""
         nn.Module.to(self.model, "meta")
         self.peft = None
+        self.__dict__.pop("teacher", None)
         gc.collect()
         # glibc keeps what was freed, and the next model's weights would come on top of it.
         with suppress(OSError, AttributeError):

@@ -103,7 +103,8 @@ class Recipe(Section):
         rewrite: what is done to the weights before anything else, in order; the result is an ordinary model.
         attention: rules, the first that matches a layer wins; layers without a match keep their softmax. May be empty
             beside `rewrite`; the result is then the rewritten model, which loads without attnconv.
-        stages: healing stages in order; none = swap only.
+        stages: healing stages in order; none = no training. Where a rewrite changes what the model computes, they learn
+            from the model that was rewritten.
         data: training text or images of the stages that name none of their own.
         evaluate: text on which perplexity is measured; null = no measurement.
         output: how the result is saved.
@@ -139,10 +140,19 @@ class Recipe(Section):
             return self
         if not self.rewrite:
             raise ValueError("there is nothing to do: give attention rules, or a rewrite")
-        idle = {"stages": self.stages, "evaluate": self.evaluate, "output.dtype": self.output.dtype}
+        for number, stage in enumerate(self.stages):
+            if stage.needs_attention:
+                raise ValueError(
+                    f"stage {number} ({stage.kind}) is about new attention, and there are no attention rules: take a "
+                    "stage logits or lora in its place, or leave it out"
+                )
+        idle = {} if self.stages else {"evaluate": self.evaluate, "output.dtype": self.output.dtype}
         for key, value in idle.items():
             if value:
-                raise ValueError(f"{key} is about new attention, and there are no attention rules: leave it out")
+                raise ValueError(
+                    f"{key} is about models that are loaded, and without attention rules and stages none is: leave it "
+                    "out; `attnconv eval` measures, and the rewrite cast changes the dtype"
+                )
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from ..convert.reading.weight_files import is_new_tensor
 from ..convert.rewriting.exactness import Exactness
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
-from ..convert.writing.save import save_converted, write_companions
+from ..convert.writing.save import save_converted, save_native, write_companions
 from ..convert.writing.self_contained import check_self_contained, write_self_contained
 from ..convert.writing.stream import stream_convert
 from ..distill.healing import (
@@ -62,7 +62,8 @@ class ConversionResult:
     Attributes:
         output: the folder written.
         plan: what was converted how.
-        metrics: one row per moment, in order, each with its `"stage"`: `"teacher"`, `"swap"`, then the stages; with
+        metrics: one row per moment, in order, each with its `"stage"`: `"teacher"`, `"rewrite"` where a rewrite
+            changed what the model computes, `"swap"` where attention was converted, then the stages; with
             `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
             `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
         start_distance: how far the layers' outputs were from softmax attention's right after the swap; empty if no
@@ -100,9 +101,9 @@ def run_conversion(
 ) -> ConversionResult:
     """Convert a model by a recipe, heal it, and save it.
 
-    A recipe that only rewrites weights gives an ordinary model. With attention rules and without stages the model is
-    never built: the weights are copied as files. Otherwise what is needed to go on after an interruption is kept in a
-    folder beside `output` until that is complete.
+    A recipe without attention rules gives an ordinary model. Without stages the model is never built: the weights are
+    copied or rewritten as files. Otherwise what is needed to go on after an interruption is kept in a folder beside
+    `output` until that is complete.
 
     Args:
         source: a folder, a `.gguf` file or a Hub id.
@@ -128,11 +129,9 @@ def run_conversion(
     progress = progress or Silent()
     progress.phase("Reading the model's headers")
     opened = open_checkpoint(source, trust_remote_code=trust_remote_code)
-    if not recipe.attention:
-        if self_contained:
-            raise PlanError(
-                "The result is an ordinary model, which needs no code of its own: leave --self-contained out"
-            )
+    if not recipe.attention and self_contained:
+        raise PlanError("The result is an ordinary model, which needs no code of its own: leave --self-contained out")
+    if not (recipe.attention or recipe.stages):
         plan, exactness = write_native(
             opened,
             recipe,
@@ -178,8 +177,10 @@ def _make_run(
             f"The {CONFIG_FILE} of {checkpoint.source} sets output_attentions, which only eager softmax attention "
             "can give: set it to false"
         )
-    model_class = model_class_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
+    plan = Plan(())
+    if recipe.attention:
+        model_class = model_class_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+        plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
     streams = _streams(recipe, checkpoint)
     if not streams:
         progress.phase("Taking the weights' digests")
@@ -195,6 +196,7 @@ def _make_run(
         origin=base.origin,
         origin_digests=base.digests,
         exactness=None if base.exactness is None else base.exactness.to_dict(),
+        differs=base.differs,
     )
     progress.end()
     return run
@@ -279,19 +281,13 @@ def _rehearse(run: Run, output: Path, model: PreTrainedModel, *, overwrite: bool
     if not run.team.leads:
         return
     # Nor should one be healed whose layers run something else.
-    count_executed(run, model)
+    if run.plan.converted:
+        count_executed(run, model)
     # One of the base's own, for which the saved weights have a mark.
     name, tensor = next(item for item in model.state_dict().items() if not is_new_tensor(item[0]))
     with trial_folder(output, overwrite=overwrite) as folder:
         try:
-            save_converted(
-                model,
-                folder,
-                checkpoint=run.checkpoint,
-                plan=run.plan,
-                shard_size=run.recipe.output.shard_bytes,
-                weights={name: tensor[:1].clone()},
-            )
+            _save(run, model, folder, weights={name: tensor[:1].clone()})
         # What transformers refuses to write it refuses with errors of many kinds; a full disk is told by the folder.
         except (ValueError, TypeError, RuntimeError) as error:
             raise OutputError(
@@ -341,11 +337,18 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
         check_finite(model.state_dict().items())
-        run.record("attention", count_executed(run, model))
-        save_converted(
-            model, folder, checkpoint=run.checkpoint, plan=run.plan, shard_size=run.recipe.output.shard_bytes
-        )
+        if run.plan.converted:
+            run.record("attention", count_executed(run, model))
+        _save(run, model, folder)
     _describe(run, folder, output, self_contained, digests=digests)
+
+
+def _save(run: Run, model: PreTrainedModel, folder: Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    given: dict[str, Any] = {"shard_size": run.recipe.output.shard_bytes, "weights": weights}
+    if run.plan.converted:
+        save_converted(model, folder, checkpoint=run.checkpoint, plan=run.plan, **given)
+    else:
+        save_native(model, folder, checkpoint=run.checkpoint, **given)
 
 
 def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, digests: Mapping[str, str] | None) -> None:
@@ -374,6 +377,7 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         recipe_yaml=recipe_yaml,
         papers=[run.recipe.paper] if run.recipe.paper else [],
         self_contained=self_contained,
+        native_config=None if run.plan.converted else run.checkpoint.config_dict,
     )
     write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
     _write_figures(run, folder)
@@ -387,6 +391,8 @@ def _write_figures(run: Run, folder: Path) -> None:
             copied.append(record)
         plot_losses(records, folder / LOSS_PICTURE)
     moments = [key.removeprefix("distance/") for key in run.measured if key.startswith("distance/")]
+    # Nothing was measured of a model whose attention is its own.
+    moments = [moment for moment in moments if run.measured[f"distance/{moment}"]]
     if moments:
         plot_layers(
             {f"after {moment}": run.measured[f"distance/{moment}"] for moment in moments}, folder / LAYER_PICTURE

@@ -8,7 +8,12 @@ from ..distill.healing import Run, stage_label
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
     """What was measured, one row per moment; see `ConversionResult.metrics`."""
     rows = []
-    for label in ("teacher", "swap", *(stage_label(run.recipe, index) for index in range(len(run.recipe.stages)))):
+    for label in (
+        "teacher",
+        "rewrite",
+        "swap",
+        *(stage_label(run.recipe, index) for index in range(len(run.recipe.stages))),
+    ):
         perplexity = run.measured.get(f"perplexity/{label}", {})
         figures = {key: perplexity[key] for key in ("perplexity", "bits_per_character") if key in perplexity}
         figures |= run.measured.get(f"training/{label}", {})

@@ -37,6 +37,11 @@ class Base:
     digests: Mapping[str, str] | None = None
     exactness: Exactness | None = None
 
+    @property
+    def differs(self) -> bool:
+        """Whether the rewritten model computes something else than its origin."""
+        return self.exactness is not None and bool(self.exactness.reasons or self.exactness.objection)
+
 
 @contextmanager
 def rewritten_base(
@@ -90,7 +95,7 @@ def write_native(
 
     Args:
         opened: the model.
-        recipe: a recipe with a rewrite and without attention rules.
+        recipe: a recipe with a rewrite, and with neither attention rules nor stages.
         output: the folder to write; it appears when all is done.
         team: the processes of the run, one of which writes.
         overwrite: replace an earlier result.

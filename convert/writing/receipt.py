@@ -34,7 +34,8 @@ class Receipt(OwnFile):
         exactness: how far the rewritten model was from its source, and whether it was to be exact; empty without a
             rewrite.
         start_distance: how far the model was from its teacher right after the swap, by measure.
-        metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"swap"`, then the stages).
+        metrics: one row per moment measured, each with its `"stage"` (`"teacher"`, `"rewrite"`, `"swap"`, then the
+            stages).
         path_use: perplexity without each path of the methods over perplexity with it, at the end; 1 means that the
             path does nothing. Empty where there are none or perplexity was not measured.
         attention: what the converted layers did in one pass over a short text, as `AttentionCounts.to_dict` has it, and

@@ -70,6 +70,29 @@ def save_converted(
     copy_companions(checkpoint.path, checkpoint.companions, folder)
 
 
+def save_native(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    checkpoint: Checkpoint,
+    shard_size: str | int = "5GB",
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an ordinary model with everything its base brought along except the base's weights.
+
+    Args:
+        model: a model with the base's own attention; adapters must be merged.
+        folder: an empty folder, such as the one that `atomic_folder` gives.
+        checkpoint: the base, whose configuration stays as it is but for the type of the weights.
+        shard_size: largest size of one weight file, such as `"5GB"`, or in bytes.
+        weights: what to write in place of the model's weights.
+    """
+    model.save_pretrained(folder, max_shard_size=shard_size, state_dict=None if weights is None else dict(weights))
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_json(folder / CONFIG_FILE, {**checkpoint.config_dict, "dtype": dtype})
+    copy_companions(checkpoint.path, checkpoint.companions, folder)
+
+
 def write_companions(folder: Path, *, recipe_yaml: str, receipt: Receipt, card: str) -> None:
     """Write what tells how a converted model came about: `recipe.yaml`, `receipt.json` and the model card."""
     (folder / RECIPE_FILE).write_text(recipe_yaml, encoding="utf-8")

@@ -38,6 +38,7 @@ class AttentionTransferStage(TrainingStage):
     """Train the new attention alone to give what softmax attention gives, layer by layer."""
 
     measures_layers: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
     kind: Literal["attention_transfer"] = "attention_transfer"
     loss: TransferLoss = TransferLoss()
 

@@ -40,6 +40,8 @@ class StageBase(Section, ABC):
 
     # Whether it brings each layer near the teacher's, so that how near it came is measured at its end.
     measures_layers: ClassVar[bool] = False
+    # Whether it is about converted attention, and has nothing to do in a model that keeps its own.
+    needs_attention: ClassVar[bool] = False
 
     kind: str
     tokens: Count | None = None

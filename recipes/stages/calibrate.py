@@ -1,6 +1,6 @@
 """Calibration: what a method needs to know of the model is observed, then settled in closed form."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..fields import Positive
 from .base import STAGES, StageBase
@@ -18,6 +18,7 @@ class CalibrateStage(StageBase):
         ridge: weight of the penalty on the routers' size, in mean squares of the inputs.
     """
 
+    needs_attention: ClassVar[bool] = True
     kind: Literal["calibrate"] = "calibrate"
     ridge: Positive = 0.1
 

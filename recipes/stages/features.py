@@ -1,6 +1,6 @@
 """Feature distillation, for models without a language-model head: all layers learn together."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..fields import NotNegative
 from .base import STAGES, TrainingStage
@@ -18,6 +18,7 @@ class FeaturesStage(TrainingStage):
         balance: weight of the balance loss of methods that route tokens to heads.
     """
 
+    needs_attention: ClassVar[bool] = True
     kind: Literal["features"] = "features"
     balance: NotNegative = 0.0
 

@@ -368,8 +368,14 @@ def test_a_native_result_is_published_by_its_receipt(
         ("rewrite: [{kind: cats, dtype: bfloat16}]", "did you mean 'cast'"),
         ("rewrite: [{kind: cast, dtype: bf16}]", "did you mean 'bfloat16'"),
         ("rewrite: [{kind: cast, dtypes: bfloat16}]", "did you mean 'dtype'"),
-        ("rewrite: [{kind: cast, dtype: bfloat16}]\noutput: {dtype: float16}", "output.dtype is about new attention"),
-        ("rewrite: [{kind: cast, dtype: bfloat16}]\nevaluate: {embedded: true}", "evaluate is about new attention"),
+        (
+            "rewrite: [{kind: cast, dtype: bfloat16}]\noutput: {dtype: float16}",
+            "output.dtype is about models",
+        ),
+        (
+            "rewrite: [{kind: cast, dtype: bfloat16}]\nevaluate: {embedded: true}",
+            "evaluate is about models",
+        ),
     ],
 )
 def test_a_recipe_says_what_is_wrong_with_its_rewrite(text: str, said: str) -> None:
