@@ -89,6 +89,8 @@ def _show_rewrite(console: Console, rewrite: "RewriteOutlook") -> None:
         sizes = f", {size(rewrite.bytes_before)} become {size(rewrite.bytes_after)}"
     tensors = "" if rewrite.tensors is None else f", {count(rewrite.tensors)} tensors"
     console.print(f"the result: {rewrite.class_name}{tensors}{sizes}; its start: {exact}")
+    if rewrite.teacher_bytes is not None:
+        console.print(f"healing: learns from the model as it was, which takes {size(rewrite.teacher_bytes)} beside it")
 
 
 def _geometry_cells(geometry: "Geometry") -> tuple[str, str]:

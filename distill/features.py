@@ -52,14 +52,14 @@ class FeatureDistillation(Objective):
         """One pass of the teacher and one of the student."""
         with torch.no_grad(), self.trainee.as_teacher() as teacher:
             taught = run_layers(teacher, batch)
-        with self.trainee.as_student(self.balance.look):
+        with self.balance.watching(self.trainee):
             self.trainee.model.eval()
             loss = feature_error(run_layers(self.trainee.model, batch), taught, batch.padding_mask)
             loss = loss * (batch.num_tokens / total)
-            term = self.balance.term(batch.num_tokens / total)
+            term = self.balance.term(batch.num_tokens / total, batch.padding_mask)
             loss = loss if term is None else loss + term
             loss.backward()
-        return Figures(loss.detach())
+        return Figures(loss.detach(), loads=self.balance.watch.loads(batch.padding_mask))
 
 
 def feature_error(student: Any, teacher: Any, valid: torch.Tensor | None) -> torch.Tensor:

@@ -185,7 +185,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
             find_targets(trainee.model, stage.adapter)
     prepare(trainee.model)
     if snapshot is not None:
-        _add_adapters(run, trainee, state.stage + 1)
+        _open_trained(run, trainee, state.stage + 1)
         trainee.load_trained(snapshot.trained)
     for index in range(state.stage, len(stages)):
         stage = stages[index]
@@ -193,7 +193,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         stream = run.stream(stage)
         if state.stage != index:
             state = StageState(index, position=_position(run, stream))
-        _add_adapters(run, trainee, index + 1)
+        _open_trained(run, trainee, index + 1)
         moments = snapshot.optimizer if snapshot is not None and snapshot.state.stage == index else {}
         state = _run(run, trainee, stage, stream, state, moments)
         run.record(_section_key(stream), asdict(state.position))
@@ -334,10 +334,12 @@ def _in_precision(run: Run, trainee: Trainee, index: int) -> Trainee:
 
 def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     """The same healed model on freshly loaded weights of another type."""
-    trained, adapters = trainee.trained_tensors(), len(trainee.adapters)
+    trained, adapters, routed = trainee.trained_tensors(), len(trainee.adapters), bool(trainee.own.trained)
     # Two copies of the weights must not be in memory at once.
     trainee.release()
     renewed = load_converted(run, dtype)
+    if routed:
+        renewed.open_routers()
     settings = [stage.adapter for stage in run.recipe.stages]
     for chosen in [setting for setting in settings if setting is not None][:adapters]:
         renewed.add_adapter(chosen, seed=run.seed)
@@ -345,10 +347,12 @@ def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     return renewed
 
 
-def _add_adapters(run: Run, trainee: Trainee, stages: int) -> None:
-    """Put the adapters of the first `stages` stages on the model, as far as they are missing."""
+def _open_trained(run: Run, trainee: Trainee, stages: int) -> None:
+    """Put on the model, and open of its own, what the first `stages` stages train, as far as it is missing."""
     settings = [stage.adapter for stage in run.recipe.stages[:stages]]
     wanted = [setting for setting in settings if setting is not None]
+    if any(stage.trains_routers for stage in run.recipe.stages[:stages]):
+        trainee.open_routers()
     for number in range(len(trainee.adapters), len(wanted)):
         trainee.add_adapter(wanted[number], seed=run.seed + number)
 

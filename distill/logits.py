@@ -7,7 +7,7 @@ from ..recipes.stages.logits import LogitsStage
 from .batches import Batch
 from .gates import Balance, refuse_ties
 from .head import TrainedHead
-from .lora import core_group
+from .lora import core_group, router_group
 from .losses import distillation_loss
 from .objective import Figures, Objective, ParameterGroup
 from .trainee import Trainee
@@ -42,11 +42,13 @@ class LogitDistillation(Objective):
             self.groups.append(ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate))
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
+        if stage.trains_routers:
+            self.groups += router_group(trainee, stage.core_learning_rate or stage.learning_rate)
         refuse_ties(trainee, stage.kind)
-        self.balance = Balance(trainee, stage.balance, stage.kind)
+        self.balance = Balance(trainee, stage.balance, stage.kind, z=stage.z, routers=stage.trains_routers)
         if not self.groups:
             raise TrainingError(
-                "The stage logits has nothing to train: no adapter, and no converted layer has parameters."
+                "The stage logits has nothing to train: no adapter, no routers, and no converted layer has parameters."
             )
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -61,7 +63,7 @@ class LogitDistillation(Objective):
         """One pass of the teacher, one of the student, then the head of both in pieces."""
         with torch.no_grad(), self.trainee.as_teacher():
             taught = self.teaching_head.run(batch)
-        with self.trainee.as_student(self.balance.look):
+        with self.balance.watching(self.trainee):
             hidden = self.head.run(batch)
         valid = batch.padding_mask
 
@@ -71,4 +73,5 @@ class LogitDistillation(Objective):
             chosen = None if valid is None else valid[:, positions]
             return distillation_loss(logits, target, chosen, temperature=self.temperature) / total
 
-        return Figures(self.head.backward(hidden, loss, self.balance.term(self.count(batch) / total)))
+        term = self.balance.term(self.count(batch) / total, valid)
+        return Figures(self.head.backward(hidden, loss, term), loads=self.balance.watch.loads(valid))

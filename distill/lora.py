@@ -26,10 +26,12 @@ class LoraTuning(Objective):
         self.trainee = trainee
         self.head = TrainedHead(trainee.model, stage.kind)
         refuse_ties(trainee, stage.kind)
-        self.balance = Balance(trainee, stage.balance, stage.kind)
+        self.balance = Balance(trainee, stage.balance, stage.kind, z=stage.z, routers=stage.trains_routers)
         self.groups = [ParameterGroup(trainee.adapter_parameters(adapter), stage.learning_rate)]
         if stage.train_cores:
             self.groups += core_group(trainee, stage.core_learning_rate or stage.learning_rate)
+        if stage.trains_routers:
+            self.groups += router_group(trainee, stage.core_learning_rate or stage.learning_rate)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The adapter, and the cores if they train."""
@@ -42,16 +44,23 @@ class LoraTuning(Objective):
     def backward(self, batch: Batch, total: int) -> Figures:
         """One pass through the layers, then the head and its loss in pieces."""
         targets = batch.targets
-        with self.trainee.as_student(self.balance.look):
+        with self.balance.watching(self.trainee):
             hidden = self.head.run(batch)
 
         def loss(logits: torch.Tensor, positions: slice) -> torch.Tensor:
             return next_token_loss(logits, targets[:, positions]) / total
 
-        return Figures(self.head.backward(hidden, loss, self.balance.term(self.count(batch) / total)))
+        term = self.balance.term(self.count(batch) / total, batch.padding_mask)
+        return Figures(self.head.backward(hidden, loss, term), loads=self.balance.watch.loads(batch.padding_mask))
 
 
 def core_group(trainee: Trainee, learning_rate: float) -> list[ParameterGroup]:
     """The cores' parameters as a group of their own; none if they have none."""
     parameters = trainee.core_parameters()
     return [ParameterGroup(parameters, learning_rate)] if parameters else []
+
+
+def router_group(trainee: Trainee, learning_rate: float) -> list[ParameterGroup]:
+    """The weights of a mixture's routers as a group of their own; none if it has none."""
+    trainee.open_routers()
+    return [ParameterGroup(trainee.own.trained, learning_rate)] if trainee.own.trained else []

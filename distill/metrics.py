@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator
+from typing_extensions import Self
 
 from ..errors import OutputError
 from ..files.documents import parse_document
@@ -15,6 +16,29 @@ from ..files.json_lines import finished_lines, parse_line
 
 # JSON has no number that is none: whoever reads a record back takes null as one.
 Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Where the tokens of one layer went.
+
+    No class of transformers that rewrites write has a capacity, so no token is ever dropped.
+
+    Attributes:
+        shares: of all tokens' choices, those that fell on each expert.
+        entropy: of these over the largest that it can be: 1 = all equal, 0 = one expert takes everything.
+    """
+
+    shares: list[Measured]
+    entropy: Measured
+
+    @classmethod
+    def of(cls, counts: Sequence[float]) -> Self:
+        """The load that made this many choices of each expert."""
+        total = max(1.0, sum(counts))
+        shares = [count / total for count in counts]
+        spread = -sum(share * math.log(share) for share in shares if share > 0)
+        return cls(shares, spread / math.log(max(2, len(shares))))
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,7 @@ class Record:
         tokens_per_second: training tokens, by all processes, per second of training.
         layers: relative squared error of each layer's attention output, by module name; empty if not measured.
         unit: what is counted as tokens: `tokens`, or `images`.
+        experts: the load of each layer's experts, by the name of the router; empty without experts.
     """
 
     index: int
@@ -44,6 +69,7 @@ class Record:
     tokens_per_second: Measured
     layers: dict[str, Measured]
     unit: str = "tokens"
+    experts: dict[str, ExpertLoad] = field(default_factory=dict)
 
 
 class MetricsFile:

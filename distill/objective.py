@@ -30,10 +30,12 @@ class Figures:
     Attributes:
         loss: what is minimised.
         layers: relative squared error of each layer's attention output, by module name; empty if not measured.
+        loads: how many tokens went to each expert, `[experts]` by router; empty without experts.
     """
 
     loss: torch.Tensor
     layers: dict[str, torch.Tensor] = field(default_factory=dict)
+    loads: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def total(parts: Iterable["Figures"]) -> "Figures":
@@ -41,7 +43,8 @@ class Figures:
         parts = list(parts)
         loss = torch.stack([part.loss for part in parts]).sum()
         layers = {name: torch.stack([part.layers[name] for part in parts]).sum() for name in parts[0].layers}
-        return Figures(loss, layers)
+        loads = {name: torch.stack([part.loads[name] for part in parts]).sum(0) for name in parts[0].loads}
+        return Figures(loss, layers, loads)
 
 
 class Objective(ABC):

@@ -19,6 +19,8 @@ from ..attention_modules import AttentionModule
 from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.swap import converted_modules
 from ..errors import TrainingError
+from .mixtures import router_weights
+from .own_weights import OwnWeights
 from .targets import ALL_LINEAR, CORES, EXPERTS, LoraSettings, find_targets
 
 FIRST_ADAPTER = "default"
@@ -45,6 +47,7 @@ class Trainee:
         # A peft.PeftModel; importing peft takes seconds, which a run without adapters need not spend.
         self.peft: Any = None
         self.adapters: list[str] = []
+        self.own = OwnWeights()
         model.requires_grad_(False)
         for core in self.cores().values():
             core.float()
@@ -115,11 +118,17 @@ class Trainee:
         self.train_only(())
         return name
 
+    def open_routers(self) -> None:
+        """Let the weights of a mixture's routers be trained: they are no targets of adapters."""
+        self.own.add(router_weights(self.model))
+
     def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
         """Let these parameters take gradients and no others."""
+        parameters = list(parameters)
         self.model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
+        self.own.open(parameters)
 
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
@@ -131,12 +140,13 @@ class Trainee:
             yield self.teacher
             return
         taught = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        taught += [parameter for parameter in self.own.trained.values() if parameter.requires_grad]
         was_training = self.model.training
         self.model.eval()
         if self.peft is not None:
             self.peft.base_model.disable_adapter_layers()
         try:
-            with attention_hook(self.model, AttentionCall.teacher):
+            with attention_hook(self.model, AttentionCall.teacher), self.own.as_before():
                 yield self.model
         finally:
             if self.peft is not None:
@@ -162,13 +172,14 @@ class Trainee:
             small = call.query[..., 0].numel() * num_layers < RECOMPUTE_ABOVE
             return call.converted() if small else _recomputed(call)
 
+        self.own.push()
         self.model.train()
         with attention_hook(self.model, attend):
             yield
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that healing changes: the cores and all adapters, detached, on the CPU."""
-        parameters: dict[str, nn.Parameter] = self.core_parameters()
+        """Everything that healing changes: the cores, all adapters and weights of its own, detached, on the CPU."""
+        parameters: dict[str, nn.Parameter] = self.core_parameters() | self.own.trained
         for adapter in self.adapters:
             parameters |= self.adapter_parameters(adapter)
         # Adapters rename the modules they wrap, but cores keep their names: they are never targets.
@@ -181,7 +192,7 @@ class Trainee:
         Raises:
             TrainingError: the tensors are not those of this model and its adapters.
         """
-        parameters: dict[str, Any] = self.core_parameters()
+        parameters: dict[str, Any] = self.core_parameters() | self.own.trained
         for adapter in self.adapters:
             parameters |= self.adapter_parameters(adapter)
         if parameters.keys() != tensors.keys():
@@ -189,6 +200,7 @@ class Trainee:
             raise TrainingError(f"The checkpoint does not fit the model: {len(odd)} tensors differ, first {odd[0]}.")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+        self.own.push()
 
     def release(self) -> None:
         """Give up the model's weights; the trainee is of no more use."""

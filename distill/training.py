@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .batches import StepData, step_data
 from .data import TokenStream
 from .health import warn_if_repeated
 from .images import ImageStream, unit_of
-from .metrics import MetricsFile, Record
+from .metrics import ExpertLoad, MetricsFile, Record
 from .objective import Figures, Objective
 from .progress import Progress
 from .stopping import listening
@@ -80,6 +81,7 @@ class Meter:
 
     losses: list[float] = field(default_factory=list)
     layers: list[dict[str, float]] = field(default_factory=list)
+    loads: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -95,6 +97,32 @@ class Meter:
     def mean_layers(self) -> dict[str, float]:
         """Mean of the steps' relative errors, by layer."""
         return {name: sum(step[name] for step in self.layers) / len(self.layers) for name in self.layers[-1]}
+
+    def take(self, step: "StepFigures") -> None:
+        """Add what a step measured."""
+        self.losses.append(step.loss)
+        self.layers.append(step.layers)
+        self.loads = {name: load + self.loads.get(name, 0) for name, load in step.loads.items()}
+
+    def shares(self) -> dict[str, ExpertLoad]:
+        """Where the steps' tokens went, by router."""
+        return {name: ExpertLoad.of(load.tolist()) for name, load in self.loads.items()}
+
+
+class StepFigures(NamedTuple):
+    """What an optimizer step measured, over all processes.
+
+    Attributes:
+        loss: what is minimised.
+        norm: norm of the gradients before clipping.
+        layers: relative errors by layer.
+        loads: tokens of each expert, by router.
+    """
+
+    loss: float
+    norm: float
+    layers: dict[str, float]
+    loads: dict[str, torch.Tensor]
 
 
 def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]) -> StageState:
@@ -129,7 +157,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     with torch.random.fork_rng(devices=devices), listening() as request:
         for data in _data(job, state):
             began = time.perf_counter()
-            loss, norm, layers = _step(job, optimizer, data, state.step)
+            figures = _step(job, optimizer, data, state.step)
             seconds = time.perf_counter() - began
             tokens = job.stage.tokens_per_step * job.team.size
             if job.team.leads:
@@ -141,13 +169,12 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
                 seconds=state.seconds + seconds,
                 position=data.end,
             )
-            meter.losses.append(loss)
-            meter.layers.append(layers)
+            meter.take(figures)
             meter.tokens, meter.seconds = meter.tokens + tokens, meter.seconds + seconds
             job.progress.step(meter.mean_loss(), meter.tokens_per_second)
             ends = state.step == job.num_steps
             if job.team.leads and (ends or state.step % job.stage.log_every == 0):
-                metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], norm))
+                metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], figures.norm))
                 meter = Meter()
             stops = job.team.agree(request.signal is not None)
             if job.team.leads and (ends or stops or _save_is_due(job.stage, state.step, time.monotonic() - saved)):
@@ -155,6 +182,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
                 saved = time.monotonic()
             if stops:
                 raise InterruptedRun(f"step {state.step} of stage {job.index + 1} is saved", request.signal)
+    job.trainee.own.push()
     job.progress.end()
     job.team.wait()
     return state
@@ -195,10 +223,8 @@ def _data(job: StageJob, state: StageState) -> Iterator[StepData]:
         yield next(steps)
 
 
-def _step(
-    job: StageJob, optimizer: torch.optim.Optimizer, data: StepData, step: int
-) -> tuple[float, float, dict[str, float]]:
-    """One optimizer step: its loss, the norm of its gradients before clipping, and the layers' errors."""
+def _step(job: StageJob, optimizer: torch.optim.Optimizer, data: StepData, step: int) -> StepFigures:
+    """One optimizer step."""
     factor = learning_rate_factor(job.stage, step, job.num_steps)
     for group, settings in zip(optimizer.param_groups, job.objective.parameter_groups(), strict=True):
         group["lr"] = settings.learning_rate * factor
@@ -209,7 +235,7 @@ def _step(
     figures = Figures.total([job.objective.backward(batch, max(1, int(count))) for batch in data.batches])
     gradients = _gradients(job, optimizer)
     numbers = torch.stack([figures.loss.float(), *(value.float() for value in figures.layers.values())])
-    job.team.add_up([numbers, *gradients])
+    job.team.add_up([numbers, *figures.loads.values(), *gradients])
     norm = float(nn.utils.get_total_norm(gradients))
     loss, *errors = numbers.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -220,7 +246,8 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, dict(zip(figures.layers, errors, strict=True))
+    loads = {name: load.cpu() for name, load in figures.loads.items()}
+    return StepFigures(loss, norm, dict(zip(figures.layers, errors, strict=True)), loads)
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -264,6 +291,7 @@ def _record(job: StageJob, state: StageState, meter: Meter, learning_rate: float
         tokens_per_second=meter.tokens_per_second,
         unit=unit_of(job.stream),
         layers=meter.mean_layers(),
+        experts=meter.shares(),
     )
 
 

@@ -23,6 +23,8 @@ class RewriteOutlook:
         tensors: how many tensors the result has; None if the weights are not here.
         bytes_before: bytes of the model's tensors; None if they are not here.
         bytes_after: bytes of the result's.
+        teacher_bytes: bytes of the model as a teacher beside the result while that is healed; None if it is none, or
+            the weights are not here.
         refused: why the model cannot be rewritten so; None if it can.
     """
 
@@ -32,6 +34,7 @@ class RewriteOutlook:
     tensors: int | None = None
     bytes_before: int | None = None
     bytes_after: int | None = None
+    teacher_bytes: int | None = None
     refused: str | None = None
 
 
@@ -52,12 +55,14 @@ def foresee(
     """
     steps = [rewrite.step() for rewrite in recipe.rewrite]
     sizes: dict[str, Any] = {}
+    numbers = None
     after = config
     try:
         if all((folder / name).is_file() for name in weight_files(folder)):
             checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
             plan = plan_rewrite(checkpoint, steps)
             after = plan.config
+            numbers = sum(tensor.numbers for tensor in plan.states[0].tensors.values())
             sizes = {
                 "tensors": len(plan.targets),
                 "bytes_before": checkpoint.nbytes,
@@ -69,11 +74,17 @@ def foresee(
                 after = step.config(after)
     except (CheckpointError, PlanError) as error:
         return RewriteOutlook(tuple(step.summary for step in steps), refused=str(error)), config
+    inexact = tuple(step.inexact for step in steps if step.inexact is not None)
+    learning = [stage.precision for stage in recipe.stages if stage.has_teacher]
+    teacher_bytes = None
+    if inexact and learning and numbers is not None:
+        teacher_bytes = numbers * (4 if "fp32" in learning else 2)
     return (
         RewriteOutlook(
             steps=tuple(step.summary for step in steps),
-            inexact=tuple(step.inexact for step in steps if step.inexact is not None),
+            inexact=inexact,
             class_name=(after.get("architectures") or [None])[0],
+            teacher_bytes=teacher_bytes,
             **sizes,
         ),
         after,

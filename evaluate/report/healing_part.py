@@ -7,12 +7,13 @@ from itertools import groupby
 from typing import Any
 
 from ...distill.metrics import Record
-from ...formats import count, number
+from ...formats import count, number, percent
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
 from .cells import amount_cell, count_cell
 from .charts import Axis, Mark, Series, line_chart
 from .drawing import BASE, COLORS, MODEL
 from .gathering import Report
+from .heatmaps import heat_chart
 
 LOSSES = {
     "attention_transfer": "attention transfer loss",
@@ -33,6 +34,7 @@ def healing_section(report: Report) -> Section | None:
     blocks: list[Block | None] = [_moments(report)]
     if any(sum(map(math.isfinite, errors.values())) > 1 for errors in layers.values()):
         charts.append(_layer_chart(layers))
+    charts += _load_charts(report.records)
     if charts:
         blocks.append(Charts(tuple(charts)))
     blocks += [_record_table(report.records), _layer_table(layers)]
@@ -97,6 +99,32 @@ def _layer_chart(moments: Mapping[str, Mapping[str, float]]) -> Chart:
     description = f"Relative squared error of each layer's attention output; the largest is {number(worst)} at the end."
     drawer = partial(line_chart, series, *axes, marks=marks)
     return Chart("layer-errors", "Output error of each converted layer", description, drawer)
+
+
+def _load_charts(records: Sequence[Record]) -> list[Chart]:
+    """Which experts tokens went to, layer by layer, in the first and in the last record that know it."""
+    having = [record for record in records if record.experts]
+    chosen = dict(zip(("at the beginning", "at the end"), [having[0], having[-1]] if having else [], strict=False))
+    charts = []
+    for moment, record in chosen.items():
+        loads = list(record.experts.values())
+        count_of_experts = max(len(load.shares) for load in loads)
+        grid = [
+            [
+                load.shares[expert] if expert < len(load.shares) and math.isfinite(load.shares[expert]) else None
+                for load in loads
+            ]
+            for expert in range(count_of_experts)
+        ]
+        worst = min(load.entropy for load in loads)
+        description = (
+            f"Share of the tokens' choices that fell on each of {count_of_experts} experts in {len(loads)} layers; the "
+            f"least even layer has {percent(worst)} of the entropy of an even load."
+        )
+        drawer = partial(heat_chart, grid, x="layer with experts, in the model's order", y="expert")
+        name = f"Load of the experts {moment} of the healing"
+        charts.append(Chart(f"expert-load-{moment.rpartition(' ')[2]}", name, description, drawer))
+    return charts
 
 
 def _record_table(records: Sequence[Record]) -> Table | None:

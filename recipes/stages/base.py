@@ -40,6 +40,8 @@ class StageBase(Section, ABC):
 
     # Whether it brings each layer near the teacher's, so that how near it came is measured at its end.
     measures_layers: ClassVar[bool] = False
+    # Whether it learns from a teacher, which may be a second model in memory.
+    has_teacher: ClassVar[bool] = False
     # Whether it is about converted attention, and has nothing to do in a model that keeps its own.
     needs_attention: ClassVar[bool] = False
 
@@ -60,6 +62,11 @@ class StageBase(Section, ABC):
     def adapter(self) -> "LoraPart | None":
         """What the stage says about low-rank updates; None if it trains none."""
         return None
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether the weights of a mixture's routers learn."""
+        return False
 
     @abstractmethod
     def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective | RouterFit":
@@ -156,24 +163,34 @@ class LoraPart(Section):
 
 
 class CoreTraining(Section):
-    """Whether the new attention learns along.
+    """Whether the new attention and the routers of experts learn along.
 
     Attributes:
         train_cores: whether the parameters of the new attention are trained in this stage.
-        core_learning_rate: their peak learning rate; null = that of the stage.
-        balance: weight of the balance loss of methods that route tokens to heads.
+        train_routers: whether the routers of experts are.
+        core_learning_rate: peak learning rate of both; null = that of the stage.
+        balance: weight of the balance loss, of methods that route tokens to heads and of experts.
+        z: weight of the z loss of experts' routers, which keeps their logits small.
     """
 
     train_cores: bool = False
+    train_routers: bool = False
     core_learning_rate: LearningRate | None = None
     balance: NotNegative = 0.0
+    z: NotNegative = 0.0
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether the weights of a mixture's routers learn."""
+        return self.train_routers
 
     @model_validator(mode="after")
     def _rate_has_effect(self) -> Self:
-        if self.core_learning_rate is not None and not self.train_cores:
-            logger.warning("core_learning_rate has no effect where train_cores is false")
-        if self.balance and not self.train_cores:
-            logger.warning("balance has no effect on routers where train_cores is false")
+        if self.core_learning_rate is not None and not (self.train_cores or self.train_routers):
+            logger.warning("core_learning_rate has no effect where train_cores and train_routers are false")
+        for key in ("balance", "z"):
+            if getattr(self, key) and not (self.train_cores or self.train_routers):
+                logger.warning("%s has no effect on routers where train_cores and train_routers are false", key)
         return self
 
 

@@ -19,6 +19,7 @@ class FeaturesStage(TrainingStage):
     """
 
     needs_attention: ClassVar[bool] = True
+    has_teacher: ClassVar[bool] = True
     kind: Literal["features"] = "features"
     balance: NotNegative = 0.0
 

@@ -1,6 +1,6 @@
 """Logit distillation: the model learns the teacher's distribution over the next token."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
@@ -22,6 +22,7 @@ class LogitsStage(CoreTraining, NextTokenStage):
         lora: low-rank updates to train too; null = the new attention alone.
     """
 
+    has_teacher: ClassVar[bool] = True
     kind: Literal["logits"] = "logits"
     train_cores: bool = True
     temperature: Positive = 1.0
@@ -29,8 +30,8 @@ class LogitsStage(CoreTraining, NextTokenStage):
 
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
-        if self.lora is None and not self.train_cores:
-            raise ValueError("lora is null and train_cores is false, so there is nothing to train")
+        if self.lora is None and not (self.train_cores or self.train_routers):
+            raise ValueError("lora is null, train_cores and train_routers are false, so there is nothing to train")
         return self
 
     @property

@@ -37,12 +37,12 @@ def kl(taught: Path, learned: Path) -> float:
 def test_a_pooled_model_learns_what_the_whole_one_says_and_loads_alone(tmp_path: Path) -> None:
     run_conversion(embedded_model_path(), Recipe(name="pooled", rewrite=[POOL]), tmp_path / "start")
     recipe = healed(
-        {**LEARN, "steps": 40, "batch_size": 4, "lora": LORA},
+        {**LEARN, "steps": 30, "batch_size": 4, "lora": LORA},
         evaluate={"embedded": True, "tokens": 600, "context": 128},
     )
     result = run_conversion(embedded_model_path(), recipe, tmp_path / "out", device="cpu")
     assert result.plan.is_native
-    assert kl(embedded_model_path(), tmp_path / "out") < 0.6 * kl(embedded_model_path(), tmp_path / "start")
+    assert kl(embedded_model_path(), tmp_path / "out") < 0.7 * kl(embedded_model_path(), tmp_path / "start")
     assert [row["stage"] for row in result.metrics] == ["teacher", "rewrite", "logits"]
     teacher, start, end = (row["perplexity"] for row in result.metrics)
     assert teacher < end < start
