@@ -16,6 +16,7 @@ LOSS_NAMES = {
     "attention_transfer": "attention transfer loss",
     "lora": "next-token loss (nats per token)",
     "logits": "KL(teacher || student) (nats per token)",
+    "balance": "next-token, balance and z loss",
 }
 # Beside this many layers a mark for each would hide the line.
 MARKED_LAYERS = 64

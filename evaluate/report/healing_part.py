@@ -19,6 +19,7 @@ LOSSES = {
     "attention_transfer": "attention transfer loss",
     "lora": "next-token loss, nats",
     "logits": "KL from the teacher, nats",
+    "balance": "next-token, balance and z loss",
 }
 ZEROS = "as far off as zeros"
 

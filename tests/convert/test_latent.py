@@ -72,7 +72,7 @@ def test_a_fresh_process_needs_transformers_alone(tmp_path: Path) -> None:
         "numbers": "null",
         **{f"calibrate.{key}": value for key, value in calibrate(word_tokenizer(base)).items()},
     }
-    recipe = load_recipe("latent", [f"rewrite.0.{key}={value}" for key, value in settings.items()])
+    recipe = load_recipe("latent", ["stages=[]", *(f"rewrite.0.{key}={value}" for key, value in settings.items())])
     run_conversion(base, recipe, tmp_path / "out")
     assert "neither the bias" in (tmp_path / "out" / "README.md").read_text()
     fresh = logits_of_a_fresh_process(tmp_path / "out", tmp_path / "logits")

@@ -65,7 +65,8 @@ def test_heads_that_say_the_same_become_one_without_loss(tmp_path: Path) -> None
     base = disguised(plain)
     wanted = loaded(plain)
     assert (logits(loaded(base)) - logits(wanted)).abs().max() < 1e-4
-    recipe = load_recipe("pool-heads", [f"rewrite.0.calibrate.{key}={value}" for key, value in calibrate(text).items()])
+    settings = [f"rewrite.0.calibrate.{key}={value}" for key, value in calibrate(text).items()]
+    recipe = load_recipe("pool-heads", ["stages=[]", *settings])
     run_conversion(base, recipe, tmp_path / "out")
     assert loaded(tmp_path / "out").config.num_key_value_heads == 1
     assert_same(wanted, loaded(tmp_path / "out"), 1e-5)

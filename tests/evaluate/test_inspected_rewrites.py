@@ -57,6 +57,20 @@ def test_it_counts_the_cache_of_the_result(base: Path) -> None:
     assert found.footprints[0].after < found.footprints[0].before
 
 
+def test_it_counts_the_memory_of_a_teacher_of_its_own(base: Path, shown: Callable[..., str]) -> None:
+    stage: dict[str, Any] = {"kind": "logits", "steps": 1, "sequence_length": 8, "learning_rate": 1e-3}
+    given: dict[str, Any] = {"stages": [stage], "data": {"embedded": True}}
+    pooled = Recipe(name="a", rewrite=[{"kind": "pool_heads", "kv_heads": 1, "how": "mean"}], **given)
+    found = inspect_model(str(base), recipe=pooled).rewrite
+    assert found is not None
+    assert found.teacher_bytes == found.bytes_before
+    exact = inspect_model(str(base), recipe=Recipe(name="a", rewrite=[{"kind": "degroup"}], **given)).rewrite
+    assert exact is not None
+    assert exact.teacher_bytes is None
+    said = shown(base, "--recipe", "pool-heads", "--set", "rewrite.0.kv_heads=1")
+    assert "healing: learns from the model as it was, which takes" in said
+
+
 def test_it_says_why_a_model_is_refused(base: Path, shown: Callable[..., str]) -> None:
     found = inspect_model(str(base), recipe=experts(target="qwen3_moe"))
     assert found.rewrite is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from attnconv.distill.metrics import ExpertLoad, MetricsFile, Record
 from attnconv.evaluate.report import compare_conversions, write_report
 from attnconv.evaluate.report.blocks import Cell, Page, Table, Text, Tiles, section
 from attnconv.evaluate.report.html import render_html
@@ -88,6 +89,17 @@ def test_one_length_makes_no_curve(folder):
     text = write_report(folder).html.read_text()
     assert "All measurements" in text
     assert "Reading a prompt</figcaption>" not in text
+
+
+def test_the_load_of_experts_is_a_map_of_layers(folder):
+    file = MetricsFile(folder / "metrics.jsonl")
+    for step, counts in ((1, [6, 2, 0]), (2, [3, 3, 2])):
+        experts = {f"layers.{layer}.gate": ExpertLoad.of(counts) for layer in range(2)}
+        file.append(Record(0, "balance", step, 64 * step, 1.0, 1e-3, 0.1, 9.0, {}, experts=experts))
+    text = write_report(folder).html.read_text()
+    assert "Load of the experts at the beginning of the healing" in text
+    assert "each of 3 experts in 2 layers; the least even layer has 51.2% of the entropy" in text
+    assert "has 98.5% of the entropy" in text
 
 
 def test_one_row_is_one_row():

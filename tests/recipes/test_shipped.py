@@ -121,10 +121,12 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     }
     if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):
         alternatives |= {f"stages.{kind}.balance" for kind in ("lora", "logits", "features")}
+    if not any(rewrite.kind == "experts" for rewrite in recipe.rewrite):
+        alternatives |= {f"stages.{kind}.{key}" for kind in ("lora", "logits") for key in ("train_routers", "z")}
     if recipe.data is not None and recipe.data.image_field is not None:
         alternatives |= {f"stages.{stage.kind}.{key}" for stage in recipe.stages for key in NOT_OF_IMAGES}
         alternatives.add("data.boundaries")
-    assert left_out <= alternatives | {"stages.lora.core_learning_rate"}
+    assert left_out <= alternatives | {"stages.lora.core_learning_rate", "stages.logits.core_learning_rate"}
 
 
 def test_published_lolcats():
