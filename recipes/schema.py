@@ -1,7 +1,7 @@
 """The recipe: what becomes of which layers, and how the model heals."""
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +13,9 @@ from .heads import Heads, HeadSelector, parse_heads
 from .rewrites.base import Rewrite
 from .selectors import Layers, LayerSelector, parse_layers
 from .stages.base import Stage
+
+if TYPE_CHECKING:
+    from ..convert.rewriting.steps import Step
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -178,6 +181,10 @@ class Recipe(Section):
             if why_unsupported is not None:
                 raise ValueError(f"stage {number} ({stage.kind}) {why_unsupported}")
         return self
+
+    def steps(self) -> list["Step"]:
+        """What carries the rewrites out, in order; this is where torch is imported."""
+        return [rewrite.step_before(self.attention) for rewrite in self.rewrite]
 
     def to_yaml(self) -> str:
         """The recipe as YAML with every default written out; loading it gives an equal recipe."""

@@ -29,6 +29,7 @@ class Base:
         origin: what it was rewritten from; None if it was not.
         digests: digests of the origin's weight files.
         exactness: how far the rewritten model is from its origin; None if it was not rewritten.
+        incomplete: whether a method has to complete the rewritten model.
     """
 
     checkpoint: Checkpoint
@@ -36,11 +37,14 @@ class Base:
     origin: Checkpoint | None = None
     digests: Mapping[str, str] | None = None
     exactness: Exactness | None = None
+    incomplete: bool = False
 
     @property
     def differs(self) -> bool:
-        """Whether the rewritten model computes something else than its origin."""
-        return self.exactness is not None and bool(self.exactness.reasons or self.exactness.objection)
+        """Whether the rewritten model, with its attention as it is, computes something else than its origin."""
+        return self.exactness is not None and bool(
+            self.exactness.reasons or self.exactness.objection or self.incomplete
+        )
 
 
 @contextmanager
@@ -78,7 +82,8 @@ def rewritten_base(
         checkpoint = open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
         # In messages and receipts it is still the model that the user named.
         named = replace(checkpoint, source=opened.source, repo_id=opened.repo_id, revision=opened.revision)
-        yield Base(named, plan.summaries, opened, digests, exactness)
+        incomplete = any(rewrite.needs_method for rewrite in recipe.rewrite)
+        yield Base(named, plan.summaries, opened, digests, exactness, incomplete)
 
 
 def write_native(

@@ -33,7 +33,7 @@ def settled_plan(
         PlanError: the model cannot be rewritten so.
         DataError: a text to measure on cannot be read.
     """
-    steps = [rewrite.step() for rewrite in recipe.rewrite]
+    steps = recipe.steps()
     # All that can be refused is refused before anything slow.
     plan = plan_rewrite(opened, steps)
     sections = [rewrite.calibration for rewrite in recipe.rewrite]

@@ -52,6 +52,13 @@ def open_branches(sources: Sequence[str], base: Checkpoint) -> tuple[Branch, ...
     return tuple(branches)
 
 
+def public_names(branches: Sequence[Branch]) -> dict[str, Checkpoint]:
+    """Branches by what they are called in public; those of one name get a number."""
+    names = [branch.checkpoint.name for branch in branches]
+    places = [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names)]
+    return {name: branch.checkpoint for name, branch in zip(places, branches, strict=True)}
+
+
 def check_tensors(branch: Branch, wanted: Mapping[str, Target]) -> None:
     """Refuse a branch whose tensors are not those of the model, by name, shape and type.
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -137,9 +137,12 @@ def _measure(plan: RewritePlan, cut: Cut) -> tuple[list[Tensor], str | None]:
     _check_room(plan, cut)
     first, oddities = _logits(plan.states[0], cut)
     logits, objection = [first], None
-    for step, state in zip(plan.steps, plan.states[1:], strict=True):
+    for number, state in enumerate(plan.states[1:]):
+        step, tensors = plan.steps[number], state.tensors
+        for done in plan.steps[: number + 1]:
+            tensors = done.compared(tensors)
         try:
-            after, odd = _logits(state, cut)
+            after, odd = _logits(replace(state, tensors=tensors), cut)
         except _LoadError as error:
             return logits, f"{step.summary}: transformers cannot load the result: {error}"
         if not odd <= oddities:

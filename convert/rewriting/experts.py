@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ...errors import PlanError
 from ..reading.checkpoint import Checkpoint
 from ..reading.weight_files import FLOAT_TYPES
-from .branches import Branch, check_tensors, merged, open_branches
+from .branches import Branch, check_tensors, merged, open_branches, public_names
 from .classes import CLASSES, PARTS, ExpertClass, Shared
 from .fitting import check_settings, class_for, dense_layers, with_defaults
 from .routing import Centroids
@@ -106,9 +106,7 @@ class Experts(Step):
 
     @property
     def sources(self) -> Mapping[str, Checkpoint]:
-        names = [branch.checkpoint.name for branch in self._branches]
-        places = [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names)]
-        return {name: branch.checkpoint for name, branch in zip(places, self._branches, strict=True)}
+        return public_names(self._branches)
 
     def begin(self, checkpoint: Checkpoint) -> None:
         self._branches = open_branches(self.branches, checkpoint)

@@ -79,6 +79,14 @@ class Step(ABC):
             moments: of each attention layer.
         """
 
+    def compared(self, tensors: Mapping[str, Target]) -> Mapping[str, Target]:
+        """What is compared in place of the tensors of the result, where a method of attention has yet to complete it.
+
+        Args:
+            tensors: those of the result, or of a later step's.
+        """
+        return tensors
+
     def drops(self, name: str) -> bool:
         """Whether a claimed tensor of this name may be missing from the result."""
         return False

@@ -53,7 +53,7 @@ def foresee(
     Returns:
         what they make of it, and the config.json of the result: that of the model if it is refused.
     """
-    steps = [rewrite.step() for rewrite in recipe.rewrite]
+    steps = recipe.steps()
     sizes: dict[str, Any] = {}
     numbers = None
     after = config
@@ -77,7 +77,8 @@ def foresee(
     inexact = tuple(step.inexact for step in steps if step.inexact is not None)
     learning = [stage.precision for stage in recipe.stages if stage.has_teacher]
     teacher_bytes = None
-    if inexact and learning and numbers is not None:
+    differs = bool(inexact) or any(rewrite.needs_method for rewrite in recipe.rewrite)
+    if differs and learning and numbers is not None:
         teacher_bytes = numbers * (4 if "fp32" in learning else 2)
     return (
         RewriteOutlook(

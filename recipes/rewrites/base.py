@@ -1,6 +1,7 @@
 """What rewrites of a checkpoint have in common, and their registry."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from ..data import CalibrateSection
@@ -31,6 +32,14 @@ class RewriteBase(Section, ABC):
     @abstractmethod
     def step(self) -> "Step":
         """What carries it out; this is where torch is imported."""
+
+    def step_before(self, rules: Sequence[Any]) -> "Step":
+        """The same, where these attention rules follow, which may complete what the rewrite begins.
+
+        Args:
+            rules: the recipe's attention rules.
+        """
+        return self.step()
 
     def compact(self) -> dict[str, Any]:
         """As for every section, with the kind in front."""

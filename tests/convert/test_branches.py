@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from expert_models import EXACT, PROMPTS, assert_equal, dense, experts, loaded, logits
+from expert_models import EXACT, PROMPTS, assert_equal, branch, dense, experts, loaded, logits
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,17 +20,6 @@ from attnconv.recipes import load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
 MLP = "model.layers.1.mlp.up_proj.weight"
-
-
-def branch(base: Path, folder: Path, *, seed: int) -> Path:
-    """The model after some training: every weight is a little off."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -53,7 +42,9 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_feed_forwards_become_experts_and_the_rest_is_averaged(base: Path, branches: list[str], tmp_path: Path) -> None:
-    found = run_conversion(base, load_recipe("btx", [f"rewrite.0.sources={json.dumps(branches)}"]), tmp_path / "out")
+    found = run_conversion(
+        base, load_recipe("btx", ["stages=[]", f"rewrite.0.sources={json.dumps(branches)}"]), tmp_path / "out"
+    )
     assert found.exactness is not None
     assert found.exactness.reasons == ("experts of several models",)
     loaded(tmp_path / "out")

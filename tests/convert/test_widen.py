@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import JetMoeConfig, PreTrainedModel
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention
+from wide_models import LAYERS, SIZES, attend, widened
 
 from attnconv.attention_modules.heads.moa import MoaAttention
 from attnconv.convert import converted_modules
@@ -19,33 +20,9 @@ from attnconv.errors import PlanError, RecipeError
 from attnconv.recipes import Recipe, parse_recipe
 from attnconv.runs import run_conversion
 
-LAYERS = {"num_hidden_layers": 2}
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    # Large enough for logits in which an error would be seen.
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
 
 def dense(kind: str, folder: Path, **settings: Any) -> Path:
     return rewritten.dense(kind, folder, sizes=SIZES, **settings)
-
-
-def widened(num_experts: int, *, share_kv: bool = False, active: int | None = None) -> Recipe:
-    options = {"num_experts": num_experts, "share_kv": share_kv, "active": active}
-    return Recipe(
-        name="moa",
-        rewrite=[{"kind": "widen", "num_experts": num_experts, "share_kv": share_kv}],
-        attention=[{"layers": "all", "method": "moa", "options": options}],
-    )
 
 
 def with_random_routers(model: PreTrainedModel) -> PreTrainedModel:
@@ -119,13 +96,6 @@ def heads_of(attention: Any, expert: int, base: Any, *, share_kv: bool) -> Any:
     shape = (32, kv, -1, groups, dim) if share_kv else (32, -1, kv, groups, dim)
     alone.o_proj.weight.data = out.view(shape).select(2 if share_kv else 1, expert).reshape(32, -1)
     return alone
-
-
-def attend(model: PreTrainedModel, attention: Any, hidden: Tensor) -> Tensor:
-    embeddings = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    with torch.no_grad():
-        out: Tensor = attention(hidden, position_embeddings=embeddings, attention_mask=None)[0]
-    return out
 
 
 @pytest.mark.parametrize("share_kv", [False, True], ids=["own KV", "shared KV"])
@@ -237,7 +207,7 @@ def test_experts_must_be_those_of_the_layer(tmp_path: Path) -> None:
         ("rewrite: [{kind: widen}]", r"makes layers for the method 'moa': add an attention rule \{layers: all, method"),
         (
             "rewrite: [{kind: widen, num_experts: 1}]\nattention: [{layers: all, method: moa}]",
-            "greater than or equal to 2",
+            "num_experts must be at least 2",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from attnconv.recipes import Recipe, list_recipes, load_recipe, parse_recipe, re
 
 SHIPPED = [
     "agent",
+    "bam",
     "btx",
     "cast-bf16",
     "cca",
@@ -116,7 +117,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
         f"stages.{kind}.{key}"
-        for kind in ("attention_transfer", "calibrate", "lora", "logits")
+        for kind in ("attention_transfer", "balance", "calibrate", "lora", "logits")
         for key in ("steps", "data")
     }
     if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):

@@ -6,7 +6,7 @@ from typing import Any
 import rewritten
 import torch
 from rewritten import EXACT, PROMPTS, loaded, logits
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from attnconv.recipes import Recipe
 
@@ -28,6 +28,17 @@ SIZES = {
 
 def dense(kind: str, folder: Path, **settings: Any) -> Path:
     return rewritten.dense(kind, folder, sizes=SIZES, **settings)
+
+
+def branch(base: Path, folder: Path, *, seed: int) -> Path:
+    """The model after some training: every weight is a little off."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
 
 
 def experts(**settings: Any) -> Recipe:
