@@ -2,10 +2,10 @@
 
     python benchmarks/healed_attention.py --model models/smollm2-135m-instruct
 
-Each case is one conversion in float32: a rewrite settled on the first 4,096 tokens of Wikipedia paragraphs, then stages of
-logit distillation on these with low-rank updates, which end up in the weights. Perplexity is that of the first 5,120
-tokens of WikiText-2 valid in windows of 1,024: of the model itself, after the rewrite, and after each stage. A run that was
-interrupted goes on where it was if `--folder` is the same. The command ends with an error if a bound is missed.
+Each case is one conversion in float32: a rewrite settled on the first 4,096 tokens of Wikipedia paragraphs, then stages
+of logit distillation on these with low-rank updates, which end up in the weights. Perplexity is that of the first 5,120
+tokens of WikiText-2 valid in windows of 1,024: of the model itself, after the rewrite, and after each stage. A run that
+was interrupted goes on where it was if `--folder` is the same. The command ends with an error if a bound is missed.
 """
 
 import sys

@@ -73,6 +73,13 @@ def test_a_teacher_of_its_own_is_there_only_for_stages_that_learn_from_it(
     assert not teachers
     run_conversion(embedded_model_path(), healed(logits), tmp_path / "logits", device="cpu")
     assert len(teachers) == 1
+    # Copies begin as the model itself once their gates are there, and without these they are no teacher.
+    rule = {"layers": "all", "method": "moa", "options": {"num_experts": 2}}
+    wide = healed({**logits, "log_every": 1}, rewrite={"kind": "widen"}, attention=[rule])
+    run_conversion(embedded_model_path(), wide, tmp_path / "moa", device="cpu")
+    assert len(teachers) == 2
+    (record,) = healing.MetricsFile(tmp_path / "moa" / "metrics.jsonl").records()
+    assert record.loss < 1e-6
 
 
 def test_an_interrupted_healing_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
