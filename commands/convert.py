@@ -1,7 +1,7 @@
 """The commands that make a conversion and pass it on: demo, convert and push."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,6 +60,10 @@ def convert(
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Write a rewrite that is not what it promised.")
     ] = False,
+    target: Annotated[
+        Literal["native", "attnconv"] | None,
+        typer.Option(help="Windows as settings of transformers' own classes, or as our sliding_window."),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Add code that loads the result without attnconv.")
@@ -73,13 +77,15 @@ def convert(
         raise typer.BadParameter("--private needs --push REPO")
     session = session_of(ctx)
     from ..distill.work_folder import WorkFolder
-    from ..recipes import load_recipe
+    from ..recipes import load_recipe, with_target
     from ..runs import run_conversion
     from .progress import conversion_progress
     from .tables import show_conversion
 
     session.silence_libraries()
     loaded = load_recipe(recipe, overrides or ())
+    if target is not None:
+        loaded = with_target(loaded, target)
     if loaded.stages:
         session.resume_hint = "run the same command with --resume to go on"
         session.saved = WorkFolder((resume_from or output).expanduser()).saved

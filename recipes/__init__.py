@@ -5,6 +5,7 @@ from .loading import build_recipe, list_recipes, load_recipe, parse_recipe, reci
 from .schema import AttentionRule, OutputSection, Recipe
 from .selectors import LayerSelector, parse_layers
 from .stages.base import LoraPart, StageBase, TrainingStage
+from .targets import Target, with_target
 
 __all__ = [
     "AttentionRule",
@@ -16,6 +17,7 @@ __all__ = [
     "OutputSection",
     "Recipe",
     "StageBase",
+    "Target",
     "TrainingStage",
     "build_recipe",
     "list_recipes",
@@ -23,4 +25,5 @@ __all__ = [
     "parse_layers",
     "parse_recipe",
     "recipe_text",
+    "with_target",
 ]

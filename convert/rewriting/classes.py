@@ -18,6 +18,7 @@ class Shared:
 
     Attributes:
         matrix: the name of one of its matrices, with a place for `part`.
+        parts: what stands for each of `PARTS` in it; the first two are joined where they have one name.
         gate: the name of the weight whose product with the input, through a sigmoid, scales it; None if nothing does.
         setting: the setting that says how wide it is; None if it is as wide as the others.
         counts: whether that setting counts how many of the others it is as wide as.
@@ -25,6 +26,7 @@ class Shared:
     """
 
     matrix: str
+    parts: tuple[str, str, str] = PARTS
     gate: str | None = None
     setting: str | None = None
     counts: bool = False
@@ -162,6 +164,25 @@ CLASSES: Mapping[str, ExpertClass] = {
             router="block_sparse_moe.router.layer.weight",
             width="intermediate_size",
             experts="num_local_experts",
+            biases=QKVO,
+            settings=_plain_scaling,
+        ),
+        ExpertClass(
+            "granitemoeshared",
+            "GraniteMoeSharedForCausalLM",
+            {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"},
+            attention="has no norms of queries and keys, and no window",
+            expert="block_sparse_moe.{part}.weight",
+            parts=("input_linear", "input_linear", "output_linear"),
+            router="block_sparse_moe.router.layer.weight",
+            width="intermediate_size",
+            experts="num_local_experts",
+            shared=Shared(
+                "shared_mlp.{part}.weight",
+                parts=("input_linear", "input_linear", "output_linear"),
+                setting="shared_intermediate_size",
+                optional=True,
+            ),
             biases=QKVO,
             settings=_plain_scaling,
         ),

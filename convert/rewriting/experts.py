@@ -278,8 +278,14 @@ class Experts(Step):
             down = _zeros(down.name, (down.shape[0], width), _computing_type(down))
         elif shared.gate is None:
             down = self._scaled(down, 0.5)
-        for part, matrix in zip(PARTS, (gate, up, down), strict=True):
-            yield replace(matrix, name=f"{layer}.{shared.matrix.format(part=part)}")
+        names = [f"{layer}.{shared.matrix.format(part=part)}" for part in shared.parts]
+        if names[0] == names[1]:
+            width, hidden = gate.shape
+            yield joined(names[0], (2 * width, hidden), [gate, up])
+            yield replace(down, name=names[2])
+        else:
+            for name, matrix in zip(names, (gate, up, down), strict=True):
+                yield replace(matrix, name=name)
         if shared.gate is not None:
             # The sigmoid of zero is a half.
             yield _zeros(f"{layer}.{shared.gate}", (1, down.shape[0]), _computing_type(down))

@@ -26,6 +26,9 @@ from ...recipes import Recipe
 from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
 from .rewriting import RewriteOutlook, foresee
 
+OUTPUT = "DIR"
+"""What the result of a recipe is called where nobody has named it yet."""
+
 
 @dataclass(frozen=True)
 class ModuleGroup:
@@ -70,7 +73,8 @@ class Inspection:
         unmatched: a sentence for each attention rule of the recipe that matches no layer.
         rewrite: what its rewrites make of the model, which is then what the groups show; None without any.
         overwritten: a sentence if weights that the conversion shares with its base were overwritten, else None.
-        serving: what is known of engines that serve the model as it is, a line each; empty beside a recipe.
+        serving: what is known of engines that serve the model as it is, or as a recipe's rewrites make it, a line each;
+            empty for models that need this package.
     """
 
     source: str
@@ -152,6 +156,8 @@ def inspect_model(
         unmatched = unmatched_rules(recipe.attention, probed)
     by_name = {entry.name: entry for entry in entries}
     cores = {module.name: _build(module, by_name.get(module.name)) for module in probed}
+    ordinary = carried is None and (recipe is None or (rewrite is not None and rewrite.refused is None))
+    ordinary = ordinary and not any(cores.values())
     layers = _cached(config, probed, cores)
     after = footprints(layers, dtype, lengths)
     rows = (Footprint(old.tokens, old.before, new.after) for old, new in zip(before, after, strict=True))
@@ -167,7 +173,7 @@ def inspect_model(
         unmatched=unmatched,
         rewrite=rewrite,
         overwritten=None if carried is None else _overwritten(Path(source).expanduser()),
-        serving=() if carried is not None or recipe is not None else _serving(source, config, model_class.__name__),
+        serving=_serving(OUTPUT if rewrite is not None else source, config, model_class.__name__) if ordinary else (),
     )
 
 

@@ -96,6 +96,7 @@ class ExpertsRewrite(RewriteBase):
         "qwen2_moe",
         "qwen3_moe",
         "granitemoe",
+        "granitemoeshared",
         "flex_olmo",
         "glm4_moe",
         "hunyuan_v1_moe",

@@ -26,6 +26,8 @@ ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     ("qwen3", "qwen3_moe", {"head_dim": 16}, "auto"),
     ("llama", "granitemoe", {}, "auto"),
     ("granite", "granitemoe", GRANITE, "auto"),
+    ("llama", "granitemoeshared", {}, "dense"),
+    ("granite", "granitemoeshared", GRANITE, "none"),
     ("olmo2", "flex_olmo", {}, "auto"),
     ("llama", "glm4_moe", {}, "none"),
     ("llama", "glm4_moe", {"attention_bias": False}, "dense"),

@@ -57,6 +57,12 @@ def test_it_counts_the_cache_of_the_result(base: Path) -> None:
     assert found.footprints[0].after < found.footprints[0].before
 
 
+def test_it_says_what_serves_the_result(base: Path, shown: Callable[..., str]) -> None:
+    assert "serving: vllm serve DIR (vLLM, as read in its source, not run)" in shown(base, "-r", "upcycle-mixtral")
+    text = "name: a\nrewrite: [{kind: experts}]\nattention: [{layers: '0', method: sliding_window}]"
+    assert inspect_model(str(base), recipe=parse_recipe(text)).serving == ()
+
+
 def test_it_counts_the_memory_of_a_teacher_of_its_own(base: Path, shown: Callable[..., str]) -> None:
     stage: dict[str, Any] = {"kind": "logits", "steps": 1, "sequence_length": 8, "learning_rate": 1e-3}
     given: dict[str, Any] = {"stages": [stage], "data": {"embedded": True}}
