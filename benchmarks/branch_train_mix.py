@@ -11,10 +11,12 @@ three is reported for all models, and the curve of perplexity on the three texts
 are in `--folder` are not made again, and a run that was interrupted goes on where it was.
 """
 
+import argparse
 import gzip
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,15 +183,23 @@ def perplexities(model: Path, folder: Path, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make and measure all models."""
+    """Read the arguments, and see to a folder."""
     parser = parser_of(__doc__, model="smollm2-135m-instruct")
-    parser.add_argument("--folder", type=Path, required=True, help="where models are kept between runs")
+    parser.add_argument("--folder", type=Path, help="where models are kept between runs; default: nowhere")
     parser.add_argument("--branch-tokens", type=int, default=40_960, help="of each branch")
     parser.add_argument("--joint-tokens", type=int, default=20_480, help="of the joint training")
     parser.add_argument("--held-out-tokens", type=int, default=4096, help="of each subject")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
-    model, folder = find_model(arguments.model), arguments.folder
+    model = find_model(arguments.model)
+    for path, _ in SUBJECTS.values():
+        find_data(path)
+    with tempfile.TemporaryDirectory() as room:
+        measure(arguments, model, arguments.folder or Path(room))
+
+
+def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> None:
+    """Make and measure all models in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "train-all.jsonl").is_file():
         write_texts(folder, arguments.branch_tokens + arguments.joint_tokens)

@@ -10,10 +10,12 @@ import pytest
 SCRIPTS = [
     "attention_speed",
     "bench_conversion",
+    "branch_train_mix",
     "decode_state",
     "demo",
     "dinov2_features",
     "growing_state",
+    "healed_attention",
     "kernels",
     "kernels_static",
     "minilm_sst2",
@@ -30,7 +32,14 @@ SCRIPTS = [
 
 WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
 MEASURING_A_MODEL = [script for script in SCRIPTS if script not in WITHOUT_MODEL]
-NEEDING_DATA = ["method_table", "native_attention", "smollm2_lolcats", "transfer_speed"]
+NEEDING_DATA = [
+    "branch_train_mix",
+    "healed_attention",
+    "method_table",
+    "native_attention",
+    "smollm2_lolcats",
+    "transfer_speed",
+]
 # Runs every script in one process, for importing torch takes longer than all else that they do here.
 RUN_ALL = """
 import contextlib, io, json, runpy, sys
