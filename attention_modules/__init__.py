@@ -28,7 +28,7 @@ __all__ = [
     "register",
 ]
 
-FAMILIES = ("linear", "sparse", "heads", "experts")
+FAMILIES = ("linear", "sparse", "sparse/presets", "heads", "experts")
 
 for _family in FAMILIES:
-    import_folder(f"{__name__}.{_family}")
+    import_folder(f"{__name__}.{_family.replace('/', '.')}")

@@ -64,9 +64,14 @@ class AttentionModule(AttentionContract):
         """
         counter = current_counter()
         places = None if counter is None else counter.places(self, query, key, padding_mask, state)
+        counted = () if places is None else self.parts or (self,)
+        for core in counted:
+            core.counts_tokens = True
         out = self._run(query, key, value, scaling, padding_mask, state, hidden_states, around, finish=True)
         if counter is not None and places is not None:
             counter.add(self, places, state, hidden_states)
+        for core in counted:
+            core.counts_tokens, core.tokens_counted = False, None
         return out
 
     def _run(
@@ -101,7 +106,9 @@ class AttentionModule(AttentionContract):
             unrotated = around.unrotated[0] if self.reads_unrotated and around.unrotated is not None else None
             if order is not None and unrotated is not None:
                 unrotated = take_tokens(unrotated, order)
-            call = Call(query, new, scaling, hidden, unrotated, around.board if self.reads_board else None)
+            board = around.board if self.reads_board else None
+            queries = self._queries(query, query_valid, order, state)
+            call = Call(query, new, scaling, hidden, unrotated, board, queries)
             out = None if state is None else self._decode(call, state, dtype)
             if out is None:
                 call = call.over(query, exact_tokens(new, state))
@@ -111,11 +118,26 @@ class AttentionModule(AttentionContract):
                 out = mixed.out
             if order is not None:
                 out = restore_tokens(out, order)
+                if self.tokens_counted is not None:
+                    self.tokens_counted = self.tokens_counted.gather(1, order.argsort(-1))
             if finish:
                 out = self.finish(out, hidden)
         if query_valid is not None:
             out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
+
+    def _queries(
+        self, query: Tensor, valid: Tensor | None, order: Tensor | None, state: AttentionState | None
+    ) -> Tensor | None:
+        """The newest queries, those of the call last, if the method reads them; in a state beside the method's own."""
+        if not self.earlier_queries or state is None:
+            return query if self.earlier_queries else None
+        valid = valid if order is None or valid is None else valid.gather(1, order)
+        held = state.queries.append(Tokens(query, query[..., :0], valid)).keys
+        # One by one they may stay for a while, so that not all are copied each time.
+        if query.shape[2] > 1 or held.shape[2] > 2 * self.earlier_queries:
+            state.queries.evict(self.earlier_queries)
+        return held
 
     def _decode(self, call: Call, state: AttentionState, dtype: torch.dtype) -> Tensor | None:
         """One token in place, where method and call allow it."""

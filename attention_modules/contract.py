@@ -58,6 +58,10 @@ class AttentionContract(nn.Module, ABC):
     paths: ClassVar[tuple[str, ...]] = ()
     # Those of them that are left out at present.
     left_out: frozenset[str] = frozenset()
+    # Whether the present call is counted, and how many tokens each of its queries attended, `[batch, T]`, mean over the
+    # heads: for methods that cannot tell by `tokens_attended`.
+    counts_tokens: bool = False
+    tokens_counted: Tensor | None = None
 
     def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
         super().__init__()
@@ -119,6 +123,11 @@ class AttentionContract(nn.Module, ABC):
     @property
     def projected_tokens(self) -> int:
         """Tokens before each new one whose projections `project` reads."""
+        return 0
+
+    @property
+    def earlier_queries(self) -> int:
+        """Newest queries of earlier calls that the method reads, as `Call.queries`."""
         return 0
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,48 +26,62 @@ class SoftmaxAttention(AttentionModule):
     is_recurrent = False
 
     def attend_naive(self, call: Call, memory: Memory) -> Tensor:
-        tokens = call.tokens
-        keys, values = (t.repeat_interleave(self.geometry.num_groups, 1) for t in (tokens.keys, tokens.values))
-        logits = call.query @ keys.transpose(-1, -2) * (call.scaling * LOG2E)
-        numerator, denominator, _ = softmax_terms(logits, self._visible(call), values)
-        empty = denominator == 0
-        return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
-
-    def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
-        """Query heads that share keys are the rows of one product: on a CPU two to three times as fast as `enable_gqa`.
-
-        In the dtype of the keys, for a copy of all of them in another would take longer than the attention itself.
-        """
-        tokens = state.append(call.tokens)
-        dtype = torch.promote_types(tokens.keys.dtype, tokens.values.dtype)
-        mask = None
-        if tokens.valid is not None:
-            mask = tokens.valid.clone()
-            # A row of padding looks at itself, so that no kernel divides zero by zero.
-            mask[:, -1] = True
-            mask = mask[:, None, None]
-        rows = call.query.to(dtype).unflatten(1, (-1, self.geometry.num_groups)).squeeze(3)
-        keys, values = tokens.keys.to(dtype), tokens.values.to(dtype)
-        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=call.scaling)
-        return out.flatten(1, 2).unsqueeze(2)
+        return attend_dense_naive(call, causal=self.geometry.causal)
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
-        query, tokens = call.query, call.tokens
-        if tokens.valid is None and (not self.geometry.causal or call.past == 0):
-            mask, is_causal = None, self.geometry.causal
-        else:
-            mask, is_causal = self._visible(call), False
-        grouped = self.geometry.num_groups > 1
-        return F.scaled_dot_product_attention(
-            query, tokens.keys, tokens.values, mask, is_causal=is_causal, scale=call.scaling, enable_gqa=grouped
-        )
+        return attend_dense(call, causal=self.geometry.causal)
 
-    def _visible(self, call: Call) -> Tensor:
-        query, num_keys, valid = call.query, call.tokens.length, call.tokens.valid
-        inside = window_mask(call.length, num_keys, num_keys, causal=self.geometry.causal, device=query.device)
-        if valid is None:
-            return inside
-        # Rows of padding look at themselves, so that no kernel divides zero by zero.
-        return (
-            inside & valid[:, None, None, :] | torch.eye(num_keys, dtype=torch.bool, device=query.device)[call.past :]
-        )
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
+        return decode_dense(call, state)
+
+
+def attend_dense_naive(call: Call, *, causal: bool) -> Tensor:
+    """Softmax over all tokens, every weight written out: `[batch, num_heads, T, value_dim]`."""
+    groups = call.query.shape[1] // call.tokens.keys.shape[1]
+    keys, values = (t.repeat_interleave(groups, 1) for t in (call.tokens.keys, call.tokens.values))
+    logits = call.query @ keys.transpose(-1, -2) * (call.scaling * LOG2E)
+    numerator, denominator, _ = softmax_terms(logits, _visible(call, causal=causal), values)
+    empty = denominator == 0
+    return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+
+
+def attend_dense(call: Call, *, causal: bool) -> Tensor:
+    """The same by torch's own kernels."""
+    query, tokens = call.query, call.tokens
+    if tokens.valid is None and (not causal or call.past == 0):
+        mask, is_causal = None, causal
+    else:
+        mask, is_causal = _visible(call, causal=causal), False
+    grouped = query.shape[1] > tokens.keys.shape[1]
+    return F.scaled_dot_product_attention(
+        query, tokens.keys, tokens.values, mask, is_causal=is_causal, scale=call.scaling, enable_gqa=grouped
+    )
+
+
+def decode_dense(call: Call, state: AttentionState) -> Tensor:
+    """One new token over all that a state holds.
+
+    Query heads that share keys are the rows of one product: on a CPU two to three times as fast as `enable_gqa`. In the
+    dtype of the keys, for a copy of all of them in another would take longer than the attention itself.
+    """
+    tokens = state.append(call.tokens)
+    dtype = torch.promote_types(tokens.keys.dtype, tokens.values.dtype)
+    mask = None
+    if tokens.valid is not None:
+        mask = tokens.valid.clone()
+        # A row of padding looks at itself, so that no kernel divides zero by zero.
+        mask[:, -1] = True
+        mask = mask[:, None, None]
+    rows = call.query.to(dtype).unflatten(1, (tokens.keys.shape[1], -1)).squeeze(3)
+    keys, values = tokens.keys.to(dtype), tokens.values.to(dtype)
+    out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=call.scaling)
+    return out.flatten(1, 2).unsqueeze(2)
+
+
+def _visible(call: Call, *, causal: bool) -> Tensor:
+    query, num_keys, valid = call.query, call.tokens.length, call.tokens.valid
+    inside = window_mask(call.length, num_keys, num_keys, causal=causal, device=query.device)
+    if valid is None:
+        return inside
+    # Rows of padding look at themselves, so that no kernel divides zero by zero.
+    return inside & valid[:, None, None, :] | torch.eye(num_keys, dtype=torch.bool, device=query.device)[call.past :]

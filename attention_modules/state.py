@@ -59,6 +59,8 @@ class AttentionState:
         self._summaries: dict[str, Summaries] = {}
         # What the module projected, as far as the method still reads it; see `projections`.
         self._projections: AttentionState | None = None
+        # Its newest queries, likewise; see `queries`.
+        self._queries: AttentionState | None = None
         self._recorded = 0
         # Newest tokens that can be taken back with the tail staying as long as the method needs it.
         self._recoverable = 0
@@ -80,7 +82,11 @@ class AttentionState:
         ring = () if self._ring is None else self._ring.tensors
         beside = [t for s in self._summaries.values() for t in (s.blocks, s.count)]
         own: int = sum(t.numel() * t.element_size() for t in (*tail, *ring, *beside, *self.memory.values()))
-        return own if self._projections is None else own + self._projections.nbytes
+        return own + sum(other.nbytes for other in self._beside)
+
+    @property
+    def _beside(self) -> "list[AttentionState]":
+        return [state for state in (self._projections, self._queries) if state is not None]
 
     @property
     def recoverable(self) -> int:
@@ -94,6 +100,14 @@ class AttentionState:
             self._projections = AttentionState()
         self._projections.record_past = self.record_past
         return self._projections
+
+    @property
+    def queries(self) -> "AttentionState":
+        """A state beside this one for the newest queries, in the place of keys; likewise."""
+        if self._queries is None:
+            self._queries = AttentionState(grows=True)
+        self._queries.record_past = self.record_past
+        return self._queries
 
     def append(self, tokens: Tokens) -> Tokens:
         """Add new tokens behind the tail and return the whole tail.
@@ -246,7 +260,7 @@ class AttentionState:
         self._straighten()
         gone = {name: t.narrow(token_axis(t), 0, leaving) for name, t in self._tail.items()}
         # A copy, so that the evicted tokens' storage is really given back.
-        self._tail = {name: t.narrow(token_axis(t), leaving, keep).clone() for name, t in self._tail.items()}
+        self._replace({name: t.narrow(token_axis(t), leaving, keep).clone() for name, t in self._tail.items()})
         return self._parts(gone)
 
     def crop(self, num_tokens: int) -> None:
@@ -262,8 +276,8 @@ class AttentionState:
                 f"cannot take back {num_tokens} tokens: only {self._recoverable} can be taken back exactly; "
                 "set record_past before the call that adds them"
             )
-        if self._projections is not None:
-            self._projections.crop(num_tokens)
+        for other in self._beside:
+            other.crop(num_tokens)
         self._recorded = 0
         if num_tokens <= 0:
             return
@@ -290,7 +304,7 @@ class AttentionState:
         """Forget everything."""
         self.seen = self._recorded = self._recoverable = 0
         self.memory, self._ring, self._summaries, self._real = {}, None, {}, None
-        self._projections = None
+        self._projections = self._queries = None
         self._replace({})
         self._padded = False
 
@@ -308,8 +322,8 @@ class AttentionState:
         self._summaries = {name: s.map(function) for name, s in self._summaries.items()}
         self._ring = None if self._ring is None else self._ring.map(function)
         self._real = None if self._real is None else function(self._real)
-        if self._projections is not None:
-            self._projections.map(function)
+        for other in self._beside:
+            other.map(function)
         self.memory = {name: function(t) for name, t in self.memory.items()}
 
 

@@ -4,7 +4,7 @@ Letters in shapes: `T` queries, `S` tokens, which are at least as many; query `t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -116,6 +116,8 @@ class Call:
         unrotated_query: the query before the rotary embedding; None unless the method's `reads_unrotated`. The keys
             stand among the tokens' signals then, as `unrotated_keys`.
         board: see `Surroundings`; None unless the method's `reads_board`.
+        queries: `[batch, num_heads, Q, head_dim]`, the newest of earlier calls and those of this one, padding first;
+            None unless the method's `earlier_queries`.
     """
 
     query: Tensor
@@ -124,6 +126,7 @@ class Call:
     hidden_states: Tensor | None = None
     unrotated_query: Tensor | None = None
     board: dict[str, Tensor] | None = None
+    queries: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -150,4 +153,4 @@ class Call:
 
     def over(self, query: Tensor, tokens: Tokens) -> "Call":
         """The same call of this query over these tokens."""
-        return Call(query, tokens, self.scaling, self.hidden_states, self.unrotated_query, self.board)
+        return replace(self, query=query, tokens=tokens)

@@ -105,7 +105,7 @@ def test_state_crop_is_exact(row: Row) -> None:
 def test_state_crop_refuses_what_is_folded(row: Row) -> None:
     module, state = build(row), build(row).new_state()
     attend(module, tokens(100), state=state)
-    if module.tail_tokens is None and not module.reprojects:
+    if module.tail_tokens is None and not module.reprojects and not module.earlier_queries:
         state.crop(99)
         assert state.seen == 1
     else:
@@ -122,8 +122,8 @@ def test_state_size(row: Row) -> None:
         attend(module, {name: t.float() for name, t in tokens(length, batch=1).items()}, state=state)
         sizes.append(state.nbytes)
         expected = module.state_bytes(1, length, torch.float32)
-        # The validity and position of each token held, and of those whose projections are, are the only extra.
-        held = state.tail_length + (module.projected_tokens if module.reprojects else 0)
+        # The validity and position of each token held, and of those whose projections or queries are, are the only extra.
+        held = state.tail_length + (module.projected_tokens if module.reprojects else 0) + module.earlier_queries
         assert expected <= state.nbytes <= expected + 9 * held + 16
     assert (sizes[0] == sizes[1]) == module.is_recurrent
     state.map(lambda t: t.to("meta"))

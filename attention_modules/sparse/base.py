@@ -1,0 +1,226 @@
+"""Sparse attention: exact softmax over blocks of tokens that are chosen for each block of queries.
+
+What differs from method to method stands in its slots: what stands for a block of keys, how it is scored, how many are
+chosen, whose queries choose. Here they are wired: prefill, chunks and decoding choose alike, from each row's first real
+token on, and only what was chosen is computed.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import AttentionModule
+from ..contract import AttentionOptions, Memory
+from ..geometry import Geometry
+from ..softmax import attend_dense, attend_dense_naive, decode_dense
+from ..state import AttentionState
+from ..tokens import Call
+from .executors.gathered import attend_gathered
+from .executors.masked import attend_masked, attend_masked_naive
+from .executors.one_token import attend_one
+from .slots.canvas import Canvas
+from .slots.scorers import block_shares
+from .slots.selectors import indices_of
+from .slots.slots import Slots
+
+CHOSEN = "chosen"
+
+
+class SparseAttention(AttentionModule):
+    """Softmax over chosen blocks; what is not chosen is not seen.
+
+    A preset derives from this class and says which `slots` its options mean.
+    """
+
+    is_recurrent = False
+
+    def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
+        super().__init__(geometry, options, implementation)
+        self.slots = self.make_slots()
+
+    @abstractmethod
+    def make_slots(self) -> Slots:
+        """What the options mean."""
+
+    @classmethod
+    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
+        """Choices are made in the order of time."""
+        if geometry.causal:
+            return None
+        return f"{cls.name!r} chooses in the order of time, so it cannot serve a bidirectional layer"
+
+    @property
+    def earlier_queries(self) -> int:
+        return self.slots.earlier_queries
+
+    def state_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
+        """Keys and values of all tokens, and the queries that the next choice looks at."""
+        held = min(length, self.earlier_queries)
+        queries = batch * held * self.geometry.num_heads * self.geometry.head_dim * dtype.itemsize
+        return super().state_bytes(batch, length, dtype) + queries
+
+    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        if self._is_dense(call):
+            return attend_dense_naive(call, causal=True)
+        canvas = Canvas.of(call, self.slots.block)
+        return attend_masked_naive(call, self._visible(call, canvas, self._choice(call, canvas), 0, call.length))
+
+    def attend_torch(self, call: Call, memory: Memory) -> Tensor:
+        """By gathering on a CPU, where that pays for whole blocks of queries; else under a mask."""
+        if self._is_dense(call):
+            return attend_dense(call, causal=True)
+        canvas = Canvas.of(call, self.slots.block)
+        keep = self._choice(call, canvas)
+        if self.slots.by == "token" or call.query.device.type != "cpu":
+            return attend_masked(call, lambda start, stop: self._visible(call, canvas, keep, start, stop))
+        width = int(keep.sum(-1).max())
+        indices = indices_of(keep, canvas.number, width)
+        queries = canvas.query_blocks(call.query)
+        out = attend_gathered(queries, canvas.keys, canvas.values, indices, scaling=call.scaling)
+        return canvas.unblock(out, call.length)
+
+    def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
+        """The chosen blocks alone are read; a choice is made where a block begins, or for each token."""
+        if not self.slots.decode:
+            return decode_dense(call, state)
+        tokens = state.append(call.tokens)
+        call = call.over(call.query, tokens)
+        # A row of padding looks at whatever stands last.
+        total = torch.full((len(call.query),), tokens.length, device=call.query.device)
+        count = total if tokens.valid is None else tokens.valid.sum(-1).clamp_min(1)
+        number = (count - 1) // self.slots.block
+        indices = state.memory.get(CHOSEN)
+        if indices is None or self.slots.by == "token" or not _is_of(indices, number):
+            keep = self._choice_of_one(call, state, number)
+            width = int(keep.sum(-1).max()) if keep.device.type == "cpu" else keep.shape[-1]
+            indices = indices_of(keep, number[:, None], width)
+            state.memory[CHOSEN] = indices
+        if self.counts_tokens:
+            seen = (indices[:, :, 0] >= 0).sum(-1) - 1
+            self._note(seen[..., None], (count - 1)[:, None])
+        given = {"block": self.slots.block, "scaling": call.scaling}
+        return attend_one(call.query, tokens, indices, count, **given)
+
+    def _is_dense(self, call: Call) -> bool:
+        return not (self.slots.decode if call.length == 1 else self.slots.prefill)
+
+    @torch.no_grad()
+    def _choice(self, call: Call, canvas: Canvas) -> Tensor:
+        """What is attended: `[B, KV, R, N]` bool by blocks of queries, or `[B, KV, T, N]` by each."""
+        keep = self._keep(call, canvas, self._columns(canvas))
+        if self.counts_tokens:
+            position = canvas.positions(call.length)
+            seen = keep.sum(-1)[..., None] - 1
+            seen = seen if self.slots.by == "token" else canvas.spread(seen, call.length)
+            self._note(seen[..., 0], position)
+        return keep
+
+    def _columns(self, canvas: Canvas) -> Tensor | None:
+        """What stands for each block of keys, `[B, KV, N, C, E]`."""
+        return None if self.slots.scorer is None else self.slots.scorer.of_keys(canvas.keys.detach())
+
+    def _keep(self, call: Call, canvas: Canvas, columns: Tensor | None) -> Tensor:
+        """See `_choice`."""
+        slots = self.slots
+        number = canvas.number
+        if slots.by == "token":
+            number = canvas.positions(call.length).clamp_min(0) // slots.block
+        shares = None
+        if slots.scorer is not None and columns is not None:
+            rows, last, is_own = self._rows(call, canvas, number)
+            most = canvas.num_blocks - canvas.num_rows + 1 if slots.by != "token" else canvas.num_blocks
+            given = {"scaling": call.scaling, "is_own": is_own, "most": most}
+            shares = block_shares(slots.scorer, rows, columns, last, **given)
+        return self._keep_by(shares, number, canvas.num_blocks)
+
+    def _keep_by(self, shares: Tensor | None, number: Tensor, num_blocks: int) -> Tensor:
+        """What is attended by queries in the blocks `number` `[B, R]`: `[B, KV, R, N]`."""
+        slots, heads = self.slots, self.geometry.num_kv_heads
+        if shares is None:
+            shares = torch.zeros(len(number), heads, number.shape[1], num_blocks, device=number.device)
+        forced = slots.forced.of(number, num_blocks)
+        keep = slots.selector.keep(shares, number, forced)
+        if slots.dense_blocks:
+            column = torch.arange(num_blocks, device=number.device)
+            number = number[:, None, :, None]
+            keep = keep | (number < slots.dense_blocks) & (column <= number)
+        return keep
+
+    def _rows(self, call: Call, canvas: Canvas, number: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Rows of the queries that choose, the last block that each is scored against, and whether that is its own."""
+        slots, heads = self.slots, self.geometry.num_kv_heads
+        assert slots.scorer is not None
+        query = call.query.detach()
+        if slots.by == "token":
+            rows = slots.scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3)
+            return rows.unsqueeze(4), number - 1, False
+        if slots.by == "block":
+            return slots.scorer.of_queries(canvas.query_blocks(query)), number, True
+        queries = query if call.queries is None else call.queries.detach().to(query.dtype)
+        if slots.by == "first":
+            blocks = canvas.query_blocks(queries)
+            return slots.scorer.of_each(blocks[..., :1, :]), number - 1, False
+        return slots.scorer.of_queries(canvas.query_blocks(queries, back=1)), number - 1, True
+
+    def _visible(self, call: Call, canvas: Canvas, keep: Tensor, start: int, stop: int) -> Tensor:
+        """`[B, KV, stop - start, S]` bool: which tokens the queries from one to another attend."""
+        kept = keep if self.slots.by == "token" else canvas.spread(keep, call.length)
+        kept, position = kept[:, :, start:stop], canvas.positions(call.length)[:, start:stop]
+        total = call.tokens.length
+        place = torch.arange(total, device=keep.device) - (total - canvas.count)[:, None]
+        block = (place // self.slots.block).clamp_min(0)[:, None, None]
+        seen = kept.gather(-1, block.expand(-1, kept.shape[1], kept.shape[2], -1))
+        seen = seen & (place[:, None] <= position[..., None])[:, None] & (place >= 0)[:, None, None]
+        # Rows of padding look at themselves, so that no kernel divides zero by zero.
+        own = torch.arange(call.past + start, call.past + stop, device=keep.device)[:, None]
+        itself = torch.arange(total, device=keep.device) == own
+        return seen | (itself & (position < 0)[..., None])[:, None]
+
+    @torch.no_grad()
+    def _choice_of_one(self, call: Call, state: AttentionState, number: Tensor) -> Tensor:
+        """What the token of a call attends, `[B, KV, 1, N]`."""
+        scorer, block = self.slots.scorer, self.slots.block
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        num_blocks = -(-call.tokens.length // block)
+        if scorer is None:
+            return self._keep_by(None, number[:, None], num_blocks)
+        if not scorer.is_compact:
+            call = call.to(dtype)
+            canvas = Canvas.of(call, block)
+            return self._keep(call, canvas, self._columns(canvas))
+
+        def summarize(blocks: Tensor) -> Tensor:
+            return scorer.of_keys(blocks.to(dtype)).flatten(-2)
+
+        # The last block, where it is not whole, is the own one, which is not scored.
+        columns = state.summaries("columns", block, summarize).unflatten(-1, (scorer.columns, -1))
+        columns = torch.nn.functional.pad(columns, (0, 0, 0, 0, 0, num_blocks - columns.shape[2]))
+        rows, last, is_own = self._rows_of_one(call.to(dtype), number)
+        given = {"scaling": call.scaling, "is_own": is_own, "most": num_blocks}
+        return self._keep_by(block_shares(scorer, rows, columns, last, **given), number[:, None], num_blocks)
+
+    def _rows_of_one(self, call: Call, number: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """As `_rows`, for one query."""
+        tokens = call.tokens
+        count = torch.full_like(number, tokens.length) if tokens.valid is None else tokens.valid.sum(-1)
+        # Of keys the canvas needs the number alone.
+        keys = call.query.new_empty(len(number), self.geometry.num_kv_heads, int(tokens.length), 1, 0)
+        canvas = Canvas(self.slots.block, count, count - 1, number[:, None], keys, keys)
+        return self._rows(call, canvas, number[:, None])
+
+    def _note(self, blocks_before: Tensor, position: Tensor) -> None:
+        """Note how many tokens each query attended, for `counting`.
+
+        Args:
+            blocks_before: `[B, KV, T]`, blocks besides the own one.
+            position: `[B, T]`.
+        """
+        own = position % self.slots.block + 1
+        self.tokens_counted = blocks_before.double().mean(1) * self.slots.block + own
+
+
+def _is_of(indices: Tensor, number: Tensor) -> bool:
+    """Whether what was chosen was chosen for these blocks; on other devices than CPUs nobody waits for the answer."""
+    return indices.device.type == "cpu" and bool((indices[:, 0, 0, 0] == number).all())

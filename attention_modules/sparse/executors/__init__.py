@@ -1,0 +1,1 @@
+"""How queries attend to the tokens that were chosen for them."""

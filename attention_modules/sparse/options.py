@@ -1,0 +1,66 @@
+"""Options that sparse methods share."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..contract import AttentionOptions
+from .slots.selectors import Forced, Selector, TopBlocks, TopMass
+
+Part = Literal["sparse", "dense"]
+
+
+class BlockOptions(AttentionOptions):
+    """Options of methods that attend to blocks.
+
+    Attributes:
+        block: tokens of a block.
+        sink_blocks: first blocks of the sequence that are always attended.
+        local_blocks: blocks before a token's own one that are always attended; the own one always is.
+        dense_len: tokens that a sequence begins with which attend to all before them.
+        prefill: whether calls of several tokens choose, or attend to all.
+        decode: likewise calls of one token.
+    """
+
+    block: int = Field(64, ge=1)
+    sink_blocks: int = Field(1, ge=0)
+    local_blocks: int = Field(0, ge=0)
+    dense_len: int = Field(0, ge=0)
+    prefill: Part = "sparse"
+    decode: Part = "sparse"
+
+    @property
+    def forced(self) -> Forced:
+        """Blocks that are always attended."""
+        return Forced(self.sink_blocks, self.local_blocks)
+
+    @property
+    def dense_blocks(self) -> int:
+        """Whole blocks of tokens that attend to all before them."""
+        return self.dense_len // self.block
+
+
+class ChoosingOptions(BlockOptions):
+    """Options of methods that choose blocks by what they are thought to hold.
+
+    Attributes:
+        mass: share of the attention that the chosen blocks are thought to hold, so that heads whose attention is spread
+            out get more of them; 0.9 unless `density` is given.
+        density: share of all query-key pairs that are attended, the same for every head; instead of `mass`.
+    """
+
+    mass: float | None = Field(None, gt=0, le=1)
+    density: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ChoosingOptions":
+        if self.mass is not None and self.density is not None:
+            raise ValueError("give mass or density, not both")
+        return self
+
+    @property
+    def selector(self) -> Selector:
+        """What chooses."""
+        if self.density is not None:
+            return TopBlocks(density=self.density)
+        return TopMass(0.9 if self.mass is None else self.mass)

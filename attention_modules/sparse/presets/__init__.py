@@ -1,0 +1,1 @@
+"""Sparse methods: which slots each one is made of."""
