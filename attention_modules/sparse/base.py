@@ -9,11 +9,13 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
+from ..padding import take_tokens
 from ..softmax import attend_dense, attend_dense_naive, decode_dense
 from ..state import AttentionState
 from ..tokens import Call
@@ -21,7 +23,7 @@ from .executors.gathered import attend_gathered
 from .executors.masked import attend_masked, attend_masked_naive
 from .executors.one_token import attend_one
 from .slots.canvas import Canvas
-from .slots.scorers import block_shares
+from .slots.scorers import Rows, block_shares
 from .slots.selectors import indices_of
 from .slots.slots import Slots
 
@@ -93,7 +95,7 @@ class SparseAttention(AttentionModule):
         number = (count - 1) // self.slots.block
         indices = state.memory.get(CHOSEN)
         if indices is None or self.slots.by == "token" or not _is_of(indices, number):
-            keep = self._choice_of_one(call, state, number)
+            keep = self._choice_of_one(call, state, count, number)
             width = int(keep.sum(-1).max()) if keep.device.type == "cpu" else keep.shape[-1]
             indices = indices_of(keep, number[:, None], width)
             state.memory[CHOSEN] = indices
@@ -123,16 +125,13 @@ class SparseAttention(AttentionModule):
 
     def _keep(self, call: Call, canvas: Canvas, columns: Tensor | None) -> Tensor:
         """See `_choice`."""
-        slots = self.slots
-        number = canvas.number
+        slots, number, most = self.slots, canvas.number, canvas.num_blocks - canvas.num_rows + 1
         if slots.by == "token":
-            number = canvas.positions(call.length).clamp_min(0) // slots.block
+            number, most = canvas.positions(call.length).clamp_min(0) // slots.block, canvas.num_blocks
         shares = None
         if slots.scorer is not None and columns is not None:
-            rows, last, is_own = self._rows(call, canvas, number)
-            most = canvas.num_blocks - canvas.num_rows + 1 if slots.by != "token" else canvas.num_blocks
-            given = {"scaling": call.scaling, "is_own": is_own, "most": most}
-            shares = block_shares(slots.scorer, rows, columns, last, **given)
+            rows = self._rows(call, canvas)
+            shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=most)
         return self._keep_by(shares, number, canvas.num_blocks)
 
     def _keep_by(self, shares: Tensor | None, number: Tensor, num_blocks: int) -> Tensor:
@@ -148,21 +147,23 @@ class SparseAttention(AttentionModule):
             keep = keep | (number < slots.dense_blocks) & (column <= number)
         return keep
 
-    def _rows(self, call: Call, canvas: Canvas, number: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Rows of the queries that choose, the last block that each is scored against, and whether that is its own."""
-        slots, heads = self.slots, self.geometry.num_kv_heads
-        assert slots.scorer is not None
+    def _rows(self, call: Call, canvas: Canvas) -> Rows:
+        """The queries that choose."""
+        slots, scorer, heads = self.slots, self.slots.scorer, self.geometry.num_kv_heads
+        assert scorer is not None
         query = call.query.detach()
         if slots.by == "token":
-            rows = slots.scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3)
-            return rows.unsqueeze(4), number - 1, False
+            position = canvas.positions(call.length).clamp_min(0)
+            own = take_tokens(scorer.of_prefixes(canvas.keys.detach()).flatten(2, 3), position)
+            entries = scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3)
+            return Rows(entries.unsqueeze(4), position // slots.block - 1, own)
         if slots.by == "block":
-            return slots.scorer.of_queries(canvas.query_blocks(query)), number, True
+            return Rows(scorer.of_queries(canvas.query_blocks(query)), canvas.number)
         queries = query if call.queries is None else call.queries.detach().to(query.dtype)
-        if slots.by == "first":
-            blocks = canvas.query_blocks(queries)
-            return slots.scorer.of_each(blocks[..., :1, :]), number - 1, False
-        return slots.scorer.of_queries(canvas.query_blocks(queries, back=1)), number - 1, True
+        if slots.by == "previous":
+            return Rows(scorer.of_queries(canvas.query_blocks(queries, back=1)), canvas.number - 1)
+        own = take_tokens(scorer.of_keys(canvas.keys.detach()[..., :1, :]).flatten(2, 3), canvas.number)
+        return Rows(scorer.of_each(canvas.query_blocks(queries)[..., :1, :]), canvas.number - 1, own)
 
     def _visible(self, call: Call, canvas: Canvas, keep: Tensor, start: int, stop: int) -> Tensor:
         """`[B, KV, stop - start, S]` bool: which tokens the queries from one to another attend."""
@@ -179,7 +180,7 @@ class SparseAttention(AttentionModule):
         return seen | (itself & (position < 0)[..., None])[:, None]
 
     @torch.no_grad()
-    def _choice_of_one(self, call: Call, state: AttentionState, number: Tensor) -> Tensor:
+    def _choice_of_one(self, call: Call, state: AttentionState, count: Tensor, number: Tensor) -> Tensor:
         """What the token of a call attends, `[B, KV, 1, N]`."""
         scorer, block = self.slots.scorer, self.slots.block
         dtype = torch.promote_types(call.query.dtype, torch.float32)
@@ -194,21 +195,25 @@ class SparseAttention(AttentionModule):
         def summarize(blocks: Tensor) -> Tensor:
             return scorer.of_keys(blocks.to(dtype)).flatten(-2)
 
-        # The last block, where it is not whole, is the own one, which is not scored.
+        # The last block, where it is not whole, is the own one, which is not among them.
         columns = state.summaries("columns", block, summarize).unflatten(-1, (scorer.columns, -1))
-        columns = torch.nn.functional.pad(columns, (0, 0, 0, 0, 0, num_blocks - columns.shape[2]))
-        rows, last, is_own = self._rows_of_one(call.to(dtype), number)
-        given = {"scaling": call.scaling, "is_own": is_own, "most": num_blocks}
-        return self._keep_by(block_shares(scorer, rows, columns, last, **given), number[:, None], num_blocks)
+        columns = F.pad(columns, (0, 0, 0, 0, 0, num_blocks - columns.shape[2]))
+        rows = self._rows_of_one(call.to(dtype), count, number)
+        shares = block_shares(scorer, rows, columns, scaling=call.scaling, most=num_blocks)
+        return self._keep_by(shares, number[:, None], num_blocks)
 
-    def _rows_of_one(self, call: Call, number: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """As `_rows`, for one query."""
-        tokens = call.tokens
-        count = torch.full_like(number, tokens.length) if tokens.valid is None else tokens.valid.sum(-1)
-        # Of keys the canvas needs the number alone.
-        keys = call.query.new_empty(len(number), self.geometry.num_kv_heads, int(tokens.length), 1, 0)
-        canvas = Canvas(self.slots.block, count, count - 1, number[:, None], keys, keys)
-        return self._rows(call, canvas, number[:, None])
+    def _rows_of_one(self, call: Call, count: Tensor, number: Tensor) -> Rows:
+        """As `_rows`, for one query: a canvas of which the own block alone is there."""
+        block, total = self.slots.block, call.tokens.length
+        at = number[:, None] * block + torch.arange(block, device=number.device)
+        slots = (at + (total - count)[:, None]).clamp(0, total - 1)
+        keys = take_tokens(call.tokens.keys, slots).unsqueeze(2)
+        # As if the row began with that block.
+        own = Canvas(
+            block, count - number * block, count - 1 - number * block, torch.zeros_like(number)[:, None], keys, keys
+        )
+        rows = self._rows(call, own)
+        return Rows(rows.entries, rows.last + number[:, None], rows.own)
 
     def _note(self, blocks_before: Tensor, position: Tensor) -> None:
         """Note how many tokens each query attended, for `counting`.

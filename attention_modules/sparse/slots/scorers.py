@@ -44,6 +44,9 @@ class Scorer(Protocol):
     def of_keys(self, blocks: Tensor) -> Tensor:
         """`[..., block, D]` → `[..., C, E]`."""
 
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        """`[..., block, D]` → `[..., block, E]`: what stands for the first, the first two, the first three keys ..."""
+
     def of_queries(self, blocks: Tensor) -> Tensor:
         """`[..., block, D]` → `[..., M, E]`."""
 
@@ -62,6 +65,10 @@ class Means:
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks.mean(-2, keepdim=True)
+
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        number = torch.arange(1, blocks.shape[-2] + 1, device=blocks.device)
+        return blocks.cumsum(-2) / number[:, None]
 
     def of_queries(self, blocks: Tensor) -> Tensor:
         return blocks.mean(-2, keepdim=True)
@@ -84,6 +91,9 @@ class Boxes:
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return torch.cat([blocks.amax(-2, keepdim=True), blocks.amin(-2, keepdim=True)], -1)
+
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        return torch.cat([blocks.cummax(-2).values, blocks.cummin(-2).values], -1)
 
     def of_queries(self, blocks: Tensor) -> Tensor:
         return self.of_each(blocks.mean(-2, keepdim=True))
@@ -115,6 +125,9 @@ class Antidiagonals:
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks.unflatten(-2, (self.columns, self.stride)).flatten(-2)
 
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        raise NotImplementedError("antidiagonals are of whole blocks of keys")
+
     def of_queries(self, blocks: Tensor) -> Tensor:
         return blocks.unflatten(-2, (self.columns, self.stride)).flip(-2).flatten(-2)
 
@@ -122,51 +135,77 @@ class Antidiagonals:
         raise NotImplementedError("antidiagonals are of whole blocks of queries")
 
 
-def block_shares(
-    scorer: Scorer, rows: Tensor, columns: Tensor, last: Tensor, *, scaling: float, is_own: bool, most: int
-) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Queries that choose, as a scorer sees them.
+
+    Attributes:
+        entries: `[B, KV, R, G, M, E]`.
+        last: `[B, R]` int64, the last block of keys that they are scored against, below zero for none.
+        own: `[B, KV, R, E]`, what stands for the part of their own block that they see, which is the one behind `last`;
+            None where the last is their own.
+    """
+
+    entries: Tensor
+    last: Tensor
+    own: Tensor | None = None
+
+
+def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float, most: int) -> Tensor:
     """The share of the attention of some queries that each block of keys is thought to hold.
 
     Args:
         scorer: whose rows and columns they are.
-        rows: `[B, KV, R, G, M, E]`.
+        rows: the queries.
         columns: `[B, KV, N, C, E]`.
-        last: `[B, R]` int64, the last block that is seen, below zero for none.
         scaling: the layer's factor on query-key products.
-        is_own: whether the rows are queries of that last block, so that what of it is later than a row is hidden.
         most: blocks that the first of the R can see at most; each next one can see one more.
 
     Returns:
         `[B, KV, R, N]`, nowhere negative; a row adds up to 1, or to 0 where it sees nothing.
     """
-    num_rows, num_blocks, width = rows.shape[2], columns.shape[2], scorer.columns
-    products = rows[:, :, 0].numel() // rows.shape[-1] * num_blocks * width
+    num_rows, num_blocks = rows.entries.shape[2], columns.shape[2]
+    products = rows.entries[:, :, 0].numel() // rows.entries.shape[-1] * num_blocks * scorer.columns
     strip = max(1, MOST_PRODUCTS // max(products, 1))
-    shares = rows.new_zeros(*rows.shape[:3], num_blocks)
+    shares = rows.entries.new_zeros(*rows.entries.shape[:3], num_blocks)
     for start in range(0, num_rows, strip):
         stop = min(start + strip, num_rows)
         seen = max(min(most + stop - 1, num_blocks), 0)
-        part = _strip(scorer, rows[:, :, start:stop], columns[:, :, :seen], last[:, start:stop], scaling, is_own)
-        shares[:, :, start:stop, :seen] = part
+        part = Rows(
+            rows.entries[:, :, start:stop],
+            rows.last[:, start:stop],
+            None if rows.own is None else rows.own[:, :, start:stop],
+        )
+        shares[:, :, start:stop, :seen] = _strip(scorer, part, columns[:, :, :seen], scaling)
     return shares
 
 
-def _strip(scorer: Scorer, rows: Tensor, columns: Tensor, last: Tensor, scaling: float, is_own: bool) -> Tensor:
-    groups, height = rows.shape[3:5]
-    number = torch.arange(columns.shape[2], device=rows.device)
+def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float) -> Tensor:
+    entries, last = rows.entries, rows.last
+    groups, height = entries.shape[3:5]
+    number = torch.arange(columns.shape[2], device=last.device)
+    # Shapes from here on: `[B, KV, R, G, M, N, C]`.
     visible = (number <= last[..., None])[:, None, :, None, None, :, None]
-    if is_own and scorer.is_ordered:
-        row, column = (torch.arange(n, device=rows.device) for n in (height, scorer.columns))
-        # `[B, 1, R, 1, M, N, C]`
-        is_later = (number == last[..., None])[:, None, :, None, None, :, None] & (
-            (column > row[:, None])[:, None, :]
-        )
-        visible = visible & ~is_later
-    logits = rows.flatten(2, 4) @ columns.flatten(2, 3).transpose(-1, -2) * (scaling * scorer.factor * LOG2E)
+    if rows.own is None and scorer.is_ordered:
+        row, column = (torch.arange(n, device=last.device) for n in (height, scorer.columns))
+        is_last = (number == last[..., None])[:, None, :, None, None, :, None]
+        visible = visible & ~(is_last & (column > row[:, None])[:, None, :])
+    logits = entries.flatten(2, 4) @ columns.flatten(2, 3).transpose(-1, -2)
     logits = logits.unflatten(2, (-1, groups, height)).unflatten(-1, (-1, scorer.columns))
-    logits = logits.masked_fill(~visible, MASKED)
+    factor = scaling * scorer.factor * LOG2E
+    logits = (logits * factor).masked_fill(~visible, MASKED)
     # Clamped above MASKED: where nothing is visible every weight underflows to zero.
-    weights = (logits - logits.amax((-1, -2), keepdim=True).clamp_min(MASKED / 1e10)).exp2()
-    weights = weights.sum(-1)
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return weights.mean((3, 4))
+    peak = logits.amax((-1, -2)).clamp_min(MASKED / 1e10)
+    own = None
+    if rows.own is not None:
+        own = (entries * rows.own[:, :, :, None, None]).sum(-1) * factor
+        peak = torch.maximum(peak, own)
+    weights = (logits - peak[..., None, None]).exp2().sum(-1)
+    total = weights.sum(-1, keepdim=True)
+    if own is None:
+        return (weights / total.clamp_min(torch.finfo(total.dtype).tiny)).mean((3, 4))
+    of_own = (own - peak).exp2()[..., None]
+    total = total + of_own
+    shares = (weights / total).mean((3, 4))
+    at = (last + 1).clamp_max(columns.shape[2] - 1)[:, None, :, None].expand(-1, shares.shape[1], -1, -1)
+    return shares.scatter(-1, at, (of_own / total).mean((3, 4)))
