@@ -107,6 +107,8 @@ class AttentionModule(AttentionContract):
             if order is not None and unrotated is not None:
                 unrotated = take_tokens(unrotated, order)
             board = around.board if self.reads_board else None
+            if self.earlier_queries and state is None and key.shape[2] > query.shape[2]:
+                raise ValueError(f"{self.name!r} reads the queries of earlier tokens: give those of all, or a state")
             queries = self._queries(query, query_valid, order, state)
             call = Call(query, new, scaling, hidden, unrotated, board, queries)
             out = None if state is None else self._decode(call, state, dtype)

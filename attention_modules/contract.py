@@ -58,6 +58,10 @@ class AttentionContract(nn.Module, ABC):
     paths: ClassVar[tuple[str, ...]] = ()
     # Those of them that are left out at present.
     left_out: frozenset[str] = frozenset()
+    # What share of a row's tokens a query must leave out for its output to show that it does, where tokens are random.
+    telling_share: float = 0.5
+    # Calls in which the method, by choice, is softmax attention over all tokens: `prefill` and `decode` are there.
+    dense_in: frozenset[str] = frozenset()
     # Whether the present call is counted, and how many tokens each of its queries attended, `[batch, T]`, mean over the
     # heads: for methods that cannot tell by `tokens_attended`.
     counts_tokens: bool = False

@@ -91,7 +91,7 @@ class AttentionState:
     @property
     def recoverable(self) -> int:
         """Newest tokens that `crop` can take back."""
-        return self._recoverable
+        return min([self._recoverable, *(other.recoverable for other in self._beside)])
 
     @property
     def projections(self) -> "AttentionState":
@@ -271,9 +271,9 @@ class AttentionState:
                 without them went into the accumulators; set `record_past` before the call that adds tokens which may
                 be taken back.
         """
-        if num_tokens > self._recoverable:
+        if num_tokens > self.recoverable:
             raise ValueError(
-                f"cannot take back {num_tokens} tokens: only {self._recoverable} can be taken back exactly; "
+                f"cannot take back {num_tokens} tokens: only {self.recoverable} can be taken back exactly; "
                 "set record_past before the call that adds them"
             )
         for other in self._beside:

@@ -41,6 +41,9 @@ class SparseAttention(AttentionModule):
     def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)
         self.slots = self.make_slots()
+        dense = {"prefill": not self.slots.prefill, "decode": not self.slots.decode}
+        self.dense_in = frozenset(name for name, is_dense in dense.items() if is_dense)
+        self.telling_share = self.slots.selector.telling_share
 
     @abstractmethod
     def make_slots(self) -> Slots:
@@ -62,6 +65,14 @@ class SparseAttention(AttentionModule):
         held = min(length, self.earlier_queries)
         queries = batch * held * self.geometry.num_heads * self.geometry.head_dim * dtype.itemsize
         return super().state_bytes(batch, length, dtype) + queries
+
+    def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
+        """About as many as a choice among like keys attends; `counting` counts those that were."""
+        block, slots = self.slots.block, self.slots
+        number = (rank - 1).clamp_min(0) // block
+        blocks = torch.maximum(slots.selector.expected(number), slots.forced.number_of(number))
+        blocks = torch.where(number < slots.dense_blocks, number + 1, torch.minimum(blocks, number + 1))
+        return (blocks - 1) * block + (rank - 1) % block + 1
 
     def attend_naive(self, call: Call, memory: Memory) -> Tensor:
         if self._is_dense(call):
@@ -102,8 +113,7 @@ class SparseAttention(AttentionModule):
         if self.counts_tokens:
             seen = (indices[:, :, 0] >= 0).sum(-1) - 1
             self._note(seen[..., None], (count - 1)[:, None])
-        given = {"block": self.slots.block, "scaling": call.scaling}
-        return attend_one(call.query, tokens, indices, count, **given)
+        return attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
 
     def _is_dense(self, call: Call) -> bool:
         return not (self.slots.decode if call.length == 1 else self.slots.prefill)

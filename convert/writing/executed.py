@@ -106,10 +106,12 @@ def computes_dense(
     around = Surroundings(positions, (query, key), board={} if board is None else board)
     scaling = geometry.head_dim**-0.5
     given: dict[str, Any] = {"scaling": scaling, "around": around}
-    outs = [core(query, key, value, hidden_states=hidden, **given)]
-    # What follows the mixture, such as a norm, would hide that the mixture is dense.
-    outs.append(core._run(query, key, value, scaling, None, None, hidden, around, finish=False))
-    if geometry.causal and queries == length:
+    outs = []
+    if "prefill" not in core.dense_in:
+        outs.append(core(query, key, value, hidden_states=hidden, **given))
+        # What follows the mixture, such as a norm, would hide that the mixture is dense.
+        outs.append(core._run(query, key, value, scaling, None, None, hidden, around, finish=False))
+    if geometry.causal and queries == length and "decode" not in core.dense_in:
         outs.append(_last_token(core, query, key, value, hidden, given))
     dense = _dense(query, key, value, scaling, causal=geometry.causal)
     noise = max(NOISE, 4 * torch.finfo(dtype).eps) * float(dense.abs().max())
@@ -153,19 +155,20 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal:
 
 
 def _telling_length(core: AttentionModule) -> int | None:
-    """The least length at which the last token sees no more than half of what dense attention sees."""
+    """The least length at which the last token sees no more than half of the tokens, or what shows with the method."""
     for length in LENGTHS:
         rank = torch.tensor([[length]])
         too_long = length > LONGEST_WHOLE and not _serves_few_queries(core)
         fits = core.why_unsupported_tokens(core.options, length) is None and not too_long
-        if fits and int(core.tokens_attended(rank, rank).sum()) <= length // 2:
+        most = int((1 - core.telling_share) * length)
+        if fits and int(core.tokens_attended(rank, rank).sum()) <= most:
             return int(length)
     return None
 
 
 def _serves_few_queries(core: AttentionModule) -> bool:
     """Whether there may be more tokens than queries."""
-    return core.geometry.causal and not core.reads_hidden_states
+    return core.geometry.causal and not core.reads_hidden_states and not core.earlier_queries
 
 
 def _methods(model: PreTrainedModel) -> dict[str, str]:

@@ -122,7 +122,7 @@ def test_state_size(row: Row) -> None:
         attend(module, {name: t.float() for name, t in tokens(length, batch=1).items()}, state=state)
         sizes.append(state.nbytes)
         expected = module.state_bytes(1, length, torch.float32)
-        # The validity and position of each token held, and of those whose projections or queries are, are the only extra.
+        # The validity and position of each token held, and of those whose projections or queries are, are all the rest.
         held = state.tail_length + (module.projected_tokens if module.reprojects else 0) + module.earlier_queries
         assert expected <= state.nbytes <= expected + 9 * held + 16
     assert (sizes[0] == sizes[1]) == module.is_recurrent

@@ -39,12 +39,14 @@ SHIPPED = [
     "moh",
     "moh-groups",
     "pool-heads",
+    "quest",
     "quickstart",
     "sliding-window",
     "upcycle-granular",
     "upcycle-mixtral",
     "upcycle-qwen3",
     "window-native",
+    "xattention",
 ]
 
 

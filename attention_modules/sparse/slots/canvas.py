@@ -85,7 +85,8 @@ class Canvas:
         start = (self.number[:, 0] - back) * self.block + held - self.count
         at = torch.arange(rows * self.block, device=queries.device) + start[:, None]
         taken = take_tokens(queries, at.clamp(0, held - 1))
-        return taken.unflatten(1, (self.keys.shape[1], -1)).unflatten(3, (rows, self.block)).transpose(2, 3)
+        blocks: Tensor = taken.unflatten(1, (self.keys.shape[1], -1)).unflatten(3, (rows, self.block)).transpose(2, 3)
+        return blocks
 
     def unblock(self, out: Tensor, length: int) -> Tensor:
         """`[B, KV, R, G, block, V]` → `[B, heads, T, V]` of the call's `length` queries."""

@@ -123,13 +123,15 @@ class Antidiagonals:
         return 1.0 / self.stride
 
     def of_keys(self, blocks: Tensor) -> Tensor:
-        return blocks.unflatten(-2, (self.columns, self.stride)).flatten(-2)
+        columns: Tensor = blocks.unflatten(-2, (self.columns, self.stride)).flatten(-2)
+        return columns
 
     def of_prefixes(self, blocks: Tensor) -> Tensor:
         raise NotImplementedError("antidiagonals are of whole blocks of keys")
 
     def of_queries(self, blocks: Tensor) -> Tensor:
-        return blocks.unflatten(-2, (self.columns, self.stride)).flip(-2).flatten(-2)
+        rows: Tensor = blocks.unflatten(-2, (self.columns, self.stride)).flip(-2).flatten(-2)
+        return rows
 
     def of_each(self, queries: Tensor) -> Tensor:
         raise NotImplementedError("antidiagonals are of whole blocks of queries")
@@ -200,12 +202,14 @@ def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float) -> Tenso
     if rows.own is not None:
         own = (entries * rows.own[:, :, :, None, None]).sum(-1) * factor
         peak = torch.maximum(peak, own)
-    weights = (logits - peak[..., None, None]).exp2().sum(-1)
+    weights: Tensor = (logits - peak[..., None, None]).exp2().sum(-1)
     total = weights.sum(-1, keepdim=True)
     if own is None:
-        return (weights / total.clamp_min(torch.finfo(total.dtype).tiny)).mean((3, 4))
+        alone: Tensor = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return alone.mean((3, 4))
     of_own = (own - peak).exp2()[..., None]
     total = total + of_own
     shares = (weights / total).mean((3, 4))
     at = (last + 1).clamp_max(columns.shape[2] - 1)[:, None, :, None].expand(-1, shares.shape[1], -1, -1)
-    return shares.scatter(-1, at, (of_own / total).mean((3, 4)))
+    whole: Tensor = shares.scatter(-1, at, (of_own / total).mean((3, 4)))
+    return whole

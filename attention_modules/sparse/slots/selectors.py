@@ -28,6 +28,10 @@ class Forced:
         column = torch.arange(num_blocks, device=number.device)
         return ((column < self.sinks) | (number - column <= self.local)) & (column <= number)
 
+    def number_of(self, number: Tensor) -> Tensor:
+        """How many they are of queries in the blocks `number`."""
+        return torch.minimum(number + 1, number.clamp(0, self.local) + 1 + (number - self.local).clamp(0, self.sinks))
+
 
 class Selector(Protocol):
     """What chooses."""
@@ -43,6 +47,13 @@ class Selector(Protocol):
         Returns:
             `[B, KV, R, N]` bool, none behind `number`, the forced ones among them.
         """
+
+    def expected(self, number: Tensor) -> Tensor:
+        """About how many blocks queries in the blocks `number` attend, where no key is better than another."""
+
+    @property
+    def telling_share(self) -> float:
+        """See `AttentionContract.telling_share`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,13 @@ class TopBlocks:
         if self.blocks is not None:
             return torch.full_like(number, self.blocks)
         return (_pairs(number + 1, self.density) - _pairs(number, self.density)).clamp_min(1)
+
+    def expected(self, number: Tensor) -> Tensor:
+        return self.number_at(number)
+
+    @property
+    def telling_share(self) -> float:
+        return 0.5
 
     def most(self, num_blocks: int) -> int:
         """The largest number among so many blocks."""
@@ -100,6 +118,14 @@ class TopMass:
 
     mass: float
     of_rest: bool = False
+
+    def expected(self, number: Tensor) -> Tensor:
+        return (self.mass * (number + 1)).ceil().long()
+
+    @property
+    def telling_share(self) -> float:
+        # One block of twenty may be the one that is rounded up.
+        return 0.8 * (1 - self.mass)
 
     def keep(self, shares: Tensor, number: Tensor, forced: Tensor) -> Tensor:
         column = torch.arange(shares.shape[-1], device=shares.device)
