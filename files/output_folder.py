@@ -11,11 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..convert.reading.config_file import SECTION
 from ..errors import CheckpointError, OutputError
 from .json_files import read_json
 from .locks import FolderLock, lock_folder
-from .own_files import CONFIG_FILE, RECEIPT_FILE, strange_files
+from .own_files import CONFIG_FILE, RECEIPT_FILE, SECTION, strange_files
 from .swap_folders import exchange
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,9 @@ METRICS_FILE = "metrics.jsonl"
 LOSS_PICTURE = "losses.png"
 LAYER_PICTURE = "layer_errors.png"
 
+SECTION = "attnconv"
+"""The key of config.json under which a converted model keeps its plan."""
+
 KEY = "files"
 """The key of a receipt under which the files stand that were there when it was written."""
 

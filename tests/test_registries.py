@@ -7,11 +7,10 @@ beside it (a recipe, a row of the matrix, a line of the README) is asked for her
 import ast
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh_process
 import pytest
 from invariants import ROWS
 
@@ -257,14 +256,8 @@ def test_adding_a_method_touches_five_files_and_edits_no_list(repository, tmp_pa
     softmax = "\n\n`softmax` keeps a layer as it is."
     assert softmax in readme
     (package / "README.md").write_text(readme.replace(softmax, f"\n{TOY_LINE}{softmax}"), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(support)!r}]\n{USES_TOYS}"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(support)!r}]\n{USES_TOYS}"
+    done = fresh_process.run("-c", code, cwd=tmp_path, env={"PATH": "/usr/bin", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     after = snapshot(package)
     touched = {name for name in after if after[name] != before.get(name)}

@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...errors import CheckpointError
 from ...files.foreign_errors import first_line
 from ...files.json_files import read_json
-from ...files.own_files import CONFIG_FILE
+from ...files.own_files import CONFIG_FILE, SECTION
 from ..writing.companion_files import companion_files
-from .config_file import SECTION, check_config, read_config
+from .config_file import check_config, read_config
 from .gguf_file import read_gguf
 from .shards import Shard
 from .sources import Location, fetch, locate

@@ -9,14 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import CheckpointError
 from ...files.foreign_errors import first_line
-from ...files.own_files import CONFIG_FILE
+from ...files.own_files import CONFIG_FILE, SECTION
 from ..planning.section import read_section
 
 LONGEST_QUOTE = 60
 # Ten times the deepest model that there is; a model is built of them, if only to be looked at.
 MOST_LAYERS = 10_000
-SECTION = "attnconv"
-"""The key under which a converted model keeps its plan."""
 
 
 def check_config(

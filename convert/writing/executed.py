@@ -19,8 +19,8 @@ from ...attention_modules.counting import counting
 from ...attention_modules.counts import AttentionCounts, Counts
 from ...attention_modules.tokens import Surroundings
 from ...errors import PlanError
+from ...files.own_files import SECTION
 from ..planning.plan import Plan
-from ..reading.config_file import SECTION
 from ..surgery.swap import CORE, converted_modules
 from .reload import resolve_names
 

@@ -15,8 +15,7 @@ from ...files.containment import inside
 from ...files.foreign_errors import first_line
 from ...files.json_files import read_json
 from ...files.output_folder import is_ours
-from ...files.own_files import CARD_FILE, CONFIG_FILE, RECEIPT_FILE
-from ..reading.config_file import SECTION
+from ...files.own_files import CARD_FILE, CONFIG_FILE, RECEIPT_FILE, SECTION
 from ..reading.links import refuse_overwritten
 from ..reading.weight_files import INDEX_FILE, read_weights, weight_files
 from .public_text import public_content

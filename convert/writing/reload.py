@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...attention_modules.base import AttentionModule
 from ...errors import PlanError
+from ...files.own_files import SECTION
 from ..planning.plan import Plan
 from ..planning.section import AGAIN, lacks_proof
-from ..reading.config_file import SECTION
 from ..surgery.attention_function import ATTENTION, attnconv_attention
 from ..surgery.cache_layer import register_cache_layers
 from ..surgery.calls import watch_updates

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 
 from ...errors import INSTALL
 from ...files.json_files import read_json, write_json
-from ...files.own_files import CARD_FILE, CONFIG_FILE, RECIPE_FILE
+from ...files.own_files import CARD_FILE, CONFIG_FILE, RECIPE_FILE, SECTION
 from ...files.whole_files import write_atomically
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint, load_tokenizer
-from ..reading.config_file import SECTION
 from ..surgery.attention_function import ATTENTION
 from .companion_files import copy_companions
 from .receipt import Receipt, write_receipt

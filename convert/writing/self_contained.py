@@ -24,8 +24,8 @@ import transformers
 from ... import __version__
 from ...attention_modules.registry import get_method
 from ...errors import PlanError
+from ...files.own_files import SECTION
 from ..planning.plan import methods_of
-from ..reading.config_file import SECTION
 from .reload import CLASS_PREFIX
 from .save import MODELING_MODULE
 from .source_trees import BundleError, Definition, Origin, SourceTree

@@ -14,13 +14,13 @@ from ...attention_modules import AttentionModule, Geometry, create
 from ...convert.planning.plan import Plan, PlanEntry, make_plan, unmatched_rules
 from ...convert.planning.probe import ProbedModule, probe
 from ...convert.reading.checkpoint import model_class_of
-from ...convert.reading.config_file import SECTION, check_config, read_config
+from ...convert.reading.config_file import check_config, read_config
 from ...convert.reading.gguf_file import read_gguf
 from ...convert.reading.links import describe_overwritten, overwritten_links
 from ...convert.reading.sources import locate
 from ...convert.writing.serving import serving_lines
 from ...files.json_files import read_json
-from ...files.own_files import CONFIG_FILE
+from ...files.own_files import CONFIG_FILE, SECTION
 from ...formats import ranges
 from ...recipes import Recipe
 from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window

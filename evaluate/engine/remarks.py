@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...convert.planning.plan import Plan
-from ...convert.reading.config_file import SECTION
+from ...files.own_files import SECTION
 from ...formats import count
 
 # Settings of a task that say how long its texts are at most, in tokens.

@@ -10,7 +10,6 @@ import torch
 from ...attention_modules import create
 from ...convert.planning.plan import Plan, PlanEntry
 from ...convert.reading.checkpoint import open_checkpoint
-from ...convert.reading.config_file import SECTION
 from ...convert.writing.receipt import Receipt, digest_inputs, read_receipt
 from ...distill.metrics import MetricsFile, Record
 from ...errors import CheckpointError, DataError, PlanError
@@ -18,7 +17,7 @@ from ...files.containment import inside
 from ...files.documents import parse_document
 from ...files.json_files import read_json
 from ...files.output_folder import is_ours
-from ...files.own_files import CARD_FILE, CONFIG_FILE, METRICS_FILE, RECEIPT_FILE, RECIPE_FILE
+from ...files.own_files import CARD_FILE, CONFIG_FILE, METRICS_FILE, RECEIPT_FILE, RECIPE_FILE, SECTION
 from ...files.whole_files import refuse_link
 from ..bench.schema import BenchmarkFile
 from ..engine.results import FOLDER, read_results, results_path

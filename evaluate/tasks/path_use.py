@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 from ...attention_modules.paths import leaving_out
 from ...attention_modules.registry import get_method
 from ...convert.planning.plan import Plan
-from ...convert.reading.config_file import SECTION
 from ...convert.surgery.head import ModelHead
+from ...files.own_files import SECTION
 from ..engine.items import Item, Metric
 from .base import EvaluatedModel, Outcome, Scope, Task, Unit, register_task
 from .perplexity import token_losses

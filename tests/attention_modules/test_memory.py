@@ -1,12 +1,11 @@
 """Memory of the blocked path, in training too."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 
 SCRIPT = """
@@ -55,8 +54,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @cache
 def measured() -> list[list[int]]:
     """For each case the kilobytes that a training step takes, of a short sequence and of one four times as long."""
-    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = fresh_process.run("-c", SCRIPT, json.dumps(CASES), check=True)
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 

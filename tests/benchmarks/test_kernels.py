@@ -3,13 +3,12 @@
 import importlib
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from interpreted_cases import interpreted
@@ -23,8 +22,7 @@ def modules(repository: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleTy
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so(repository: Path) -> None:
-    command = [sys.executable, repository / "benchmarks" / "kernels.py", "--lengths", "1024"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fresh_process.run(repository / "benchmarks" / "kernels.py", "--lengths", "1024")
     assert done.returncode == 1
     assert done.stderr == "This benchmark needs an NVIDIA GPU, and torch sees none here.\n"
     assert done.stdout == ""

@@ -1,10 +1,9 @@
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 SCRIPTS = [
@@ -68,15 +67,9 @@ def run_all(repository: Path) -> Callable[..., dict[str, Done]]:
     def run(scripts: list[str], *arguments: str, **environment: str) -> dict[str, Done]:
         paths = {str(repository / "benchmarks" / f"{script}.py"): script for script in scripts}
         folders = os.pathsep.join([str(repository / ".dev"), str(repository / "benchmarks")])
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_ALL],
-            input=json.dumps([(path, arguments) for path in paths]),
-            env={**os.environ, "PYTHONPATH": folders, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        asked = json.dumps([(path, arguments) for path in paths])
+        variables = {**os.environ, "PYTHONPATH": folders, **environment}
+        done = fresh_process.run("-c", RUN_ALL, input=asked, env=variables, check=True)
         return {paths[path]: tuple(said) for path, said in json.loads(done.stdout).items()}
 
     return run

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 COMMANDS = [
@@ -28,8 +29,7 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 def attnconv(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "attnconv", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return fresh_process.run("-m", "attnconv", *map(str, arguments), env=environment)
 
 
 @pytest.mark.parametrize(

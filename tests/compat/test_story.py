@@ -5,10 +5,9 @@ Other tests that count for every set of versions carry the same mark where they 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,13 +78,8 @@ def test_a_fresh_process_says_the_same(healed: Path, repository: Path, tmp_path:
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     save_file({"ids": ids, "mask": mask}, tmp_path / "given")
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(healed), str(tmp_path / "given"), str(tmp_path / "logits")],
-        env=os.environ | {"PYTHONPATH": str(repository / ".dev")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": str(repository / ".dev")}
+    done = fresh_process.run("-c", FRESH, healed, tmp_path / "given", tmp_path / "logits", env=environment)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(healed).eval()
     found = load_file(tmp_path / "logits")

@@ -1,10 +1,9 @@
 """Experts: a dense model and the mixture made of it compute the same, and transformers loads the mixture alone."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from expert_models import EXACT, PROMPTS, assert_equal, dense, experts, loaded, logits
@@ -114,7 +113,7 @@ def test_the_shipped_recipe_gives_a_model_of_transformers_alone(tmp_path: Path) 
     base = dense("llama", tmp_path / "base")
     run_conversion(base, load_recipe("upcycle-mixtral", ["output.shard_size=60KB"]), tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "out"), str(tmp_path / "logits")], check=True)
+    fresh_process.run("-c", LOAD, tmp_path / "out", tmp_path / "logits", check=True)
     wanted = logits(loaded(base))
     assert (load_file(tmp_path / "logits")["logits"] - wanted).abs().max() <= EXACT * wanted.abs().max()
     receipt = read_json(tmp_path / "out" / "receipt.json")

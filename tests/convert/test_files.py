@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import killing
 import pytest
 import torch
+from killing import fill, version, write
 from safetensors.torch import save_file
 
 from attnconv.errors import OutputError
@@ -21,31 +23,6 @@ from attnconv.files import output_folder as files
 from attnconv.files.locks import lock_folder
 from attnconv.files.output_folder import atomic_folder, is_full, is_ours
 from attnconv.files.own_files import list_files
-
-NAMES = ("a.txt", "b.txt", "folder/c.txt")
-
-
-def fill(folder: Path, version: str) -> None:
-    """Write what passes for a conversion."""
-    (folder / "config.json").write_text(json.dumps({"attnconv": {"version": 1}}))
-    (folder / "folder").mkdir()
-    for name in NAMES:
-        (folder / name).write_text(version)
-
-
-def version(folder: Path) -> str | None:
-    """The version of a complete folder, None if there is no folder."""
-    if not folder.exists():
-        return None
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == {*NAMES, "config.json", "folder"}
-    found = {(folder / name).read_text() for name in NAMES}
-    assert len(found) == 1
-    return found.pop()
-
-
-def write(output: Path, text: str, *, overwrite: bool = False) -> None:
-    with atomic_folder(output, overwrite=overwrite) as folder:
-        fill(folder, text)
 
 
 def in_child(task: Callable[[], None]) -> int:
@@ -228,57 +205,26 @@ def test_ours_is_told_by_the_config_or_the_receipt(tmp_path: Path) -> None:
     assert is_ours(tmp_path)
 
 
-EVENTS = ("os", "open", "shutil", "ctypes", "fcntl", "tempfile")
-"""What Python announces to an audit hook before it asks the system for something that concerns files."""
-
-
 class TestKilled:
     """A process killed before any of its file operations, one after another until it gets through."""
 
-    @staticmethod
-    def kill_at(count: int, output: Path) -> int:
-        def task() -> None:
-            seen = 0
-
-            def hook(event: str, _: Any) -> None:
-                nonlocal seen
-                if event.partition(".")[0] in EVENTS and event != "os.kill":
-                    seen += 1
-                    if seen > count:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(hook)
-            write(output, "new", overwrite=True)
-            # Whatever follows, such as the end of the process, is not ours.
-            os._exit(0)
-
-        return in_child(task)
-
     @pytest.mark.parametrize("can_exchange", [True, False])
     @pytest.mark.parametrize("then", ["a good run", "a failing run"])
-    def test_at_any_moment(self, output: Path, can_exchange: bool, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not can_exchange:
-            monkeypatch.setattr(files, "exchange", lambda first, second: False)
-        ends = []
-        for count in range(200):
-            write(output, "old", overwrite=True)
-            ended = self.kill_at(count, output)
-            found = version(output)
-            ends.append(found)
+    def test_at_any_moment(self, output: Path, can_exchange: bool, then: str) -> None:
+        command = [sys.executable, killing.__file__, str(output), str(can_exchange), then]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        for row in rows:
             # Between the two renames that stand for the one step, the old folder waits under another name.
-            assert found in (("old", "new") if can_exchange else ("old", "new", None))
-            if then == "a good run":
-                write(output, "next", overwrite=True)
-                assert version(output) == "next"
-            else:
-                with pytest.raises(ZeroDivisionError), atomic_folder(output, overwrite=True):
-                    _ = 1 // 0
-                assert version(output) == (found or "old")
-            assert [path.name for path in output.parent.iterdir()] == ["out"]
-            if ended == 0:
-                break
-            assert ended == -signal.SIGKILL
-        assert count > 20
+            assert row["found"] in (("old", "new") if can_exchange else ("old", "new", None))
+            assert row["after"] == ("next" if then == "a good run" else row["found"] or "old")
+            assert row["beside"] == ["out"]
+        *killed, last = [row["ended"] for row in rows]
+        assert set(killed) == {-signal.SIGKILL}
+        assert last == 0
+        assert len(killed) > 20
+        ends = [row["found"] for row in rows]
         assert ends[0] == "old"
         assert ends[-1] == "new"
         assert (None in ends) == (not can_exchange)

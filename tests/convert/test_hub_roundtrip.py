@@ -1,10 +1,11 @@
 """Push and load back in fresh processes, with the real client on both sides and a Hub on this machine between them."""
 
+import os
 import signal
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from hub_server import HubServer
@@ -18,8 +19,10 @@ from attnconv.files.json_files import read_json
 
 REPO = "tester/tiny"
 PUSH = """
-import sys
+import os, sys
+from pathlib import Path
 from attnconv.convert.writing.hub import push_folder
+Path(sys.argv[3]).write_text(str(os.getpid()))
 push_folder(sys.argv[1], sys.argv[2])
 """
 LOAD = """
@@ -78,22 +81,22 @@ def test_model_comes_back_from_the_hub_as_it_was_pushed(
     with torch.no_grad():
         expected = model(torch.arange(1, 41)[None]).logits
     for way in ("attnconv", "trust"):
-        command = [sys.executable, "-c", LOAD, REPO, str(tmp_path / way), way]
-        done = subprocess.run(command, env=hub_environment, capture_output=True, text=True, timeout=240)
+        done = fresh_process.run("-c", LOAD, REPO, tmp_path / way, way, env=hub_environment)
         assert done.stdout.strip() == "2", done.stderr
         assert torch.equal(load_file(tmp_path / way)["logits"], expected)
     assert hub.calls["stored"] > 0
 
 
 def test_killed_push_shows_nothing_and_the_next_one_continues(
-    hub: HubServer, hub_environment: dict[str, str], folder: Path
+    hub: HubServer, hub_environment: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
     cut = hub.fail("upload", skip=1)
-    with subprocess.Popen([sys.executable, "-c", PUSH, str(folder), REPO], env=hub_environment) as push:
+    with ThreadPoolExecutor() as pool:
+        push = pool.submit(fresh_process.run, "-c", PUSH, folder, REPO, tmp_path / "pid", env=hub_environment)
         # The client now waits before it tries again.
         assert cut.reached.wait(120)
-        push.send_signal(signal.SIGKILL)
-    assert push.returncode == -signal.SIGKILL
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert push.result().returncode == -signal.SIGKILL
     assert hub.files(REPO) == {}
     hub.repair()
     sent = len(hub.store.objects)

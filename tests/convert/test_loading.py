@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,15 +17,12 @@ from attnconv.convert.writing.self_contained import write_self_contained
 from attnconv.errors import INSTALL, PlanError
 from attnconv.files.json_files import read_json
 
-# One process imports torch and transformers, which takes seconds, and is forked for every model; none of the copies has
-# met attnconv before.
-SERVER = """
+# Each set of models in a process that has not met attnconv before.
+PROGRAM = """
 import copy
 import json
-import os
 import pickle
 import sys
-import traceback
 
 import torch
 from safetensors.torch import save_file
@@ -86,21 +82,7 @@ def look_at(model, job, number):
         json.dump([type(part).__module__ for part in parts], file)
 
 
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        with open(job["log"], "w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        try:
-            run(job)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+run(json.loads(sys.argv[1]))
 """
 # What transformers says of a model that names an attention it does not know.
 NOT_SUPPORTED = 'Specified `attn_implementation="attnconv"` is not supported'
@@ -148,9 +130,9 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Process:
     """Loads models in a process of their own and looks at them."""
 
-    def __init__(self, server: "subprocess.Popen[str]", place: Path) -> None:
-        self.server = server
+    def __init__(self, place: Path, environment: dict[str, str]) -> None:
         self.place = place
+        self.environment = environment
 
     def error(self, *folders: Path, **options: Any) -> str:
         """What the process complains about in the end; None of its complaints is the test's failure."""
@@ -187,31 +169,16 @@ class Process:
             "trust": trust,
             "first": first,
         }
-        places = {name: str(self.place / name) for name in ("out", "parts", "log")}
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps({**job, **places, "again": again, "ids": IDS}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline()), (self.place / "log").read_text()
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
-    environment = os.environ | {
-        "PYTHONPATH": str(repository / ".dev"),
-        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
-        "HF_HUB_OFFLINE": "1",
-    }
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
+        places = {name: str(self.place / name) for name in ("out", "parts")}
+        text = json.dumps({**job, **places, "again": again, "ids": IDS})
+        done = fresh_process.run("-c", PROGRAM, text, env=self.environment)
+        return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture
-def process(server: "subprocess.Popen[str]", tmp_path: Path) -> Process:
-    return Process(server, tmp_path)
+def process(repository: Path, tmp_path: Path) -> Process:
+    places = {"PYTHONPATH": str(repository / ".dev"), "HF_HOME": str(tmp_path / "hf_home")}
+    return Process(tmp_path, {**os.environ, **places})
 
 
 def check(folder: Path, results: dict[str, torch.Tensor]) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,9 +113,7 @@ def test_without_attnconv_nothing_loads(converted: PreTrainedModel, tmp_path: Pa
     )
     # On its own path: nothing of ours may be importable.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    run = fresh_process.run("-c", program, env=environment)
     assert run.returncode != 0
     assert "attnconv" in run.stderr.splitlines()[-1]
 

@@ -3,13 +3,12 @@
 import json
 import logging
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from hub_server import HubServer
@@ -267,7 +266,7 @@ from attnconv.recipes import load_recipe
 from attnconv.runs import run_conversion
 run_conversion({str(base)!r}, load_recipe("cast-bf16", ["output.shard_size=20KB"]), {str(tmp_path / "out")!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False)
+    done = fresh_process.run("-c", code)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert len([path for path in tmp_path.iterdir() if path.name.startswith(".out")]) == 1
@@ -347,7 +346,7 @@ def test_a_native_result_is_published_by_its_receipt(
     run_conversion(base, cast_recipe(), tmp_path / "out")
     push_folder(tmp_path / "out", "tester/cast")
     assert hub.files("tester/cast").keys() == {path.name for path in (tmp_path / "out").iterdir()}
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "logits")], env=hub_environment, check=True)
+    fresh_process.run("-c", LOAD, tmp_path / "logits", env=hub_environment, check=True)
     assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(tmp_path / "out"))
     (tmp_path / "out" / "receipt.json").unlink()
     with pytest.raises(CheckpointError, match="neither a receipt"):

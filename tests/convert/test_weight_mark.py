@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import tiny_models
 import torch
@@ -108,9 +107,7 @@ def test_the_mark_survives_what_loses_the_sentinel(converted: dict[str, tuple[Pa
     for folder, model in converted.values():
         assert same(folder, model)
         assert same(folder, model, attn_implementation="sdpa")
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN, *folders], env=environment, capture_output=True, text=True, check=False
-    )
+    run = fresh_process.run("-c", PLAIN, *folders, env=environment)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert len(found) == 3 * len(CASES)

@@ -1,11 +1,10 @@
 """Tiny random models to rewrite, and what a rewritten one must have in common with them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import torch
 from safetensors.torch import load_file
 from tiny_models import save
@@ -105,5 +104,5 @@ def assert_saved_alike(folder: Path, again: Path) -> None:
 
 def logits_of_a_fresh_process(folder: Path, file: Path) -> torch.Tensor:
     """What a process without attnconv computes."""
-    subprocess.run([sys.executable, "-c", LOAD, str(folder), str(file)], check=True)
+    fresh_process.run("-c", LOAD, folder, file, check=True)
     return load_file(file)["logits"]

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import fresh_process
 import pytest
 from sweep_checks import PARTS, Verdict, examine
 from sweep_models import MAPPINGS, auto_classes
@@ -46,7 +45,7 @@ def sweep(types: dict[str, Iterable[str]], folder: Path, repository: Path) -> Ve
             verdicts[mapping][model_type] = examine(mapping, model_type, folder)
     program = str(Path(__file__).with_name("reload_saved.py"))
     environment = os.environ | {"PYTHONPATH": str(repository / ".dev")}
-    run = subprocess.run([sys.executable, program, str(folder)], env=environment, capture_output=True, text=True)
+    run = fresh_process.run(program, folder, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     problems = json.loads(run.stdout.splitlines()[-1])
     for mapping, found in verdicts.items():
