@@ -64,6 +64,14 @@ def diagnose(
         Path | None, typer.Option("--output", "-o", metavar="YAML", help="Write the advice as a recipe.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what was measured, layer by head.")] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSON",
+            help="Write how much each KV head matters, for `heads` of recipes; of a model converted by `head-roles`, "
+            "what it learned.",
+        ),
+    ] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -72,14 +80,25 @@ def diagnose(
     session = session_of(ctx)
     session.silence_libraries()
     from ..evaluate.diagnose import advice_yaml, diagnose_model, plot_diagnosis, recommend
+    from ..evaluate.diagnose.importance import measure_importance, trained_importance
     from ..evaluate.engine.results import write_text
     from .progress import measuring_progress
-    from .results import show_diagnosis
+    from .results import show_diagnosis, show_importance
 
+    trained = None
+    if importance is not None:
+        trained = trained_importance(model, importance, trust_remote_code=trust_remote_code)
+    if trained is not None:
+        show_importance(trained, importance)
+        return
     with measuring_progress(quiet=session.quiet) as progress:
         diagnosis = diagnose_model(
             model, text=text, tokens=tokens, device=device, trust_remote_code=trust_remote_code, progress=progress
         )
+        if importance is not None:
+            measured = measure_importance(
+                model, diagnosis, importance, device=device, trust_remote_code=trust_remote_code, progress=progress
+            )
     advice = recommend(diagnosis)
     if output is not None:
         write_text(output, advice_yaml(advice, name=output.stem, source=model))
@@ -89,5 +108,7 @@ def diagnose(
         print_json({**diagnosis.to_dict(), "advice": [asdict(one) for one in advice]})
         return
     show_diagnosis(diagnosis, advice)
+    if importance is not None:
+        show_importance(measured, importance)
     if output is not None:
         typer.echo(f"The recipe is in {output}: attnconv convert {model} --recipe {output} --output DIR")

@@ -1,15 +1,17 @@
 """What the measuring commands print."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ..attention_modules.counts import AttentionCounts
-from ..formats import amount, change, count, percent, ratio, size
+from ..formats import amount, change, count, number, percent, ratio, size
 from .tables import command_line, make_console, make_table
 
 if TYPE_CHECKING:
+    from ..convert.planning.importance import HeadImportance
     from ..evaluate.bench import BenchResult
     from ..evaluate.bench.cases import Case
     from ..evaluate.bench.rows import BenchRow
@@ -201,6 +203,16 @@ def show_diagnosis(diagnosis: "Diagnosis", advice: "Sequence[LayerAdvice]") -> N
     console.print("\nWhy:")
     for one in advice:
         console.print(f"  {one.layer}: {one.method}: {one.reason}")
+
+
+def show_importance(importance: "HeadImportance", path: "Path | None") -> None:
+    """The KV heads that matter most by a file's own measure, and where the file is."""
+    console = make_console()
+    scores = importance.scores(None)
+    heads = [(score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row)]
+    best = ", ".join(f"{layer}.{head} ({number(score)})" for score, layer, head in sorted(heads, reverse=True)[:10])
+    console.print(f"\nKV heads that matter most by {importance.measure}, as layer.head: {best}.")
+    console.print(f"All {len(heads)}, by {', '.join(importance.measures)}, are in {path}.")
 
 
 def show_report(files: "ReportFiles") -> None:

@@ -234,7 +234,7 @@ def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) ->
     if run.plan.converted:
         with seeded(run.seed):
             apply_plan(model, run.plan)
-    return Trainee(model, None if run.taught_by is None else partial(load_teacher, run, dtype))
+    return Trainee(model, None if run.taught_by is None else partial(load_teacher, run, dtype), run.tokenizer)
 
 
 def load_teacher(run: Run, dtype: torch.dtype) -> PreTrainedModel:

@@ -39,11 +39,15 @@ class Trainee:
     Args:
         model: a converted model; its parameters are frozen, and those of its cores turned to fp32.
         load_teacher: loads a teacher of its own, when it is first asked for; None if the model can be its own.
+        tokenizer: its tokenizer or processor, for stages that make texts; None if it has none.
     """
 
-    def __init__(self, model: PreTrainedModel, load_teacher: Callable[[], PreTrainedModel] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, load_teacher: Callable[[], PreTrainedModel] | None = None, tokenizer: Any = None
+    ) -> None:
         self.model = model
         self._load_teacher = load_teacher
+        self.tokenizer = tokenizer
         # A peft.PeftModel; importing peft takes seconds, which a run without adapters need not spend.
         self.peft: Any = None
         self.adapters: list[str] = []

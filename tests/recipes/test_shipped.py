@@ -23,6 +23,7 @@ SHIPPED = [
     "duo",
     "gated",
     "gated-delta",
+    "head-roles",
     "hedgehog",
     "hedgehog-encoder",
     "hedgehog-vision",
@@ -119,7 +120,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
         f"stages.{kind}.{key}"
-        for kind in ("attention_transfer", "balance", "calibrate", "lora", "logits")
+        for kind in ("attention_transfer", "balance", "calibrate", "lora", "logits", "roles")
         for key in ("steps", "data")
     }
     if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):
