@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ class TokenStream:
         order = random.Random(f"{self.section.seed}/{epoch}")
         for index, document in enumerate(shuffled(read_documents(self.section, self.tokenizer), order)):
             if index >= skip:
-                yield document if isinstance(document, list) else encode_document(self.tokenizer, document)
+                yield encode_document(self.tokenizer, document) if isinstance(document, str) else document.tolist()
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -99,7 +100,7 @@ def _draw(buffer: list[Document], order: random.Random) -> Document:
     return buffer.pop()
 
 
-def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | list[int]]:
+def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | torch.Tensor]:
     """Yield the non-empty documents of a data section, in the order of the source.
 
     A JSON line or a table row is a document, and so is a paragraph of a text file (paragraphs are separated by empty
@@ -123,15 +124,27 @@ def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
         raise DataError(f"{source} holds no text.")
 
 
-def _embedded_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | list[int]]:
+def _embedded_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | torch.Tensor]:
+    split = section.split or "train"
+    if _embedded_tokenizer().get_vocab() == tokenizer.get_vocab():
+        yield from embedded_tokens(split)
+    else:
+        yield from _embedded_texts(split)
+
+
+@cache
+def _embedded_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(embedded_model_path())
-    rows = embedded_tokens(section.split or "train").tolist()
-    if own.get_vocab() == tokenizer.get_vocab():
-        yield from rows
-    else:
-        yield from own.batch_decode(rows, skip_special_tokens=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(embedded_model_path())
+    return tokenizer
+
+
+# A run reads its data anew for every stage and every measurement, and decoding these few megabytes takes a second.
+@cache
+def _embedded_texts(split: str) -> list[str]:
+    texts: list[str] = _embedded_tokenizer().batch_decode(embedded_tokens(split), skip_special_tokens=True)
+    return texts
 
 
 def name_of(section: DataSection) -> str:

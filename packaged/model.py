@@ -1,5 +1,6 @@
 """What is packaged for trying things with no download: a small trained model and token ids sampled from it."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,5 +31,12 @@ def embedded_tokens(split: str = "train") -> torch.Tensor:
     """
     if split not in SPLITS:
         raise DataError(f'The embedded sample has no split "{split}"; use one of: {", ".join(SPLITS)}.')
+    return torch.from_numpy(_samples(split).astype(np.int64))
+
+
+# Unpacking takes longer than what most callers do with it, and a run asks for it at the beginning of every stage.
+@cache
+def _samples(split: str) -> np.ndarray:
     with np.load(ASSETS / "samples.npz") as arrays:
-        return torch.from_numpy(arrays[split].astype(np.int64))
+        samples: np.ndarray = arrays[split]
+        return samples

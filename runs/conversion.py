@@ -341,6 +341,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
             run.record("attention", count_executed(run, model))
         _save(run, model, folder)
     _describe(run, folder, output, self_contained, digests=digests)
+    _write_figures(run, folder)
 
 
 def _save(run: Run, model: PreTrainedModel, folder: Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -380,7 +381,6 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         native_config=None if run.plan.converted else run.checkpoint.config_dict,
     )
     write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
-    _write_figures(run, folder)
 
 
 def _write_figures(run: Run, folder: Path) -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from attnconv.distill import data
 from attnconv.distill.data import TokenStream, encode_document, read_documents, shuffled
 from attnconv.errors import DataError
 from attnconv.packaged.model import embedded_model_path, embedded_tokens
@@ -149,6 +150,10 @@ def test_the_packaged_sample_comes_as_text_for_other_tokenizers(tokenizer):
 
     text = next(read_documents(DataSection(embedded=True, split="valid"), Other()))
     assert "Once upon a time" in text
+    # A run reads its data many times, and decoding all of it takes a second.
+    decoded = data._embedded_texts.cache_info().misses
+    assert next(read_documents(DataSection(embedded=True, split="valid"), Other())) == text
+    assert data._embedded_texts.cache_info().misses == decoded
 
 
 def test_the_packaged_files_are_small():
