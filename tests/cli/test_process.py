@@ -81,6 +81,12 @@ def test_help_is_quick(environment: dict[str, str]) -> None:
     assert min(seconds) < 0.5
 
 
+def test_a_module_of_a_run_can_be_the_first_to_be_imported(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-c", "import attnconv.distill.work_folder"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_exit_codes(environment: dict[str, str], tmp_path: Path) -> None:
     assert attnconv(environment, "--version").returncode == 0
     assert attnconv(environment, "convert").returncode == 2
