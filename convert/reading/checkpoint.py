@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+EXPERTS_NDIM, GROUPED_BYTES = 3, 16
 GENERATION_FILE = "generation_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -207,7 +208,17 @@ def load_model(
             f"{len(missing)} are missing, the first is {missing[0]!r}."
         )
     loaded: PreTrainedModel = model.eval()
+    _settle_experts(loaded)
     return loaded
+
+
+def _settle_experts(model: PreTrainedModel) -> None:
+    """Let experts be multiplied one by one whose rows are no multiple of what torch's grouped products take."""
+    if not getattr(model, "_can_set_experts_implementation", bool)():
+        return
+    fused = [parameter for parameter in model.parameters() if parameter.ndim == EXPERTS_NDIM]
+    if any(parameter.shape[-1] * parameter.itemsize % GROUPED_BYTES for parameter in fused):
+        model.set_experts_implementation("eager")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from attnconv.convert.reading.checkpoint import load_model, open_checkpoint
 from attnconv.distill.balance import RouterBalance
 from attnconv.distill.batches import Batch
 from attnconv.distill.metrics import ExpertLoad, MetricsFile
@@ -183,3 +184,12 @@ def test_what_cannot_be_balanced_is_refused() -> None:
             "name: a\nrewrite: [{kind: degroup}]\ndata: {embedded: true}\nstages: [{kind: balance, steps: 1, "
             "balance: 0, z: 0, next_token: 0, sequence_length: 8, learning_rate: 1.0e-3}]"
         )
+
+
+def test_experts_of_any_width_run_in_bfloat16(tmp_path: Path) -> None:
+    # 172 numbers of two bytes are no multiple of what grouped products take.
+    recipe = Recipe(name="a", rewrite=[{"kind": "experts", "target": "mixtral"}])
+    run_conversion(embedded_model_path(), recipe, tmp_path / "out")
+    model = load_model(open_checkpoint(tmp_path / "out"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert bool(model(torch.arange(3, 20)[None]).logits.isfinite().all())
