@@ -22,6 +22,9 @@ def right_align_order(valid: Tensor) -> Tensor:
 
 def take_tokens(tensor: Tensor, order: Tensor) -> Tensor:
     """Reorder the sequence axis of `tensor` `[batch, heads, seq, dim]` by `order` `[batch, seq]`."""
+    if len(order) == 1:
+        # Whole vectors at a time, which is many times as fast.
+        return tensor.index_select(2, order[0])
     index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1])
     return tensor.gather(2, index)
 

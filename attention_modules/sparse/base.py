@@ -9,7 +9,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import AttentionModule
@@ -22,9 +21,10 @@ from ..tokens import Call
 from .executors.gathered import attend_gathered
 from .executors.masked import attend_masked, attend_masked_naive
 from .executors.one_token import attend_one
+from .executors.pages import attend_pages, choose_pages
 from .slots.canvas import Canvas
 from .slots.scorers import Rows, block_shares
-from .slots.selectors import indices_of
+from .slots.selectors import TopBlocks, indices_of
 from .slots.slots import Slots
 
 CHOSEN = "chosen"
@@ -100,6 +100,8 @@ class SparseAttention(AttentionModule):
             return decode_dense(call, state)
         tokens = state.append(call.tokens)
         call = call.over(call.query, tokens)
+        if (most := self._most_pages(call)) is not None:
+            return self._attend_pages(call, state, most)
         # A row of padding looks at whatever stands last.
         total = torch.full((len(call.query),), tokens.length, device=call.query.device)
         count = total if tokens.valid is None else tokens.valid.sum(-1).clamp_min(1)
@@ -114,6 +116,43 @@ class SparseAttention(AttentionModule):
             seen = (indices[:, :, 0] >= 0).sum(-1) - 1
             self._note(seen[..., None], (count - 1)[:, None])
         return attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
+
+    def _most_pages(self, call: Call) -> int | None:
+        """Pages that the one token of a call chooses for itself, its own included, if their number is certain."""
+        slots, tokens, selector = self.slots, call.tokens, self.slots.selector
+        if slots.by != "token" or not isinstance(selector, TopBlocks) or tokens.valid is not None:
+            return None
+        if slots.scorer is None or not slots.scorer.is_compact or call.query.device.type != "cpu":
+            return None
+        number = (tokens.length - 1) // slots.block
+        # Where all are attended, so many pages lie beside one another that there is nothing to choose.
+        return selector.number_in(number) if number >= slots.dense_blocks and slots.scorer.columns == 1 else None
+
+    @torch.no_grad()
+    def _attend_pages(self, call: Call, state: AttentionState, most: int) -> Tensor:
+        slots = self.slots
+        assert slots.scorer is not None
+        query = call.query.to(torch.promote_types(call.query.dtype, torch.float32))
+        columns, block, scaling = self._kept_columns(state, query.dtype), slots.block, call.scaling
+        pages = choose_pages(
+            slots.scorer, query, call.tokens, columns, block=block, most=most, forced=slots.forced, scaling=scaling
+        )
+        if self.counts_tokens:
+            position = torch.full((len(query), 1), call.tokens.length - 1, device=query.device)
+            seen = torch.full((*pages.shape[:2], 1), pages.shape[2], device=query.device)
+            self._note(seen, position)
+        return attend_pages(call.query, call.tokens, pages, block=block, scaling=scaling)
+
+    def _kept_columns(self, state: AttentionState, dtype: torch.dtype) -> Tensor:
+        """What stands for each whole block of a state, `[B, KV, n, C * E]`; kept, so that each is made once."""
+        scorer = self.slots.scorer
+        assert scorer is not None
+
+        def summarize(blocks: Tensor) -> Tensor:
+            columns: Tensor = scorer.of_keys(blocks.to(dtype)).flatten(-2)
+            return columns
+
+        return state.summaries("columns", self.slots.block, summarize)
 
     def _is_dense(self, call: Call) -> bool:
         return not (self.slots.decode if call.length == 1 else self.slots.prefill)
@@ -141,7 +180,8 @@ class SparseAttention(AttentionModule):
         shares = None
         if slots.scorer is not None and columns is not None:
             rows = self._rows(call, canvas)
-            shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=most)
+            blocks = canvas.num_blocks
+            shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=most, num_blocks=blocks)
         return self._keep_by(shares, number, canvas.num_blocks)
 
     def _keep_by(self, shares: Tensor | None, number: Tensor, num_blocks: int) -> Tensor:
@@ -202,14 +242,10 @@ class SparseAttention(AttentionModule):
             canvas = Canvas.of(call, block)
             return self._keep(call, canvas, self._columns(canvas))
 
-        def summarize(blocks: Tensor) -> Tensor:
-            return scorer.of_keys(blocks.to(dtype)).flatten(-2)
-
         # The last block, where it is not whole, is the own one, which is not among them.
-        columns = state.summaries("columns", block, summarize).unflatten(-1, (scorer.columns, -1))
-        columns = F.pad(columns, (0, 0, 0, 0, 0, num_blocks - columns.shape[2]))
-        rows = self._rows_of_one(call.to(dtype), count, number)
-        shares = block_shares(scorer, rows, columns, scaling=call.scaling, most=num_blocks)
+        columns = self._kept_columns(state, dtype).unflatten(-1, (scorer.columns, -1))
+        rows = self._rows_of_one(call.over(call.query.to(dtype), call.tokens), count, number)
+        shares = block_shares(scorer, rows, columns, scaling=call.scaling, most=num_blocks, num_blocks=num_blocks)
         return self._keep_by(shares, number[:, None], num_blocks)
 
     def _rows_of_one(self, call: Call, count: Tensor, number: Tensor) -> Rows:
@@ -217,7 +253,7 @@ class SparseAttention(AttentionModule):
         block, total = self.slots.block, call.tokens.length
         at = number[:, None] * block + torch.arange(block, device=number.device)
         slots = (at + (total - count)[:, None]).clamp(0, total - 1)
-        keys = take_tokens(call.tokens.keys, slots).unsqueeze(2)
+        keys = take_tokens(call.tokens.keys, slots).unsqueeze(2).to(call.query.dtype)
         # As if the row began with that block.
         own = Canvas(
             block, count - number * block, count - 1 - number * block, torch.zeros_like(number)[:, None], keys, keys

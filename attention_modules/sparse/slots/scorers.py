@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...window import LOG2E, MASKED
@@ -153,22 +154,25 @@ class Rows:
     own: Tensor | None = None
 
 
-def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float, most: int) -> Tensor:
+def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float, most: int, num_blocks: int) -> Tensor:
     """The share of the attention of some queries that each block of keys is thought to hold.
 
     Args:
         scorer: whose rows and columns they are.
         rows: the queries.
-        columns: `[B, KV, N, C, E]`.
+        columns: `[B, KV, n, C, E]` of the first n blocks; the others are seen by nobody, but for their own queries.
         scaling: the layer's factor on query-key products.
         most: blocks that the first of the R can see at most; each next one can see one more.
+        num_blocks: N.
 
     Returns:
         `[B, KV, R, N]`, nowhere negative; a row adds up to 1, or to 0 where it sees nothing.
     """
-    num_rows, num_blocks = rows.entries.shape[2], columns.shape[2]
+    num_rows = rows.entries.shape[2]
     products = rows.entries[:, :, 0].numel() // rows.entries.shape[-1] * num_blocks * scorer.columns
     strip = max(1, MOST_PRODUCTS // max(products, 1))
+    if strip >= num_rows:
+        return _strip(scorer, rows, columns, scaling, num_blocks)
     shares = rows.entries.new_zeros(*rows.entries.shape[:3], num_blocks)
     for start in range(0, num_rows, strip):
         stop = min(start + strip, num_rows)
@@ -178,13 +182,16 @@ def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float,
             rows.last[:, start:stop],
             None if rows.own is None else rows.own[:, :, start:stop],
         )
-        shares[:, :, start:stop, :seen] = _strip(scorer, part, columns[:, :, :seen], scaling)
+        shares[:, :, start:stop, :seen] = _strip(scorer, part, columns[:, :, :seen], scaling, seen)
     return shares
 
 
-def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float) -> Tensor:
+def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float, num_blocks: int) -> Tensor:
     entries, last = rows.entries, rows.last
     groups, height = entries.shape[3:5]
+    if not columns.shape[2]:
+        # Something to take the largest of; `last` says that it is not seen.
+        columns = F.pad(columns, (0, 0, 0, 0, 0, 1))
     number = torch.arange(columns.shape[2], device=last.device)
     # Shapes from here on: `[B, KV, R, G, M, N, C]`.
     visible = (number <= last[..., None])[:, None, :, None, None, :, None]
@@ -206,10 +213,10 @@ def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float) -> Tenso
     total = weights.sum(-1, keepdim=True)
     if own is None:
         alone: Tensor = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
-        return alone.mean((3, 4))
+        return F.pad(alone.mean((3, 4)), (0, num_blocks - columns.shape[2]))
     of_own = (own - peak).exp2()[..., None]
     total = total + of_own
-    shares = (weights / total).mean((3, 4))
-    at = (last + 1).clamp_max(columns.shape[2] - 1)[:, None, :, None].expand(-1, shares.shape[1], -1, -1)
+    shares = F.pad((weights / total).mean((3, 4)), (0, num_blocks - columns.shape[2]))
+    at = (last + 1).clamp_max(num_blocks - 1)[:, None, :, None].expand(-1, shares.shape[1], -1, -1)
     whole: Tensor = shares.scatter(-1, at, (of_own / total).mean((3, 4)))
     return whole

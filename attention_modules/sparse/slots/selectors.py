@@ -78,6 +78,10 @@ class TopBlocks:
             return torch.full_like(number, self.blocks)
         return (_pairs(number + 1, self.density) - _pairs(number, self.density)).clamp_min(1)
 
+    def number_in(self, number: int) -> int:
+        """The same for one block."""
+        return int(self.number_at(torch.tensor(number))) if self.blocks is None else self.blocks
+
     def expected(self, number: Tensor) -> Tensor:
         return self.number_at(number)
 
