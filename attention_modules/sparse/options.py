@@ -5,7 +5,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..contract import AttentionOptions
+from .slots.scorers import Scorer
 from .slots.selectors import Forced, Selector, TopBlocks, TopMass
+from .slots.slots import By, Slots
 
 Part = Literal["sparse", "dense"]
 
@@ -29,15 +31,18 @@ class BlockOptions(AttentionOptions):
     prefill: Part = "sparse"
     decode: Part = "sparse"
 
-    @property
-    def forced(self) -> Forced:
-        """Blocks that are always attended."""
-        return Forced(self.sink_blocks, self.local_blocks)
-
-    @property
-    def dense_blocks(self) -> int:
-        """Whole blocks of tokens that attend to all before them."""
-        return self.dense_len // self.block
+    def slots(self, *, selector: Selector, scorer: Scorer | None = None, by: By = "previous") -> Slots:
+        """The slots of a method with these options."""
+        return Slots(
+            block=self.block,
+            scorer=scorer,
+            selector=selector,
+            by=by,
+            forced=Forced(self.sink_blocks, self.local_blocks),
+            dense_blocks=self.dense_len // self.block,
+            prefill=self.prefill == "sparse",
+            decode=self.decode == "sparse",
+        )
 
 
 class ChoosingOptions(BlockOptions):

@@ -52,13 +52,4 @@ class QuestAttention(SparseAttention):
             selector = TopBlocks(density=options.density)
         else:
             selector = TopBlocks(blocks=max(1, (options.budget or 1) // options.block))
-        return Slots(
-            block=options.block,
-            scorer=Boxes(),
-            selector=selector,
-            by="token",
-            forced=options.forced,
-            dense_blocks=options.dense_blocks,
-            prefill=options.prefill == "sparse",
-            decode=options.decode == "sparse",
-        )
+        return options.slots(scorer=Boxes(), selector=selector, by="token")

@@ -52,13 +52,5 @@ class XAttention(SparseAttention):
 
     def make_slots(self) -> Slots:
         options = self.options
-        return Slots(
-            block=options.block,
-            scorer=Antidiagonals(options.block, options.stride),
-            selector=options.selector,
-            by=options.query,
-            forced=options.forced,
-            dense_blocks=options.dense_blocks,
-            prefill=options.prefill == "sparse",
-            decode=options.decode == "sparse",
-        )
+        scorer = Antidiagonals(options.block, options.stride)
+        return options.slots(scorer=scorer, selector=options.selector, by=options.query)

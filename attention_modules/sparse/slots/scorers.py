@@ -163,7 +163,7 @@ def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float,
         columns: `[B, KV, n, C, E]` of the first n blocks; the others are seen by nobody, but for their own queries.
         scaling: the layer's factor on query-key products.
         most: blocks that the first of the R can see at most; each next one can see one more.
-        num_blocks: N.
+        num_blocks: how many there are in all, N.
 
     Returns:
         `[B, KV, R, N]`, nowhere negative; a row adds up to 1, or to 0 where it sees nothing.
