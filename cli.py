@@ -13,6 +13,7 @@ from .commands.doctor import doctor_app
 from .commands.inspection import inspection_app
 from .commands.measure import measure_app
 from .commands.methods import methods_app
+from .commands.planning import planning_app
 from .commands.recipes import recipes_app
 from .commands.session import CommandGroup, Session, examples
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog=examples("attnconv demo", "attnconv convert org/model --recipe lolcats --output my-model"),
 )
-for commands in (convert_app, inspection_app, measure_app, methods_app, doctor_app):
+for commands in (convert_app, inspection_app, planning_app, measure_app, methods_app, doctor_app):
     app.add_typer(commands)
 app.add_typer(recipes_app, name="recipes")
 

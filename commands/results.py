@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluate.engine.running import Evaluation
     from ..evaluate.engine.schema import MeasuredModel, TaskResult
     from ..evaluate.report import ConversionComparison, ReportFiles
+    from ..runs.planner import ModelPlan
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
 MOST_GROUPS = 6
@@ -213,6 +214,31 @@ def show_importance(importance: "HeadImportance", path: "Path | None") -> None:
     best = ", ".join(f"{layer}.{head} ({number(score)})" for score, layer, head in sorted(heads, reverse=True)[:10])
     console.print(f"\nKV heads that matter most by {importance.measure}, as layer.head: {best}.")
     console.print(f"All {len(heads)}, by {', '.join(importance.measures)}, are in {path}.")
+
+
+def show_plan(plan: "ModelPlan") -> None:
+    """Which KV heads stay full, what each was judged to need, and what the whole costs and loses."""
+    console = make_console()
+    table = make_table(["layer", "full heads", "streaming heads"])
+    for layer, (losses, full) in enumerate(zip(plan.losses, plan.full, strict=True)):
+        cells = [
+            ", ".join(f"{head} ({number(losses[head])})" for head, own in enumerate(full) if own is wanted)
+            for wanted in (True, False)
+        ]
+        table.add_row(str(layer), *cells)
+    console.print(table)
+    settings = plan.settings
+    what = "the share of full attention it learned to need" if settings.measure == "trained" else "nats lost without it"
+    console.print(f"\nIn brackets, of each KV head: {what}.")
+    kind, length = settings.budget.kind, count(settings.length)
+    console.print(
+        f"{plan.kept} of {plan.heads} KV heads stay full: {percent(plan.cost)} of its {kind} at {length} tokens."
+    )
+    console.print(f"Predicted: {percent(plan.predicted)} of the sum in brackets is lost.")
+    console.print(
+        f"On a text that decided nothing it is {number(plan.hidden)} nats from the model where something hidden is "
+        f"asked for, and {number(plan.ordinary)} elsewhere."
+    )
 
 
 def show_report(files: "ReportFiles") -> None:

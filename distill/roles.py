@@ -48,6 +48,8 @@ class RoleTraining(Objective):
         self.head = TrainedHead(trainee.model, stage.kind)
         self.teaching_head = TrainedHead(trainee.teacher, stage.kind)
         self.needles = Needles(trainee.tokenizer)
+        # Part of the price that is asked at present, in [0, 1].
+        self.rise = 1.0
         parameters = {f"{name}.attnconv.alpha": core.alpha for name, core in self.cores.items()}
         self.group = ParameterGroup(parameters, stage.learning_rate)
 
@@ -62,7 +64,7 @@ class RoleTraining(Objective):
     def price(self) -> torch.Tensor:
         """What the shares come to beyond those that cost nothing, mean over KV heads, with its graph."""
         shares = torch.cat([core.alpha for core in self.cores.values()]).clamp(0, 1)
-        return self.stage.penalty * (shares.mean() - self.stage.keep).clamp_min(0)
+        return self.rise * self.stage.penalty * (shares.mean() - self.stage.keep).clamp_min(0)
 
     def backward(self, batch: Batch, total: int) -> Figures:
         """Each sequence by itself: one pass of the teacher, one of the student."""

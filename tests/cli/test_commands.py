@@ -15,6 +15,7 @@ COMMANDS = [
     ["convert"],
     ["inspect"],
     ["diagnose"],
+    ["plan"],
     ["methods"],
     ["eval"],
     ["push"],

@@ -13,6 +13,7 @@ COMMANDS = [
     "convert",
     "inspect",
     "diagnose",
+    "plan",
     "methods",
     "eval",
     "push",
