@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attention_modules import Geometry, available, create
-    from .convert import apply_plan, convert_model, make_plan, probe
+    from .convert import apply_plan, convert_model, make_plan, probe, sparse
     from .recipes import Recipe, load_recipe
     from .runs import run_conversion
 
@@ -28,6 +28,7 @@ __all__ = [
     "make_plan",
     "probe",
     "run_conversion",
+    "sparse",
 ]
 
 _ROOMS = {
@@ -38,6 +39,7 @@ _ROOMS = {
     "convert_model": "convert",
     "make_plan": "convert",
     "probe": "convert",
+    "sparse": "convert",
     "run_conversion": "runs",
     "Recipe": "recipes",
     "load_recipe": "recipes",

@@ -5,7 +5,7 @@ import transformers.modeling_utils  # noqa: F401
 
 from .planning.plan import Plan, PlanEntry, make_plan
 from .planning.probe import ProbedModule, probe
-from .surgery.in_memory import convert_model
+from .surgery.in_memory import convert_model, sparse
 from .surgery.swap import apply_plan, converted_modules
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "converted_modules",
     "make_plan",
     "probe",
+    "sparse",
 ]

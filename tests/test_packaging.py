@@ -32,6 +32,7 @@ PUBLIC = [
     "make_plan",
     "probe",
     "run_conversion",
+    "sparse",
 ]
 
 

@@ -137,6 +137,25 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return model
 
 
+def undo_plan(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model in memory its own attention back, whatever plan was applied to it; weights of the cores are lost."""
+    for module in converted_modules(model).values():
+        (module.config,) = module.__dict__["_attnconv_config"]
+        module.__class__ = type(module)._attnconv_original  # type: ignore[attr-defined]
+        del module._modules[CORE]
+        for name in [name for name in module.__dict__ if name.startswith("_attnconv_")]:
+            del module.__dict__[name]
+    for part in model.modules():
+        hooks = part.__dict__.pop("_attnconv_positions", None), *part.__dict__.pop("_attnconv_board", ())
+        for hook in hooks:
+            if hook is not None:
+                hook.remove()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.__dict__.pop("attnconv", None)
+    model.__dict__.pop("_supports_attention_backend", None)
+    return model
+
+
 def _count_positions_from_mask(model: PreTrainedModel) -> None:
     """Make a padded row's positions start at its first real token, as `generate` does, when the caller gives none.
 
