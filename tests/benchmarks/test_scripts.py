@@ -24,12 +24,14 @@ SCRIPTS = [
     "native_attention",
     "smollm2_lolcats",
     "smollm2_passkeys",
+    "sparse_quality",
+    "sparse_speed",
     "stream_memory",
     "transfer_speed",
 ]
 
 
-WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static")
+WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static", "sparse_speed")
 MEASURING_A_MODEL = [script for script in SCRIPTS if script not in WITHOUT_MODEL]
 NEEDING_DATA = [
     "branch_train_mix",
@@ -37,6 +39,7 @@ NEEDING_DATA = [
     "method_table",
     "native_attention",
     "smollm2_lolcats",
+    "sparse_quality",
     "transfer_speed",
 ]
 # Runs every script in one process, for importing torch takes longer than all else that they do here.
