@@ -75,14 +75,19 @@ class SparseAttention(AttentionModule):
         return (blocks - 1) * block + (rank - 1) % block + 1
 
     def attend_naive(self, call: Call, memory: Memory) -> Tensor:
+        memory.pop(CHOSEN, None)
         if self._is_dense(call):
+            self._note_all(call)
             return attend_dense_naive(call, causal=True)
         canvas = Canvas.of(call, self.slots.block)
         return attend_masked_naive(call, self._visible(call, canvas, self._choice(call, canvas), 0, call.length))
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         """By gathering on a CPU, where that pays for whole blocks of queries; else under a mask."""
+        # What was chosen for a block holds for tokens that come one by one, until others come.
+        memory.pop(CHOSEN, None)
         if self._is_dense(call):
+            self._note_all(call)
             return attend_dense(call, causal=True)
         canvas = Canvas.of(call, self.slots.block)
         keep = self._choice(call, canvas)
@@ -96,10 +101,11 @@ class SparseAttention(AttentionModule):
 
     def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
         """The chosen blocks alone are read; a choice is made where a block begins, or for each token."""
-        if not self.slots.decode:
-            return decode_dense(call, state)
         tokens = state.append(call.tokens)
         call = call.over(call.query, tokens)
+        if not self.slots.decode:
+            self._note_all(call)
+            return decode_dense(call)
         if (most := self._most_pages(call)) is not None:
             return self._attend_pages(call, state, most)
         # A row of padding looks at whatever stands last.
@@ -107,7 +113,7 @@ class SparseAttention(AttentionModule):
         count = total if tokens.valid is None else tokens.valid.sum(-1).clamp_min(1)
         number = (count - 1) // self.slots.block
         indices = state.memory.get(CHOSEN)
-        if indices is None or self.slots.by == "token" or not _is_of(indices, number):
+        if indices is None or self.slots.by == "token" or not _is_of(indices, count - 1, self.slots.block):
             keep = self._choice_of_one(call, state, count, number)
             width = int(keep.sum(-1).max()) if keep.device.type == "cpu" else keep.shape[-1]
             indices = indices_of(keep, number[:, None], width)
@@ -261,6 +267,12 @@ class SparseAttention(AttentionModule):
         rows = self._rows(call, own)
         return Rows(rows.entries, rows.last + number[:, None], rows.own)
 
+    def _note_all(self, call: Call) -> None:
+        """Note that each query attended all tokens up to its own."""
+        if self.counts_tokens:
+            real = call.tokens.real.cumsum(-1)
+            self.tokens_counted = real[:, call.past :].double()
+
     def _note(self, blocks_before: Tensor, position: Tensor) -> None:
         """Note how many tokens each query attended, for `counting`.
 
@@ -272,6 +284,11 @@ class SparseAttention(AttentionModule):
         self.tokens_counted = blocks_before.double().mean(1) * self.slots.block + own
 
 
-def _is_of(indices: Tensor, number: Tensor) -> bool:
-    """Whether what was chosen was chosen for these blocks; on other devices than CPUs nobody waits for the answer."""
-    return indices.device.type == "cpu" and bool((indices[:, 0, 0, 0] == number).all())
+def _is_of(indices: Tensor, position: Tensor, block: int) -> bool:
+    """Whether what was chosen was chosen for the blocks of tokens at these positions, which they do not begin.
+
+    On other devices than CPUs nobody waits for the answer.
+    """
+    if indices.device.type != "cpu":
+        return False
+    return bool((indices[:, 0, 0, 0] == position // block).all() and (position % block > 0).all())

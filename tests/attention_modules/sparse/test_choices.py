@@ -115,6 +115,46 @@ def test_what_is_counted_are_the_pairs_with_a_weight(method: str, options: dict,
     assert abs(counter.total.exact_pairs - pairs) <= counter.total.calls
 
 
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_calls_that_are_dense_by_choice_are_counted_so(part: str) -> None:
+    query, key, value = drawn()
+    module = create("quest", GEOMETRY, block=4, budget=16, **{part: "dense"}).double()
+    found = {}
+    with torch.no_grad():
+        state = module.new_state()
+        for name, cut in (("prefill", slice(0, -1)), ("decode", slice(-1, None))):
+            with counting(module) as counter:
+                module(*(t[:, :, cut] for t in (query, key, value)), scaling=0.25, state=state)
+            found[name] = counter.total.density
+    assert found.pop(part) == 1.0
+    assert all(0 < density < 0.5 for density in found.values())
+
+
+@pytest.mark.parametrize("method", [("sparse", {"query": "first"}), ("xattention", {"stride": 4})])
+def test_a_choice_is_made_anew_where_tokens_were_taken_back(method: tuple[str, dict]) -> None:
+    """Drafts that were decoded one by one, or came together, are taken back to where their block begins."""
+    name, options = method
+    module = create(name, GEOMETRY, block=8, mass=0.4, **options).double()
+    query, key, value = drawn()
+    drafts = [t.flip(2) for t in (query, key, value)]
+    with torch.no_grad():
+        whole = module(query, key, value, scaling=0.25)
+        for one_by_one in (True, False):
+            state = module.new_state()
+            state.record_past = True
+            module(*(t[:, :, :56] for t in (query, key, value)), scaling=0.25, state=state)
+            state.crop(0)
+            for cut in [(n, n + 1) for n in range(4)] if one_by_one else [(0, 4)]:
+                module(*(t[:, :, slice(*cut)] for t in drafts), scaling=0.25, state=state)
+            state.crop(4)
+            state.record_past = False
+            outs = [
+                module(*(t[:, :, n : n + 1] for t in (query, key, value)), scaling=0.25, state=state)
+                for n in range(56, 70)
+            ]
+            torch.testing.assert_close(torch.cat(outs, 2), whole[:, :, 56:70])
+
+
 def test_a_density_is_that_of_all_pairs_so_far() -> None:
     number = torch.arange(50)[None]
     for density in (0.1, 0.25, 0.5, 1.0):
