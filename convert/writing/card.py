@@ -79,7 +79,7 @@ def make_card(
     )
     body = [
         f"# {name}",
-        _summary(checkpoint, plan, methods),
+        _summary(checkpoint, plan, methods, healed=any("loss" in row for row in receipt.metrics)),
         *([" ".join(known.sentences())] if known.is_local else []),
         "## Load it",
         _native_loading(name, auto_class) if plan.is_native else _loading(name, auto_class, self_contained),
@@ -149,12 +149,13 @@ def _arxiv_tags(addresses: Sequence[str]) -> list[str]:
     return [f"arxiv:{number}" for number in dict.fromkeys(numbers)]
 
 
-def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int]) -> str:
+def _summary(checkpoint: Checkpoint, plan: Plan, methods: Mapping[str, int], *, healed: bool) -> str:
     local = f"`{checkpoint.gguf_file or checkpoint.path.name}`"
     base = f"[{checkpoint.repo_id}](https://huggingface.co/{checkpoint.repo_id})" if checkpoint.repo_id else local
     rewritten = f"its weights rewritten ({', '.join(plan.rewrites)})"
     if plan.is_native:
-        return f"This is {base} with {rewritten}, made with `attnconv`. It is an ordinary model of its kind."
+        then = " and then trained" if healed else ""
+        return f"This is {base} with {rewritten}{then}, made with `attnconv`. It is an ordinary model of its kind."
     before = f"{rewritten} and " if plan.rewrites else ""
     lines = [
         f"This is {base} with {before}another attention, made with `attnconv`; everything else is the base's own.",

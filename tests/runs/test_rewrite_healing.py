@@ -51,6 +51,7 @@ def test_a_pooled_model_learns_what_the_whole_one_says_and_loads_alone(tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "import attnconv" not in card
     assert "transformers alone suffices" in card
+    assert ") and then trained, made with" in card
     receipt = read_receipt(tmp_path / "out")
     assert receipt is not None
     assert receipt.plan == {}
