@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from attnconv.evaluate.tasks import harness
 from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.harness import HarnessSettings, HarnessTask, items_of
 from attnconv.packaged.model import embedded_model_path
+from attnconv.recipes import Recipe
+from attnconv.runs import run_conversion
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 STORIES = [
@@ -156,3 +161,28 @@ def test_several_readings_of_an_answer_are_metrics_of_their_own(caplog) -> None:
 def test_tasks_must_be_named() -> None:
     with pytest.raises(ValidationError):
         HarnessSettings(tasks=())
+
+
+COMMAND_LINE = """
+import sys
+sys.modules["attnconv"] = None
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+@pytest.mark.slow
+@needs_lm_eval
+def test_its_own_command_line_takes_native_results(folder: Path, tmp_path: Path) -> None:
+    upcycle = Recipe(name="native", rewrite=[{"kind": "experts", "target": "mixtral"}])
+    run_conversion(embedded_model_path(), upcycle, tmp_path / "native")
+    found = {}
+    for name, model in {"base": embedded_model_path(), "native": tmp_path / "native"}.items():
+        arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
+        arguments += ["--tasks", "stories_choose", "--include_path", folder, "--output_path", tmp_path / f"to-{name}"]
+        command = [sys.executable, "-c", COMMAND_LINE, *map(str, arguments)]
+        subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path / "cache")})
+        (file,) = (tmp_path / f"to-{name}").rglob("results_*.json")
+        found[name] = json.loads(file.read_text())["results"]["stories_choose"]
+    assert found["native"]["acc,none"] == found["base"]["acc,none"]
+    assert found["native"]["acc_norm,none"] == found["base"]["acc_norm,none"]
