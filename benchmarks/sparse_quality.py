@@ -45,9 +45,9 @@ def main() -> None:
     import attnconv
     from attnconv.attention_modules.counting import counting
 
-    folder = find_model(arguments.model)
+    folder, data = find_model(arguments.model), find_data("eval/wikitext2_valid_detok.txt.gz")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = gzip.decompress(find_data("eval/wikitext2_valid_detok.txt.gz").read_bytes()).decode()
+    text = gzip.decompress(data.read_bytes()).decode()
     tokens = AutoTokenizer.from_pretrained(folder)(text[: 8 * arguments.tokens], return_tensors="pt")["input_ids"]
     tokens = tokens[:, : arguments.tokens]
     dense = perplexity(model, tokens)
