@@ -39,5 +39,42 @@ def _leave_out_what_only_debugging_reads() -> None:
         builder.options = replace(options, sanitize_overflow=False)
 
 
+def _describe_every_shape_once() -> None:
+    """Each result of each operation makes anew what its shape and type amount to, of which there are a few dozen."""
+    core, known = tl.core, ("tensor", "block_type", "tuple", "constexpr", "_unwrap_shape", "validate_block_shape")
+    if not all(hasattr(core, name) for name in known) or not hasattr(interpreter, "_get_np_dtype"):
+        return
+    make_tensor, make_block, make_dtype = core.tensor.__init__, core.block_type.__init__, interpreter._get_np_dtype
+    shapes: dict[Any, Any] = {}
+    blocks: dict[Any, Any] = {}
+    dtypes: dict[str, Any] = {}
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002
+        key = type.name if type.is_block() else ""
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = (self.shape, self.numel)
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = (self.shape, self.numel, self.name)
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    def np_dtype(tt_dtype: Any) -> Any:
+        if tt_dtype.name not in dtypes:
+            dtypes[tt_dtype.name] = make_dtype(tt_dtype)
+        return dtypes[tt_dtype.name]
+
+    core.tensor.__init__, core.block_type.__init__, interpreter._get_np_dtype = tensor, block_type, np_dtype
+
+
 _patch_language_once_a_launch()
+_describe_every_shape_once()
 _leave_out_what_only_debugging_reads()
