@@ -49,7 +49,7 @@ def _describe_every_shape_once() -> None:
     blocks: dict[Any, Any] = {}
     dtypes: dict[str, Any] = {}
 
-    def tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002
+    def tensor(self: Any, handle: Any, type: Any) -> None:
         key = type.name if type.is_block() else ""
         if key not in shapes:
             make_tensor(self, handle, type)
