@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 NEEDS_PACKAGE = "needs_package"
@@ -38,6 +38,11 @@ class Definition:
         """Where it starts, for the order of a module's definitions."""
         return self.node.lineno
 
+    @cached_property
+    def used(self) -> tuple[str, ...]:
+        """Every name that stands anywhere in it, sorted."""
+        return tuple(sorted({node.id for node in ast.walk(self.node) if isinstance(node, ast.Name)}))
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -52,14 +57,15 @@ class SourceModule:
 
     Args:
         name: dotted name inside the package.
-        path: the file.
+        text: what it holds.
+        is_package: whether it is the `__init__.py` of a folder.
     """
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, text: str, *, is_package: bool) -> None:
         self.name = name
-        self.is_package = path.name == "__init__.py"
-        self._lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._tree = ast.parse("".join(self._lines))
+        self.is_package = is_package
+        self._lines = text.splitlines(keepends=True)
+        self._tree = ast.parse(text)
         self._left_out = set(_leave_out(self._tree, self._lines))
 
     @cached_property
@@ -158,7 +164,7 @@ class SourceTree:
             path = base / "__init__.py" if base.is_dir() else base.with_name(f"{base.name}.py")
             if not path.is_file():
                 raise BundleError(f"there is no module {name}")
-            self._modules[name] = SourceModule(name, path)
+            self._modules[name] = _parsed(name, path.read_text(encoding="utf-8"), path.name == "__init__.py")
         return self._modules[name]
 
     def find(self, module: str, name: str) -> Definition:
@@ -183,7 +189,7 @@ class SourceTree:
         Every name counts that stands anywhere in it, so that too much may be found but never too little.
         """
         source = self.module(definition.module)
-        for name in sorted({node.id for node in ast.walk(definition.node) if isinstance(node, ast.Name)}):
+        for name in definition.used:
             origin = self.origin(source, name)
             if name in source.own:
                 yield source.own[name]
@@ -209,6 +215,12 @@ class SourceTree:
         for target in dict.fromkeys(o.module[1:] for o in origins if o is not None and o.module.startswith(".")):
             self._visit(target, done, (*path, name))
         done[name] = None
+
+
+# Reading all of the package takes a second, and a process may write several files.
+@lru_cache(maxsize=1024)
+def _parsed(name: str, text: str, is_package: bool) -> SourceModule:
+    return SourceModule(name, text, is_package=is_package)
 
 
 def _leave_out(tree: ast.Module, lines: Sequence[str]) -> Iterator[int]:
