@@ -210,6 +210,9 @@ class SparseAttention(AttentionModule):
         query = call.query.detach()
         if slots.by == "token":
             position = canvas.positions(call.length).clamp_min(0)
+            if scorer.is_ordered:
+                entries = scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3).unsqueeze(4)
+                return Rows(entries, position // slots.block, within=position % slots.block)
             own = take_tokens(scorer.of_prefixes(canvas.keys.detach()).flatten(2, 3), position)
             entries = scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3)
             return Rows(entries.unsqueeze(4), position // slots.block - 1, own)

@@ -20,6 +20,7 @@ SHIPPED = [
     "btx",
     "cast-bf16",
     "cca",
+    "delta",
     "drop-upcycle",
     "duo",
     "gated",

@@ -85,7 +85,7 @@ def around(inputs: dict[str, torch.Tensor]) -> Surroundings:
     """What a model would tell of these tokens if it had no rotary embedding."""
     ones = inputs["key"].new_ones(inputs["key"].shape[0], inputs["key"].shape[2], 1)
     rotation = Rotation(ones, ones, lambda query, key, cos, sin: (query, key))
-    return Surroundings(unrotated=(inputs["query"], inputs["key"]), rotation=rotation)
+    return Surroundings(unrotated=(inputs["query"], inputs["key"]), rotation=rotation, board={})
 
 
 def part(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:

@@ -139,6 +139,32 @@ class Antidiagonals:
 
 
 @dataclass(frozen=True)
+class Products:
+    """The products themselves, of every query with every key: as much work as dense attention.
+
+    Attributes:
+        columns: tokens of a block.
+    """
+
+    columns: int
+    factor: float = 1.0
+    is_ordered: bool = True
+    is_compact: bool = False
+
+    def of_keys(self, blocks: Tensor) -> Tensor:
+        return blocks
+
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        raise NotImplementedError("each key stands for itself")
+
+    def of_queries(self, blocks: Tensor) -> Tensor:
+        return blocks
+
+    def of_each(self, queries: Tensor) -> Tensor:
+        return queries
+
+
+@dataclass(frozen=True)
 class Rows:
     """Queries that choose, as a scorer sees them.
 
@@ -147,11 +173,13 @@ class Rows:
         last: `[B, R]` int64, the last block of keys that they are scored against, below zero for none.
         own: `[B, KV, R, E]`, what stands for the part of their own block that they see, which is the one behind `last`;
             None where the last is their own.
+        within: `[B, R]` int64, columns of their own block that they see, counted from 0, where each is a single query.
     """
 
     entries: Tensor
     last: Tensor
     own: Tensor | None = None
+    within: Tensor | None = None
 
 
 def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float, most: int, num_blocks: int) -> Tensor:
@@ -181,6 +209,7 @@ def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float,
             rows.entries[:, :, start:stop],
             rows.last[:, start:stop],
             None if rows.own is None else rows.own[:, :, start:stop],
+            None if rows.within is None else rows.within[:, start:stop],
         )
         shares[:, :, start:stop, :seen] = _strip(scorer, part, columns[:, :, :seen], scaling, seen)
     return shares
@@ -197,8 +226,9 @@ def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float, num_bloc
     visible = (number <= last[..., None])[:, None, :, None, None, :, None]
     if rows.own is None and scorer.is_ordered:
         row, column = (torch.arange(n, device=last.device) for n in (height, scorer.columns))
+        row = row[:, None, None] if rows.within is None else rows.within[:, None, :, None, None, None, None]
         is_last = (number == last[..., None])[:, None, :, None, None, :, None]
-        visible = visible & ~(is_last & (column > row[:, None])[:, None, :])
+        visible = visible & ~(is_last & (column > row))
     logits = entries.flatten(2, 4) @ columns.flatten(2, 3).transpose(-1, -2)
     logits = logits.unflatten(2, (-1, groups, height)).unflatten(-1, (-1, scorer.columns))
     factor = scaling * scorer.factor * LOG2E
