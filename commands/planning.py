@@ -43,6 +43,9 @@ def plan(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="YAML", help="Where the recipe is written.")],
     picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw it, layers by KV heads.")] = None,
+    importance: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Write what each KV head loses, for `heads` of other recipes.")
+    ] = None,
     unit: Annotated[UnitChoice, typer.Option(help="Choose KV heads or whole layers.")] = UnitChoice.head,
     measure: Annotated[
         MeasureChoice, typer.Option(help="Learn all heads' shares in one run, or take away one after the other.")
@@ -75,7 +78,13 @@ def plan(
     )
     with measuring_progress(quiet=session.quiet) as progress:
         made = plan_model(
-            model, calibrate, settings, device=device, trust_remote_code=trust_remote_code, progress=progress
+            model,
+            calibrate,
+            settings,
+            importance=importance,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     write_text(output, plan_yaml(made, name=output.stem))
     if picture is not None:

@@ -11,6 +11,7 @@ import yaml
 
 from ..attention_modules.geometry import Geometry
 from ..convert.planning.budget import Budget, Choice, choose, cost_of
+from ..convert.planning.importance import write_importance
 from ..convert.reading.checkpoint import open_checkpoint
 from ..convert.surgery.head import ModelHead
 from ..distill.batches import Batch
@@ -97,6 +98,7 @@ def plan_model(
     text: str | Path,
     settings: PlanSettings,
     *,
+    importance: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -107,6 +109,7 @@ def plan_model(
         source: a local folder or Hub id.
         text: what to judge by: a packaged text, or a `.txt` or `.jsonl` file, or either with `.gz`.
         settings: how.
+        importance: where to write what each KV head is taken to lose, for rules of other recipes; None = nowhere.
         device: where to run the model; None means a GPU if there is one.
         trust_remote_code: whether a model that brings its own code may run it.
         progress: called with (done, in all, what is being done).
@@ -135,6 +138,15 @@ def plan_model(
     else:
         texts = roles.texts(text, number=settings.steps, length=settings.tokens)
         losses = [[loss or 0.0 for loss in row] for row in ablation(roles, texts, progress)]
+    if importance is not None:
+        write_importance(
+            importance,
+            source=roles.source,
+            modules=roles.modules,
+            measures={settings.measure: losses},
+            measure=settings.measure,
+            settings={settings.measure: {"window": settings.window, "num_sinks": settings.num_sinks}},
+        )
     full = _pick(settings, costs, losses, most)
     pairs = [
         (cost, loss, is_full)

@@ -22,6 +22,7 @@ SCRIPTS = [
     "multiple_choice_check",
     "rewrites",
     "native_attention",
+    "smollm2_heads",
     "smollm2_lolcats",
     "smollm2_passkeys",
     "sparse_quality",

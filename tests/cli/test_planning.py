@@ -10,6 +10,7 @@ from typer.testing import Result
 
 from attnconv.attention_modules import Geometry
 from attnconv.convert.planning.budget import Budget, Choice, choose, cost_of
+from attnconv.convert.planning.importance import read_importance
 from attnconv.convert.planning.plan import make_plan
 from attnconv.convert.planning.probe import probe
 from attnconv.errors import PlanError
@@ -72,6 +73,7 @@ def test_the_recipe_makes_the_plan(tmp_path: Path) -> None:
 def test_the_command_writes_recipe_and_picture(run: Run, teacher: str, tmp_path: Path) -> None:
     recipe, picture = tmp_path / "recipe.yaml", tmp_path / "plan.png"
     settings = ["--steps", 2, "--tokens", 160, "--window", 16, "--length", 2048, "--output", recipe]
+    settings += ["--importance", tmp_path / "heads.json"]
     made = run("plan", teacher, "--budget", "kv_bytes=40%", "--calibrate", "book", "--picture", picture, *settings)
     assert made.exit_code == 0, made.output
     assert "7 of 20 KV heads stay full: 35." in made.output
@@ -82,6 +84,7 @@ def test_the_command_writes_recipe_and_picture(run: Run, teacher: str, tmp_path:
     assert made.exit_code == 0, made.output
     rules = yaml.safe_load(recipe.read_text())["attention"]
     assert not any("heads" in rule for rule in rules)
+    assert set(read_importance(tmp_path / "heads.json").measures) == {"trained", "ablation"}
     made = run("plan", teacher, "--budget", "kv_bytes=0.1%", "--calibrate", "book", *settings)
     assert made.exit_code == 1
     assert "the budget of 0.1% cannot be met" in made.stderr
