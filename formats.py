@@ -115,8 +115,18 @@ def short(value: float) -> str:
 
 
 def options(values: Mapping[str, Any]) -> str:
-    """`window=64, mixing=0.1`; what is None is left out."""
+    """`window=64, mixing=0.1`; what is None is left out, and parts of heads are told one by one."""
+    parts = values.get("parts")
+    if isinstance(parts, list | tuple) and parts and all(isinstance(part, Mapping) for part in parts):
+        return "; ".join(_head_part(part) for part in parts)
     return ", ".join(f"{key}={value}" for key, value in values.items() if value is not None) or "none"
+
+
+def _head_part(part: Mapping[str, Any]) -> str:
+    """`KV heads 0, 2: sliding_window (window=256, num_sinks=4)`."""
+    groups, own = part.get("groups"), options(part.get("options") or {})
+    which = "all other KV heads" if groups is None else f"KV heads {ranges(groups)}"
+    return f"{which}: {part.get('method')}" + ("" if own == "none" else f" ({own})")
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -54,6 +54,10 @@ from attnconv import formats
         (formats.short(4096), "4k"),
         (formats.options({"window": 64, "scale": None}), "window=64"),
         (formats.options({}), "none"),
+        (
+            formats.options({"parts": [{"groups": [0, 1], "method": "a"}, {"method": "b", "options": {"window": 4}}]}),
+            "KV heads 0-1: a; all other KV heads: b (window=4)",
+        ),
         (formats.ranges([5, 0, 1, 2]), "0-2, 5"),
     ],
 )

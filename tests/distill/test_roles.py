@@ -1,11 +1,16 @@
 """Shares of full attention, trained on texts that hide something, written down and taken up by a recipe."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from attnconv.convert import convert_model, converted_modules
-from attnconv.convert.planning.importance import read_importance
+from attnconv.convert.planning.importance import read_importance, write_importance
+from attnconv.convert.planning.plan import make_plan
+from attnconv.convert.planning.probe import probe
 from attnconv.distill import Silent
 from attnconv.distill.batches import Batch
 from attnconv.distill.roles import RoleTraining
@@ -139,3 +144,36 @@ def test_a_converted_layer_of_another_kind_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(PlanError, match=r"layers\.1\.self_attn .* is not 'head_roles'"):
         trained_importance(str(tmp_path), tmp_path / "a.json")
+
+
+def test_linear_heads_beside_softmax_ones_are_healed(tmp_path):
+    """Attention transfer of layers that are both, by outputs and by weights."""
+    settings = {"learning_rate": 0.01, "sequence_length": 64, "steps": 2, "kind": "attention_transfer"}
+    loss = {"output_mse": 1, "weight_cross_entropy": 1}
+    recipe = {
+        "name": "a",
+        "attention": [
+            {"layers": "0-1", "heads": "0,3", "method": "softmax"},
+            {"layers": "0-1", "heads": "1", "method": "lolcats", "options": {"window": 8}},
+            {"layers": "0-1", "method": "hedgehog"},
+        ],
+        "data": {"embedded": True},
+        "stages": [{**settings, "loss": loss}],
+    }
+    result = run_conversion(embedded_model_path(), parse_recipe(json.dumps(recipe)), tmp_path / "out")
+    assert [entry.method for entry in result.plan.converted] == ["by_head"] * 2
+    stages = {row["stage"]: row for row in result.metrics}
+    assert stages["attention_transfer"]["tokens"] == 128
+
+
+@pytest.mark.parametrize("name", ["duo", "retrieval-heads"])
+def test_recipes_by_importance_plan_a_model(name, tmp_path):
+    path = tmp_path / "heads.json"
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_path())
+    modules = probe(model.config, type(model))
+    measures = {"ablation": [[layer + head for head in range(4)] for layer in range(5)]}
+    write_importance(path, source="stories", modules=modules, measures=measures, measure="ablation")
+    recipe = load_recipe(name, [f"attention.0.heads.importance={path}"])
+    plan = make_plan(recipe.attention, modules)
+    assert "by_head" in {entry.method for entry in plan.converted}
+    assert recipe.attention[1].method in plan.converted[0].methods

@@ -46,6 +46,7 @@ SHIPPED = [
     "power",
     "quest",
     "quickstart",
+    "retrieval-heads",
     "sliding-window",
     "spans",
     "sparse",

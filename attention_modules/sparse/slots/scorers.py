@@ -105,7 +105,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Antidiagonals:
-    """Sums along antidiagonals of `stride × stride` squares of the products: one product of vectors `stride` as long.
+    """Sums along antidiagonals of `stride x stride` squares of the products: one product of vectors `stride` as long.
 
     Paper: https://arxiv.org/abs/2503.16428
     """
