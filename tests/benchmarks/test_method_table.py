@@ -55,11 +55,14 @@ def test_all_causal_recipes_are_measured_and_no_others(script: ModuleType, model
     methods = {rule.method for name in found for rule in load_recipe(name).attention}
     # Rules that name heads, of a file about the model, make layers of `by_head`.
     for method in set(available()) - methods - {"softmax", "by_head"}:
-        (name,) = [
-            name for name in list_recipes() if [rule.method for rule in load_recipe(name).attention[:1]] == [method]
+        users = [
+            recipe
+            for recipe in map(load_recipe, list_recipes())
+            if [rule.method for rule in recipe.attention[:1]] == [method]
         ]
-        recipe = load_recipe(name)
-        assert recipe.rewrite or not inspect_model(str(model), recipe=recipe).num_converted
+        assert users
+        for recipe in users:
+            assert recipe.rewrite or not inspect_model(str(model), recipe=recipe).num_converted
 
 
 def test_stages_share_the_tokens(script: ModuleType, model: Path, tmp_path: Path) -> None:
