@@ -30,6 +30,7 @@ SHIPPED = [
     "hedgehog-encoder",
     "hedgehog-vision",
     "hybrid",
+    "infllm2",
     "latent",
     "liger",
     "lightning",

@@ -28,6 +28,7 @@ class Scorer(Protocol):
         is_ordered: whether rows and columns of one block stand in the order of time, so that one of them can be hidden
             from another.
         is_compact: whether the columns are much less than the keys, so that they are worth keeping.
+        takes_largest: whether a block counts for as much as the largest of its columns, instead of their sum.
     """
 
     @property
@@ -41,6 +42,9 @@ class Scorer(Protocol):
 
     @property
     def is_compact(self) -> bool: ...
+
+    @property
+    def takes_largest(self) -> bool: ...
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         """`[..., block, D]` → `[..., C, E]`."""
@@ -63,6 +67,7 @@ class Means:
     factor: float = 1.0
     is_ordered: bool = False
     is_compact: bool = True
+    takes_largest: bool = False
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks.mean(-2, keepdim=True)
@@ -89,6 +94,7 @@ class Boxes:
     factor: float = 1.0
     is_ordered: bool = False
     is_compact: bool = True
+    takes_largest: bool = False
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return torch.cat([blocks.amax(-2, keepdim=True), blocks.amin(-2, keepdim=True)], -1)
@@ -114,6 +120,7 @@ class Antidiagonals:
     stride: int
     is_ordered: bool = True
     is_compact: bool = False
+    takes_largest: bool = False
 
     @property
     def columns(self) -> int:
@@ -139,6 +146,38 @@ class Antidiagonals:
 
 
 @dataclass(frozen=True)
+class OverlappingMeans:
+    """Means of `kernel` keys at every `stride`-th inside a block.
+
+    Paper: https://arxiv.org/abs/2509.24663
+    """
+
+    block: int
+    kernel: int
+    stride: int
+    factor: float = 1.0
+    is_ordered: bool = False
+    is_compact: bool = True
+    takes_largest: bool = True
+
+    @property
+    def columns(self) -> int:
+        return (self.block - self.kernel) // self.stride + 1
+
+    def of_keys(self, blocks: Tensor) -> Tensor:
+        return blocks.unfold(-2, self.kernel, self.stride).mean(-1)
+
+    def of_prefixes(self, blocks: Tensor) -> Tensor:
+        return Means().of_prefixes(blocks)
+
+    def of_queries(self, blocks: Tensor) -> Tensor:
+        return blocks.mean(-2, keepdim=True)
+
+    def of_each(self, queries: Tensor) -> Tensor:
+        return queries
+
+
+@dataclass(frozen=True)
 class Products:
     """The products themselves, of every query with every key: as much work as dense attention.
 
@@ -150,6 +189,7 @@ class Products:
     factor: float = 1.0
     is_ordered: bool = True
     is_compact: bool = False
+    takes_largest: bool = False
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks
@@ -194,7 +234,7 @@ def block_shares(scorer: Scorer, rows: Rows, columns: Tensor, *, scaling: float,
         num_blocks: how many there are in all, N.
 
     Returns:
-        `[B, KV, R, N]`, nowhere negative; a row adds up to 1, or to 0 where it sees nothing.
+        `[B, KV, R, N]`, nowhere negative; a row adds up to 1 at most, and to 0 where it sees nothing.
     """
     num_rows = rows.entries.shape[2]
     products = rows.entries[:, :, 0].numel() // rows.entries.shape[-1] * num_blocks * scorer.columns
@@ -239,8 +279,9 @@ def _strip(scorer: Scorer, rows: Rows, columns: Tensor, scaling: float, num_bloc
     if rows.own is not None:
         own = (entries * rows.own[:, :, :, None, None]).sum(-1) * factor
         peak = torch.maximum(peak, own)
-    weights: Tensor = (logits - peak[..., None, None]).exp2().sum(-1)
-    total = weights.sum(-1, keepdim=True)
+    weights: Tensor = (logits - peak[..., None, None]).exp2()
+    total = weights.sum((-1, -2))[..., None]
+    weights = weights.amax(-1) if scorer.takes_largest else weights.sum(-1)
     if own is None:
         alone: Tensor = weights / total.clamp_min(torch.finfo(total.dtype).tiny)
         return F.pad(alone.mean((3, 4)), (0, num_blocks - columns.shape[2]))
