@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from attnconv.errors import RecipeError
+from attnconv import runs
+from attnconv.cli import app
+from attnconv.errors import PlanError, RecipeError
 from attnconv.recipes import Recipe, load_recipe, with_target
 
 
@@ -35,3 +38,18 @@ def test_windows_go_from_one_form_to_the_other_and_back() -> None:
 def test_what_has_one_form_is_refused_in_the_other(target: Any, parts: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=f"no form for --target {target}: .*{said}"):
         with_target(Recipe(name="a", **parts), target)
+
+
+def test_the_command_line_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def convert(_model: str, recipe: Recipe, *_: Any, **__: Any) -> None:
+        seen.append(recipe)
+        raise PlanError("enough")
+
+    monkeypatch.setattr(runs, "run_conversion", convert)
+    for target in ("attnconv", "native"):
+        command = ["convert", "model", "--recipe", "window-native", "--output", "out", "--target", target]
+        assert CliRunner().invoke(app, command).exit_code == 1
+    assert [(bool(recipe.rewrite), bool(recipe.attention)) for recipe in seen] == [(False, True), (True, False)]
+    assert CliRunner().invoke(app, [*command[:-1], "vllm"]).exit_code == 2
