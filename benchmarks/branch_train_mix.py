@@ -3,8 +3,9 @@
     python benchmarks/branch_train_mix.py --model models/smollm2-135m-instruct --folder /tmp/mix
 
 Three branches are tuned by low-rank updates on all projections and merged. `btx` makes experts of their feed-forwards
-and of the model's own and averages the rest; `bam` makes experts of their attentions too. Both are then tuned together
-for the joint budget on all three subjects, and so is `dense`, the model itself, for the tokens of the branches besides.
+and of the model's own and averages the rest, with random routers or with those of `centroids`; `bam` makes experts of
+their attentions too. All are then tuned together for the joint budget on all three subjects, and so is `dense`, the
+model itself, for the tokens of the branches besides.
 
 Perplexity is measured on text that nobody trained on, the same number of tokens of each subject. The mean over the
 three is reported for all models, and the curve of perplexity on the three texts together over the budget. Models that
@@ -133,6 +134,10 @@ def recipes(folder: Path, branch: int, joint: int, held_out: int) -> dict[str, d
     sources = [str(folder / subject) for subject in SUBJECTS]
     experts = {"kind": "experts", "target": "mixtral", "sources": sources, "active": 2}
     made["btx"] = {**together, "rewrite": [experts], "stages": [stage(part, **routed) for part in halves]}
+    # The same, but its routers know from the start what the subjects look like.
+    texts = [str(folder / f"train-{subject}.jsonl") for subject in ("all", *SUBJECTS)]
+    informed = {**experts, "router": "centroids", "domains": texts}
+    made["btx-centroids"] = {**made["btx"], "rewrite": [informed]}
     gates = {"layers": "all", "method": "moa", "options": {"num_experts": len(SUBJECTS) + 1}}
     made["bam"] = {
         **together,
