@@ -18,10 +18,10 @@ from common import RESULTS, commit_state, parser_of, set_threads, write_result
 
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode"]
+OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode", "blocks"]
 OPERATORS += ["hybrid-absolute", "fused-absolute", "decode-absolute"]
 DTYPES = ("bfloat16", "float16", "float32")
-HEADS, KV_HEADS, TOKENS, WINDOW = 4, 2, 256, 64
+HEADS, KV_HEADS, TOKENS, WINDOW, BLOCK = 4, 2, 256, 64, 64
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Case:
     """One operator's tensors.
 
     `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `vector` a gate
-    for each channel, `delta` is the gated delta rule; the others are those of LoLCATs, with softmax terms relative to
-    the largest of each window or absolute.
+    for each channel, `delta` is the gated delta rule, `blocks` softmax over chosen blocks of keys; the others are those
+    of LoLCATs, with softmax terms relative to the largest of each window or absolute.
     """
 
     operator: str
@@ -43,6 +43,7 @@ def record(case: Case, target: int):
     import torch
 
     from attnconv.attention_modules.kernels import launching
+    from attnconv.attention_modules.kernels.block_gather import gather
     from attnconv.attention_modules.kernels.chunk_linear import backward as chunk_linear_backward
     from attnconv.attention_modules.kernels.chunk_linear import forward as chunk_linear
     from attnconv.attention_modules.kernels.chunk_linear import layout
@@ -56,7 +57,8 @@ def record(case: Case, target: int):
     def keep(kernel, grid, arguments, constants, *, num_warps=4, num_stages=2):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
-    for module in (chunk_linear, chunk_linear_backward, decode, delta_rule, delta_rule_backward, fused, hybrid, layout):
+    linear = chunk_linear, chunk_linear_backward, delta_rule, delta_rule_backward, layout
+    for module in (*linear, decode, fused, hybrid, gather):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
@@ -85,6 +87,11 @@ def record(case: Case, target: int):
         out, _, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(*shared, *sizes, True, absolute)
         launches.pop(0)
         torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
+    elif operator == "blocks":
+        indices = torch.zeros(1, KV_HEADS, TOKENS // BLOCK, 2, dtype=torch.int32)
+        shared, sizes = (query, key, key, indices, start), (1.0, BLOCK)
+        out, level = torch.ops.attnconv.block_gather(*shared, *sizes)
+        torch.ops.attnconv.block_gather_gradients(*shared, level, out, level, *sizes)
     elif case.operator == "delta":
         shared = query, key, key, gates, gates, start, memory[0]
         out, last = torch.ops.attnconv.delta_rule(*shared, chunk)

@@ -6,7 +6,7 @@ token on, and only what was chosen is computed.
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch import Tensor
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
-from ..padding import take_tokens
+from ..kernels.block_gather.gather import block_gather, gather_problem
+from ..kernels.selection import needs_package, use_triton
+from ..padding import padding_before, take_tokens
 from ..softmax import attend_dense, attend_dense_naive, decode_dense
 from ..state import AttentionState
-from ..tokens import Call
+from ..tokens import Call, Tokens
 from .executors.gathered import attend_gathered
 from .executors.masked import attend_masked, attend_masked_naive
 from .executors.one_token import attend_one
@@ -36,6 +38,7 @@ class SparseAttention(AttentionModule):
     A preset derives from this class and says which `slots` its options mean.
     """
 
+    implementations: ClassVar[tuple[str, ...]] = ("auto", "naive", "torch", "triton")
     is_recurrent = False
 
     def __init__(self, geometry: Geometry, options: AttentionOptions, implementation: str = "auto") -> None:
@@ -93,11 +96,38 @@ class SparseAttention(AttentionModule):
         keep = self._choice(call, canvas)
         if self.slots.by == "token" or call.query.device.type != "cpu":
             return attend_masked(call, lambda start, stop: self._visible(call, canvas, keep, start, stop))
-        width = int(keep.sum(-1).max())
-        indices = indices_of(keep, canvas.number, width)
+        indices = indices_of(keep, canvas.number, _width(keep))
         queries = canvas.query_blocks(call.query)
         out = attend_gathered(queries, canvas.keys, canvas.values, indices, scaling=call.scaling)
         return canvas.unblock(out, call.length)
+
+    @needs_package
+    def attend_triton(self, call: Call, memory: Memory) -> Tensor | None:
+        """By gathering, where whole blocks of queries choose."""
+        if self._is_dense(call):
+            return None
+        call = call.in_one_dtype()
+        tensors = call.query, call.tokens.keys, call.tokens.values
+        problem = gather_problem(*tensors, self.slots.block)
+        # One query is a block of them.
+        if self.slots.by == "token" and call.length > 1:
+            problem = f"with {self.name!r} each token chooses for itself, and the kernels gather for blocks of queries"
+        if not use_triton(self.implementation, problem, call.query.device):
+            return None
+        indices, start = self._exact_choice(call), padding_before(call.tokens.valid)
+        return block_gather(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)[0]
+
+    @needs_package
+    @torch.no_grad()
+    def _exact_choice(self, call: Call) -> Tensor:
+        """`[B, KV, R, K]`: chosen blocks, by queries and keys in full precision, as the torch form chooses."""
+        dtype, tokens = torch.promote_types(call.query.dtype, torch.float32), call.tokens
+        # No choice looks at values, which need not be laid out again.
+        seen = Tokens(tokens.keys.to(dtype), tokens.values[..., :0], tokens.valid, tokens.positions, tokens.signals)
+        call = call.over(call.query.to(dtype), seen)
+        canvas = Canvas.of(call, self.slots.block)
+        keep = self._choice(call, canvas)
+        return indices_of(keep, canvas.number, _width(keep))
 
     def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
         """The chosen blocks alone are read; a choice is made where a block begins, or for each token."""
@@ -115,8 +145,7 @@ class SparseAttention(AttentionModule):
         indices = state.memory.get(CHOSEN)
         if indices is None or self.slots.by == "token" or not _is_of(indices, count - 1, self.slots.block):
             keep = self._choice_of_one(call, state, count, number)
-            width = int(keep.sum(-1).max()) if keep.device.type == "cpu" else keep.shape[-1]
-            indices = indices_of(keep, number[:, None], width)
+            indices = indices_of(keep, number[:, None], _width(keep))
             state.memory[CHOSEN] = indices
         if self.counts_tokens:
             seen = (indices[:, :, 0] >= 0).sum(-1) - 1
@@ -285,6 +314,11 @@ class SparseAttention(AttentionModule):
         """
         own = position % self.slots.block + 1
         self.tokens_counted = blocks_before.double().mean(1) * self.slots.block + own
+
+
+def _width(keep: Tensor) -> int:
+    """As many choices as any row of `keep` `[B, KV, R, N]` has; on other devices than CPUs, which would wait, all."""
+    return int(keep.sum(-1).max()) if keep.device.type == "cpu" else keep.shape[-1]
 
 
 def _is_of(indices: Tensor, position: Tensor, block: int) -> bool:

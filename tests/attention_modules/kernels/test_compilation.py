@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 FORMS = {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}
 GATES = {"packed": 5, "vector": 6, "delta": 7}
+BLOCKS = {"blocks": 3}
 
 
 # Compiling takes seconds a kernel: each of them for one target here, for the others and wider in the long tests.
@@ -20,14 +21,29 @@ GATES = {"packed": 5, "vector": 6, "delta": 7}
     [
         (64, [90], FORMS),
         (64, [90], GATES),
+        (64, [90], BLOCKS),
         pytest.param(64, [80, 100], FORMS, marks=pytest.mark.slow),
         pytest.param(64, [80, 100], GATES, marks=pytest.mark.slow),
         pytest.param(128, [90], {"hybrid": 3, "fused": 2}, marks=pytest.mark.slow),
         pytest.param(128, [80, 90, 100], GATES, marks=pytest.mark.slow),
+        pytest.param(64, [80, 100], BLOCKS, marks=pytest.mark.slow),
+        pytest.param(128, [80, 90, 100], BLOCKS, marks=pytest.mark.slow),
         (256, [90], {"fused": 2, "decode": 1}),
         pytest.param(256, [80, 100], {"decode": 1}, marks=pytest.mark.slow),
     ],
-    ids=["64", "64-gates", "64-all", "64-gates-all", "128", "128-gates", "256", "256-decode"],
+    ids=[
+        "64",
+        "64-gates",
+        "64-blocks",
+        "64-all",
+        "64-gates-all",
+        "128",
+        "128-gates",
+        "64-blocks-all",
+        "128-blocks",
+        "256",
+        "256-decode",
+    ],
 )
 def test_compiled_for_every_target(
     repository: Path, head_dim: int, targets: list[int], operators: dict[str, int]

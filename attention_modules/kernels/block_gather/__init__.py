@@ -1,0 +1,1 @@
+"""Softmax over chosen blocks of keys, gathered: forward, backward, and one token against a cache."""
