@@ -134,6 +134,11 @@ class ByHeadAttention(AttentionModule):
         tails = [core.tail_tokens for core in self.parts if core.tail_tokens is not None]
         return min(tails) if tails else None
 
+    @property
+    def earlier_queries(self) -> int:
+        """The most that a part reads; each keeps those of its own heads."""
+        return max(core.earlier_queries for core in self.parts)
+
     def reset_parameters(self) -> None:
         for core in self.parts:
             core.reset_parameters()

@@ -231,3 +231,28 @@ def test_queries_of_earlier_tokens_must_be_known() -> None:
     query, key, value = drawn()
     with pytest.raises(ValueError, match="reads the queries of earlier tokens"):
         create("xattention", GEOMETRY).double()(query[:, :, -5:], key, value, scaling=0.25)
+
+
+def test_heads_of_a_layer_may_choose_in_unlike_ways() -> None:
+    """Each part of the heads keeps queries and choices of its own."""
+    parts = [
+        {"groups": [0], "method": "xattention", "options": {"block": 8, "stride": 4, "mass": 0.5}},
+        {"method": "quest", "options": {"block": 4, "budget": 16}},
+    ]
+    module = create("by_head", GEOMETRY, parts=parts).double()
+    query, key, value = drawn()
+    with torch.no_grad():
+        whole, state = module(query, key, value, scaling=0.25), module.new_state()
+        outs = [
+            module(*(t[:, :, start:stop] for t in (query, key, value)), scaling=0.25, state=state)
+            for start, stop in zip((0, 40, *range(41, LENGTH)), (40, *range(41, LENGTH + 1)), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(outs, 2), whole)
+        with counting(module) as counter:
+            module(query, key, value, scaling=0.25)
+    alone = create("quest", Geometry(2, 1, 16, 24), block=4, budget=16).double()
+    torch.testing.assert_close(whole[:, 2:], alone(query[:, 2:], key[:, 1:], value[:, 1:], scaling=0.25))
+    assert 0.2 < counter.total.density < 0.8
+    assert module.earlier_queries == 15
+    with pytest.raises(ValueError, match="can be taken back exactly"):
+        state.crop(40)
