@@ -15,6 +15,7 @@ from ..softmax import SoftmaxAttention
 from ..state import AttentionState
 from ..tokens import Surroundings
 from ..weights import Statistic
+from .gathering import gathered_attention, gathering_pays
 
 
 class Routing(NamedTuple):
@@ -154,6 +155,25 @@ class HeadGate(SoftmaxAttention):
         if counter is not None and places is not None:
             counter.add(self, places, state, serving=gates != 0, held=held)
         return out.to(value.dtype)
+
+    def mixed_where_chosen(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, hidden_states: Tensor | None
+    ) -> Tensor | None:
+        """Plain causal attention of the heads that serve each token; None where all of them take no longer.
+
+        Args:
+            query: `[batch, num_heads, T, head_dim]`, none of which is padding.
+            key: `[batch, num_kv_heads, S, head_dim]`.
+            value: `[batch, num_kv_heads, S, value_dim]`.
+            scaling: factor on query-key products.
+            hidden_states: `[batch, T, hidden]`, the layer's input.
+
+        Returns:
+            `[batch, num_heads, T, value_dim]`, 0 where a head does not serve.
+        """
+        if not gathering_pays(query, key):
+            return None
+        return gathered_attention(query, key, value, self._gates(query, hidden_states, None) != 0, scaling)
 
     def _gates(self, query: Tensor, hidden_states: Tensor | None, valid: Tensor | None) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):

@@ -243,7 +243,10 @@ def _acting_on_heads(
 ) -> tuple[Tensor, Tensor | None]:
     """A call whose values the model's own function mixes, with whatever cache, mask and kernel it does that."""
     query, key, value, attention_mask = call
-    mixed, weights = _own_function(module)(module, *call, **kwargs)
+    weights = None
+    mixed = _of_chosen_heads(module, core, context, call, kwargs)
+    if mixed is None:
+        mixed, weights = _own_function(module)(module, *call, **kwargs)
     wanted = query.shape[0], query.shape[2], query.shape[1], core.geometry.value_dim
     if tuple(mixed.shape) != wanted:
         raise foreign_call(context.name, f"got heads of shape {tuple(mixed.shape)} from its attention, not {wanted}")
@@ -259,6 +262,29 @@ def _acting_on_heads(
     out = core(query, key, value, **given)
     context.attended = True
     return out.transpose(1, 2).contiguous(), weights
+
+
+# Arguments that do not change what plain attention gives.
+_HARMLESS = ("scaling", "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal")
+
+
+def _of_chosen_heads(
+    module: nn.Module, core: AttentionModule, context: CallContext, call: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """`[batch, T, heads, dim]` of the heads that a gate chose; None where the model's own function is to do all."""
+    query, key, value, mask = call
+    (config,) = module.__dict__["_attnconv_config"]
+    is_plain = config._attn_implementation == "sdpa" and mask is None and core.geometry.causal
+    is_plain = is_plain and not kwargs.get("dropout") and kwargs.get("is_causal") in (None, True)
+    is_plain = is_plain and getattr(module, "is_causal", True) and not kwargs.get("output_attentions")
+    is_plain = is_plain and all(value is None or name in _HARMLESS for name, value in kwargs.items())
+    # Of gates on heads alone.
+    attend: Callable[..., Tensor | None] | None = getattr(core, "mixed_where_chosen", None)
+    if attend is None or not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
+    mixed = attend(query, key, value, scaling=scaling, hidden_states=context.hidden_states)
+    return None if mixed is None else mixed.transpose(1, 2)
 
 
 def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:

@@ -251,3 +251,84 @@ def test_a_layer_whose_input_is_not_known_is_refused() -> None:
 
     with pytest.raises(ValueError, match="'moa' reads the layer's input, whose size is not known"):
         create("moa", Geometry(4, 2, 8, 8))
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of a few tokens count as long enough."""
+    from attnconv.attention_modules.heads import gathering
+
+    for name, value in {"LEAST_QUERIES": 8, "LEAST_KEYS": 4, "GATHERED_BLOCK": 4}.items():
+        monkeypatch.setattr(gathering, name, value)
+
+
+def routed(**options: Any) -> PreTrainedModel:
+    model = convert_model(plain(), "moh", **options)
+    torch.manual_seed(3)
+    for module in converted_modules(model).values():
+        nn.init.normal_(module.attnconv.routed_router)
+    return model
+
+
+def dense_calls(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many queries each call of the model's own function has from now on."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    own, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def counted(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(query.shape[2])
+        return own(module, query, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counted)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{"unit": "group", "active": 1}, {"active": 2}, {"active": 1, "num_shared": 1}])
+def test_only_chosen_heads_are_computed(options: Any, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed(**options)
+    with torch.enable_grad():
+        wanted = model(PROMPT, use_cache=False).logits.detach()
+    text = greedy(model, PROMPT[:1], cache_implementation="static")
+    calls = dense_calls(model, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert calls == []
+    assert torch.equal(greedy(model, PROMPT[:1]), text)
+    # A token that both KV heads serve is left to the model's own function.
+    assert set(calls) <= {1}
+    if options.get("unit") == "group":
+        assert calls == []
+
+
+@pytest.mark.parametrize("case", ["many", "padded", "bf16", "short", "eager", "gradients"])
+def test_where_nothing_is_saved_the_model_does_it_all(case: str, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed(unit="group", active=2 if case == "many" else 1)
+    tokens, options = PROMPT, {}
+    if case == "bf16":
+        model = model.bfloat16()
+    if case == "eager":
+        model = convert_model(plain(attn_implementation="eager"), "moh", unit="group", active=2)
+    if case == "short":
+        tokens = PROMPT[:, :5]
+    if case == "padded":
+        options = {"attention_mask": PADDED}
+    calls = dense_calls(model, monkeypatch)
+    with torch.set_grad_enabled(case == "gradients"):
+        model(tokens, use_cache=False, **options)
+    assert len(calls) == (0 if case == "eager" else 3)
+
+
+def test_windows_and_packed_rows_are_left_to_the_model(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = routed(unit="group", active=1)
+    positions = torch.cat([torch.arange(9), torch.arange(6)])[None]
+    with torch.enable_grad():
+        wanted = model(PROMPT[:1], position_ids=positions, use_cache=False).logits.detach()
+    with torch.no_grad():
+        found = model(PROMPT[:1], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    window = convert_model(plain("mistral", sliding_window=6), "moh", unit="group", active=1, router="query_norm")
+    with torch.enable_grad():
+        wanted = window(PROMPT, use_cache=False).logits.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(window(PROMPT, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-5)
