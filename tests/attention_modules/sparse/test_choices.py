@@ -62,6 +62,21 @@ def test_antidiagonal_sums_choose_the_blocks_that_hold_the_mass() -> None:
             assert found == chosen, (head, own)
 
 
+def test_products_of_the_block_before_are_its_attention() -> None:
+    """By exact attention the choice is as good as one can be: the mass of each block, summed over queries and heads."""
+    block = 8
+    query, key, value = drawn(64)
+    module = create("sparse", GEOMETRY, block=block, summary="products", blocks=3, sink_blocks=0).double()
+    seen = attended(module, query, key, value)
+    weights = create("softmax", GEOMETRY).double().attention_weights(query, key, scaling=0.25)
+    mass = weights.unflatten(-1, (8, block)).sum(-1).unflatten(2, (8, block)).sum(3).unflatten(1, (2, 2)).sum(2)
+    for kv in range(2):
+        for own in range(3, 8):
+            chosen = {own, *mass[0, kv, own - 1, :own].topk(2).indices.tolist()}
+            rows = seen[0, 2 * kv, own * block : (own + 1) * block]
+            assert {int(column) // block for column in rows.any(0).nonzero()} == chosen
+
+
 def test_boxes_are_bounds_and_each_token_chooses_for_itself() -> None:
     block, budget = 4, 16
     query, key, value = drawn(40)
@@ -93,6 +108,8 @@ def test_boxes_are_bounds_and_each_token_chooses_for_itself() -> None:
         ("xattention", {"block": 8, "stride": 4, "density": 0.3, "local_blocks": 1}),
         ("quest", {"block": 4, "budget": 16}),
         ("quest", {"block": 4, "mass": 0.5, "dense_len": 16}),
+        ("sparse", {"block": 8, "summary": "products", "query": "first", "blocks": 4}),
+        ("sparse", {"block": 8, "summary": "products", "query": "previous", "mass": 0.5}),
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
