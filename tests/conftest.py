@@ -61,23 +61,27 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
-# Files of half a minute and more. They go first, so that at the end no worker is left alone with one of them.
+# The longest files. They go first, so that at the end no worker is left alone with one of them.
 LONGEST = (
-    "sweep/test_coverage.py",
-    "attention_modules/kernels/test_state_kernels.py",
     "attention_modules/test_invariants.py",
     "attention_modules/test_state_invariants.py",
+    "attention_modules/kernels/test_state_kernels.py",
+    "convert/test_generation.py",
     "attention_modules/kernels/test_kernels.py",
-    "attention_modules/kernels/test_decoding.py",
-    "attention_modules/kernels/test_compilation.py",
-    "convert/test_rewriting.py",
-    "convert/test_refusals.py",
-    "distill/test_resume.py",
-    "distill/test_training.py",
+    "sweep/test_coverage.py",
     "cli/test_process.py",
-    "cli/test_measuring.py",
+    "attention_modules/kernels/test_compilation.py",
+    "attention_modules/kernels/test_decoding.py",
+    "attention_modules/kernels/test_blocks.py",
+    "distill/test_conversion.py",
+    "distill/test_images.py",
+    "evaluate/test_report_files.py",
     "evaluate/test_report.py",
-    "evaluate/test_report_details.py",
+    "evaluate/test_engine.py",
+    "convert/test_bundle.py",
+    "convert/test_expert_table.py",
+    "convert/test_refusals.py",
+    "cli/test_measuring.py",
     "evaluate/test_compare.py",
 )
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from invariants import (
     BASE,
-    GEOMETRIES,
     HIDDEN_SIZE,
     ROWS,
     Row,
@@ -23,6 +22,7 @@ from invariants import (
     causal_rows,
     close,
     directed,
+    geometries_of,
     in_all_directions,
     lengths_of,
     long_length,
@@ -64,7 +64,7 @@ def test_oracle_forward_and_gradients(row: Row, causal: bool, length: int) -> No
 @in_all_directions([row for row in ROWS if row.method != "softmax"])
 def test_oracle_over_several_segments(row: Row, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than what is handled at a time."""
-    compare_gradients(row, directed(BASE, causal), tokens(long_length(row, monkeypatch), batch=1))
+    compare_gradients(row, directed(BASE, causal), tokens(long_length(row, causal, monkeypatch), batch=1))
 
 
 def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tensor]) -> None:
@@ -82,16 +82,18 @@ def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tenso
         close(results[1][name], expected, 1e-8)
 
 
+def name_of(g: Geometry) -> str:
+    return f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
+
+
 @rows_and_directions
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_oracle_in_low_precision(
     row: Row, causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry = directed(BASE, causal)
-    inputs = {
-        name: t.to(dtype)
-        for name, t in tokens(long_length(row, monkeypatch) if row.method != "softmax" else 123).items()
-    }
+    length = 123 if row.method == "softmax" else long_length(row, causal, monkeypatch)
+    inputs = {name: t.to(dtype) for name, t in tokens(length, batch=1).items()}
     expected = attend(build(row, geometry, implementation="naive"), {name: t.double() for name, t in inputs.items()})
     actual = attend(build(row, geometry).float(), inputs)
     assert actual.dtype == dtype
@@ -157,9 +159,10 @@ def test_degenerate_setting_is_softmax(row: Row, causal: bool, implementation: s
     close(attend(module, inputs), sdpa(inputs, causal=causal))
 
 
-@rows_and_directions
 @pytest.mark.parametrize(
-    "geometry", GEOMETRIES, ids=lambda g: f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
+    ("row", "causal", "geometry"),
+    [(row, causal, geometry) for row in ROWS for causal in row.directions for geometry in geometries_of(row)],
+    ids=lambda value: value.id if isinstance(value, Row) else name_of(value) if isinstance(value, Geometry) else None,
 )
 def test_geometries(row: Row, causal: bool, geometry: Geometry) -> None:
     geometry = row.widen(replace(geometry, hidden_size=HIDDEN_SIZE, causal=causal))

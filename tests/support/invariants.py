@@ -25,13 +25,14 @@ GEOMETRIES = [
     Geometry(2, 1, 256, 256),
 ]
 # The first row of each method is drawn longer than two whole segments, unless its oracle walks from token to token; all
-# others are drawn shorter, with segments that are as much shorter.
+# others are drawn shorter, with segments that are as much shorter, at fewer lengths and with fewer geometries.
 FIRST_ROWS = {row.method: row for row in reversed(ROWS) if not row.walks}
 LONG, SHORTER = 1100, 300
 BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
 LENGTHS = [1, 7, 63, 123, 200]
-# An oracle that walks from token to token is slow. What lies beyond two chunks it sees once, over several segments.
-WALKED_LENGTHS = [1, 63, 123]
+# Of further options, and of an oracle that walks from token to token and is slow. What lies beyond two chunks is seen
+# once, over several segments.
+FEWER_LENGTHS = [1, 63, 123]
 
 causal_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.causal], ids=lambda row: row.id)
 
@@ -101,9 +102,14 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-def long_length(row: Row, monkeypatch: pytest.MonkeyPatch) -> int:
+def is_first(row: Row) -> bool:
+    """Whether a row is the one that its method is drawn long for."""
+    return FIRST_ROWS.get(row.method) is row
+
+
+def long_length(row: Row, causal: bool, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens that are more than what a method handles at a time."""
-    if FIRST_ROWS.get(row.method) is row:
+    if causal and is_first(row):
         return LONG
     for name, module in list(sys.modules.items()):
         if name.startswith("attnconv.attention_modules.linear.") and hasattr(module, "SEGMENT"):
@@ -114,7 +120,14 @@ def long_length(row: Row, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def lengths_of(row: Row) -> list[int]:
     """The lengths at which a row is compared with its oracle, gradients included."""
-    return WALKED_LENGTHS if row.walks else LENGTHS
+    return LENGTHS if is_first(row) else FEWER_LENGTHS
+
+
+def geometries_of(row: Row) -> list[Geometry]:
+    """All geometries for the first row of a method; every second one for the others, in turns."""
+    if is_first(row):
+        return GEOMETRIES
+    return GEOMETRIES[ROWS.index(row) % 2 :: 2]
 
 
 def directed(geometry: Geometry, causal: bool) -> Geometry:

@@ -1,10 +1,9 @@
 """The kernels compile for GPUs that this machine need not have, spill nothing and fit into their shared memory."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 pytest.importorskip("triton")
@@ -48,9 +47,9 @@ BLOCKS = {"blocks": 3}
 def test_compiled_for_every_target(
     repository: Path, head_dim: int, targets: list[int], operators: dict[str, int]
 ) -> None:
-    command = [sys.executable, repository / "benchmarks" / "kernels_static.py", "--check", "--dtypes", "bfloat16"]
+    command = [repository / "benchmarks" / "kernels_static.py", "--check", "--dtypes", "bfloat16"]
     command += ["--head-dims", str(head_dim), "--operators", *operators, "--targets", *map(str, targets)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fresh_process.run(*command)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(row["target"], row["head_dim"]) for row in rows} == {(f"sm_{target}", head_dim) for target in targets}
@@ -63,9 +62,9 @@ def test_compiled_for_every_target(
 @pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (128, "float16")], ids=["64-fp32", "128-fp16"])
 def test_maps_inside_the_kernels_in_other_dtypes(repository: Path, head_dim: int, dtype: str) -> None:
-    command = [sys.executable, repository / "benchmarks" / "kernels_static.py", "--check", "--operators", "fused"]
+    command = [repository / "benchmarks" / "kernels_static.py", "--check", "--operators", "fused"]
     command += ["--dtypes", dtype, "--head-dims", str(head_dim), "--targets", "80"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fresh_process.run(*command)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["spilled_bytes"], row["shared_bytes"] < row["shared_limit"]) for row in rows] == [(0, True)] * 2
