@@ -18,7 +18,7 @@ def readers_of(indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 
     Args:
         indices: `[B, KV, R, K]`, -1 for none.
-        num_blocks: N.
+        num_blocks: how many blocks of keys there are, `N`.
 
     Returns:
         blocks of queries `[B * KV * R * K]` int32, those that chose the same block of keys side by side in their order;
