@@ -129,6 +129,28 @@ def chunked(query: Any, key: Any, value: Any, gates: Any) -> Any:
     return chunk_linear(query, key, value, log_gates=gates, implementation="triton")[0][0]
 
 
+def gather(query: Any, key: Any, value: Any) -> Any:
+    """Softmax over blocks chosen by chance, every KV head its own."""
+    from attnconv.attention_modules.kernels.block_gather.gather import block_gather
+
+    shape = Shape(query.shape[0], query.shape[2], query.shape[1], key.shape[1], query.shape[3])
+    indices = blocks_by_chance(shape, query.device)
+    return block_gather(query, key, value, indices, scaling=shape.head_dim**-0.5, block=work.BLOCK)[0]
+
+
+@functools.cache
+def blocks_by_chance(shape: Shape, device: Any) -> Any:
+    """`[batch, kv_heads, query_blocks, chosen]`: the own block and others before it, each once."""
+    import torch
+
+    rows, others = -(-shape.length // work.BLOCK), work.chosen_blocks(shape.length) - 1
+    own = torch.arange(rows, device=device)
+    ranked = torch.rand(shape.batch, shape.kv_heads, rows, rows, device=device)
+    ranked = ranked.masked_fill(own >= own[:, None], -1.0)
+    best = ranked.topk(min(others, rows), -1)
+    return torch.cat([own[:, None].expand(*ranked.shape[:3], 1), best.indices.masked_fill(best.values < 0, -1)], -1)
+
+
 def sequence_cases(shape: Shape, device: Any, *, has_fla: bool) -> Iterator[Case]:
     """Whole sequences, forward and with gradients."""
     import torch
@@ -142,6 +164,7 @@ def sequence_cases(shape: Shape, device: Any, *, has_fla: bool) -> Iterator[Case
     equal = Shape(**{**vars(shape), "kv_heads": shape.heads})
     gates = -torch.rand(shape.batch, shape.heads, shape.length, device=device)
     contestants = [("sdpa", shape, work.softmax_work, flash), ("lolcats", shape, work.hybrid_work, hybrid)]
+    contestants += [(f"block gather, {work.SHARE:.0%} of blocks", shape, work.gather_work, gather)]
     contestants += [("gated linear", equal, work.linear_work, functools.partial(chunked, gates=gates))]
     if has_fla:
         contestants += [("fla simple_gla", equal, work.linear_work, functools.partial(simple_gla, gates=gates))]

@@ -15,7 +15,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lightning": ("lightning", {}),
     "gated, a gate per head": ("gated", {"gate": "scalar"}),
     "gated_delta": ("gated_delta", {}),
+    "xattention": ("xattention", {"block": 64, "mass": 0.6}),
+    "strided, small blocks": ("strided", {"block": 16, "local_blocks": 1, "stride": 3}),
 }
+# Of the timed gather of blocks: tokens of one, and the share of a sequence's blocks that a block of queries attends.
+BLOCK, SHARE = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,19 @@ def softmax_work(shape: Shape, *, backward: bool = False) -> Work:
     """Causal softmax attention: two products over half of all pairs; their gradients are five more."""
     products = 2 + (5 if backward else 0)
     flops = products * shape.batch * shape.heads * shape.length**2 * shape.head_dim
+    return Work(flops, shape.read_and_written * (3 if backward else 1))
+
+
+def chosen_blocks(length: int) -> int:
+    """Blocks that a block of queries attends in the timed gather, its own included, if so many are before it."""
+    return max(1, round(SHARE * length / BLOCK))
+
+
+def gather_work(shape: Shape, *, backward: bool = False) -> Work:
+    """Softmax over the chosen blocks, of each block's own one half; the same products as dense attention."""
+    most, products = chosen_blocks(shape.length), 2 + (5 if backward else 0)
+    pairs = sum(min(most, row + 1) - 0.5 for row in range(-(-shape.length // BLOCK))) * BLOCK**2
+    flops = 2 * products * shape.batch * shape.heads * pairs * shape.head_dim
     return Work(flops, shape.read_and_written * (3 if backward else 1))
 
 

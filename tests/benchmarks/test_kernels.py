@@ -50,6 +50,10 @@ def test_work_by_hand(modules: tuple[ModuleType, ModuleType]) -> None:
     # 16 window tokens twice, two maps of 8 x 8, and 16 x 8 sums added to and read.
     assert work.hybrid_work(shape).flops == 2 * 4 * 100 * 2 * (2 * 16 * 8 + 2 * 8 * 8 + 2 * 16 * 8)
     assert work.linear_work(shape).flops == 2 * 4 * 100 * 2 * 2 * 8 * 8
+    # 4,000 tokens are 63 blocks; each attends 6, its own by half, or all before it.
+    long = work.Shape(batch=2, length=4000, heads=4, kv_heads=2, head_dim=8)
+    blocks = 0.5 + 1.5 + 2.5 + 3.5 + 4.5 + 58 * 5.5
+    assert work.gather_work(long).flops == 2 * 4 * blocks * 64 * 64 * 8 * 2 * 2
     assert work.softmax_decode_work(shape).num_bytes == 2 * 2 * 100 * (8 + 8) * 2
     longer = work.Shape(batch=2, length=1000, heads=4, kv_heads=2, head_dim=8, window=16, itemsize=2)
     assert work.hybrid_decode_work(longer) == work.hybrid_decode_work(shape)
@@ -92,10 +96,22 @@ def test_cases_of_a_length(modules: tuple[ModuleType, ModuleType]) -> None:
     shape, device = work.Shape(1, 8, heads=2, kv_heads=1, head_dim=4), torch.device("cpu")
     names = [case[0] for case in kernels.sequence_cases(shape, device, has_fla=False)]
     both = ("forward", "forward and backward")
-    assert names == [f"{name}, {passes}" for passes in both for name in ("sdpa", "lolcats", "gated linear")]
+    timed = ("sdpa", "lolcats", "block gather, 10% of blocks", "gated linear")
+    assert names == [f"{name}, {passes}" for passes in both for name in timed]
     with_fla = [case[0] for case in kernels.sequence_cases(shape, device, has_fla=True)]
     assert set(with_fla) - set(names) == {f"fla simple_gla, {passes}" for passes in both}
     assert [case[0] for case in kernels.decode_cases(shape, device)] == ["sdpa, decode", "lolcats, decode"]
+
+
+def test_blocks_by_chance_are_before_their_queries_and_never_twice(modules: tuple[ModuleType, ModuleType]) -> None:
+    work, kernels = modules
+    found = kernels.blocks_by_chance(work.Shape(1, 2000, heads=2, kv_heads=2, head_dim=4), torch.device("cpu"))
+    assert found.shape == (1, 2, 32, 3)
+    assert torch.equal(found[0, 0, :, 0], torch.arange(32))
+    for row, chosen in enumerate(found[0, 1].tolist()):
+        real = [number for number in chosen if number >= 0]
+        assert len(set(real)) == len(real) == min(3, row + 1)
+        assert max(real) == row
 
 
 CHECK = """
@@ -103,7 +119,7 @@ import json, sys
 import quick_triton
 sys.path.insert(0, sys.argv[1])
 import kernels_check
-cases = [("lolcats", "float32"), ("hedgehog", "bfloat16")]
+cases = [("lolcats", "float32"), ("hedgehog", "bfloat16"), ("strided, small blocks", "float32")]
 rows = [kernels_check.check(variant, dtype, 16, 5, "cpu") for variant, dtype in cases]
 from attnconv.attention_modules.linear import lolcats
 right = lolcats.decode_step
@@ -115,5 +131,5 @@ print(json.dumps([*rows, kernels_check.check("lolcats", "float32", 16, 5, "cpu")
 def test_checks_pass_for_what_is_right_and_fail_for_what_is_wrong(repository: Path) -> None:
     pytest.importorskip("triton")
     rows = json.loads(interpreted("-c", CHECK, repository / "benchmarks"))
-    assert [row["passed"] for row in rows] == [True, True, False]
+    assert [row["passed"] for row in rows] == [True, True, True, False]
     assert rows[-1]["worst"] == "decoded"
