@@ -18,7 +18,7 @@ from common import RESULTS, commit_state, parser_of, set_threads, write_result
 
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode", "blocks"]
+OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode", "blocks", "blocks-decode"]
 OPERATORS += ["hybrid-absolute", "fused-absolute", "decode-absolute"]
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KV_HEADS, TOKENS, WINDOW, BLOCK = 4, 2, 256, 64, 64
@@ -29,8 +29,8 @@ class Case:
     """One operator's tensors.
 
     `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `vector` a gate
-    for each channel, `delta` is the gated delta rule, `blocks` softmax over chosen blocks of keys; the others are those
-    of LoLCATs, with softmax terms relative to the largest of each window or absolute.
+    for each channel, `delta` is the gated delta rule, `blocks` softmax over chosen blocks of keys, of sequences and of
+    one token; the others are those of LoLCATs, with softmax terms relative to the largest of each window or absolute.
     """
 
     operator: str
@@ -43,6 +43,7 @@ def record(case: Case, target: int):
     import torch
 
     from attnconv.attention_modules.kernels import launching
+    from attnconv.attention_modules.kernels.block_gather import decode as decode_gather
     from attnconv.attention_modules.kernels.block_gather import gather
     from attnconv.attention_modules.kernels.chunk_linear import backward as chunk_linear_backward
     from attnconv.attention_modules.kernels.chunk_linear import forward as chunk_linear
@@ -58,7 +59,7 @@ def record(case: Case, target: int):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
     linear = chunk_linear, chunk_linear_backward, delta_rule, delta_rule_backward, layout
-    for module in (*linear, decode, fused, hybrid, gather):
+    for module in (*linear, decode, fused, hybrid, gather, decode_gather):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
@@ -87,6 +88,9 @@ def record(case: Case, target: int):
         out, _, mass, peak, best = torch.ops.attnconv.hybrid_window_linear(*shared, *sizes, True, absolute)
         launches.pop(0)
         torch.ops.attnconv.window_gradients(query, key, key, torch.zeros(HEADS), start, out, mass, peak, best, *sizes)
+    elif case.operator == "blocks-decode":
+        indices = torch.zeros(1, KV_HEADS, 1, TOKENS // BLOCK, dtype=torch.int32)
+        torch.ops.attnconv.decode_blocks(query[:, :, :1], key, key, indices, start, 1.0, BLOCK)
     elif operator == "blocks":
         indices = torch.zeros(1, KV_HEADS, TOKENS // BLOCK, 2, dtype=torch.int32)
         shared, sizes = (query, key, key, indices, start), (1.0, BLOCK)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
+from ..kernels.block_gather.decode import decode_blocks, decode_problem
 from ..kernels.block_gather.gather import block_gather, gather_problem
 from ..kernels.selection import needs_package, use_triton
 from ..padding import padding_before, take_tokens
@@ -114,6 +115,8 @@ class SparseAttention(AttentionModule):
             problem = f"with {self.name!r} each token chooses for itself, and the kernels gather for blocks of queries"
         if not use_triton(self.implementation, problem, call.query.device):
             return None
+        # As in the torch form.
+        memory.pop(CHOSEN, None)
         indices, start = self._exact_choice(call), padding_before(call.tokens.valid)
         return block_gather(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)[0]
 
@@ -138,6 +141,29 @@ class SparseAttention(AttentionModule):
             return decode_dense(call)
         if (most := self._most_pages(call)) is not None:
             return self._attend_pages(call, state, most)
+        indices, count = self._choice_kept(call, state)
+        return attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
+
+    @needs_package
+    def decode_triton(self, call: Call, state: AttentionState) -> Tensor | None:
+        """The chosen blocks by a kernel, out of the cache as it lies."""
+        device = call.query.device
+        if not self.slots.decode or (self.implementation != "triton" and device.type != "cuda"):
+            return None
+        problem = decode_problem(call.query, call.tokens.keys, call.tokens.values)
+        # Where Triton was asked for, a call like others says why not.
+        if self.implementation == "triton" and problem is not None:
+            return None
+        if not use_triton(self.implementation, problem, device):
+            return None
+        call = call.over(call.query, state.append(call.tokens))
+        indices, _ = self._choice_kept(call, state)
+        tensors, start = (call.query, call.tokens.keys, call.tokens.values), padding_before(call.tokens.valid)
+        return decode_blocks(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)
+
+    def _choice_kept(self, call: Call, state: AttentionState) -> tuple[Tensor, Tensor]:
+        """What the token of a call attends, `[B, KV, 1, K]`, kept where it holds for a block; `[B]` real tokens."""
+        tokens = call.tokens
         # A row of padding looks at whatever stands last.
         total = torch.full((len(call.query),), tokens.length, device=call.query.device)
         count = total if tokens.valid is None else tokens.valid.sum(-1).clamp_min(1)
@@ -150,7 +176,7 @@ class SparseAttention(AttentionModule):
         if self.counts_tokens:
             seen = (indices[:, :, 0] >= 0).sum(-1) - 1
             self._note(seen[..., None], (count - 1)[:, None])
-        return attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
+        return indices, count
 
     def _most_pages(self, call: Call) -> int | None:
         """Pages that the one token of a call chooses for itself, its own included, if their number is certain."""

@@ -1,11 +1,15 @@
 """Softmax over gathered blocks, by itself and inside the methods, interpreted; see `interpreting.py`."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from interpreting import Case, Inputs, Module, answer, differentiate, errors
 from torch import Tensor
 
+from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules.kernels.block_gather import decode
 from attnconv.attention_modules.kernels.block_gather.gather import block_gather
 
 
@@ -97,6 +101,48 @@ class Gather:
         return errors(actual, differentiate(oracle, inputs, torch.float64))
 
 
+def one_token(*, dims: tuple[int, int], group: int, block: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """One query of two padded rows: holes, a block twice, the last in part, a head without any; a cache with room."""
+    torch.manual_seed(block)
+    decode.SPAN, start = 32, (0, 9)
+    total = 4 * block + 3
+    query = torch.randn(2, 2 * group, 1, dims[0]).to(dtype)
+    key, value = (torch.randn(2, 2, total + 5, dim).to(dtype)[:, :, :total] for dim in dims)
+    indices = torch.tensor([[[[4, -1, 0, 2, 0]], [[4, 1, -1, -1, -1]]], [[[3, 1, -1, 4, 2]], [[-1] * 5]]])
+    out = decode.decode_blocks(
+        query, key, value, indices, scaling=0.3, block=block, start=torch.tensor(start, dtype=torch.int32)
+    )
+    expected = torch.zeros(2, 2 * group, 1, dims[1], dtype=torch.float64)
+    for b, h in ((0, 0), (0, 1), (1, 0)):
+        numbers = [number for number in indices[b, h, 0].tolist() if number >= 0]
+        at = torch.cat([torch.arange(number * block, (number + 1) * block) for number in numbers]) + start[b]
+        near, mixed = (t[b, h, at[at < total]].double() for t in (key, value))
+        heads = slice(h * group, (h + 1) * group)
+        expected[b, heads, 0] = (query[b, heads, 0].double() @ near.T * 0.3).softmax(-1) @ mixed
+    return errors({"out": out.double()}, {"out": expected})
+
+
+def tokens_after_a_prompt(method: str, **options: object) -> dict[str, float]:
+    """Four tokens one by one, across the end of a block, against the method's oracle; a row of padding among them."""
+    outs, geometry, prompt = [], Geometry(3, 1, 16, 24), 30
+    for implementation, dtype in (("triton", torch.float32), ("naive", torch.float64)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(2, 3, prompt + 4, 16), (2, 1, prompt + 4, 16), (2, 1, prompt + 4, 24)]
+        drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        mask = torch.arange(prompt + 4) >= torch.tensor([[0], [7]])
+        mask[0, prompt + 1] = False
+        module = create(method, geometry, implementation=implementation, **options)
+        state = module.new_state()
+        cuts = [0, prompt, *range(prompt + 1, prompt + 5)]
+        with torch.no_grad():
+            for low, high in pairwise(cuts):
+                part = [t[:, :, low:high] for t in drawn]
+                out = module(*part, scaling=0.3, padding_mask=mask[:, low:high], state=state)
+                outs.append(out.double())
+    half = len(outs) // 2
+    return errors(*({str(i): out for i, out in enumerate(part)} for part in (outs[:half], outs[half:])))
+
+
 CASES: dict[str, Case] = {
     "gather-1": Gather(length=1).run,
     "gather-37": Gather().run,
@@ -110,6 +156,11 @@ CASES: dict[str, Case] = {
     "gather-long-blocks": Gather(heads=(1, 1), past=60, length=5, block=128).run,
     "module-xattention": Module("xattention", (21, 20, 1), (("block", 16), ("stride", 4), ("mass", 0.6))).run,
     "module-strided": Module("strided", (19, 9, 1), (("block", 16),)).run,
+    "decode-64-group-3": partial(one_token, dims=(64, 64), group=3, block=16),
+    "decode-80-blocks-of-5": partial(one_token, dims=(80, 96), group=1, block=5),
+    "decode-256-bf16": partial(one_token, dims=(256, 200), group=17, block=8, dtype=torch.bfloat16),
+    "decode-xattention": partial(tokens_after_a_prompt, "xattention", block=16, mass=0.6),
+    "decode-quest": partial(tokens_after_a_prompt, "quest", block=4, budget=12, prefill="dense"),
     "gather-fp16": Gather(heads=(3, 1), length=33, dtype=torch.float16).run,
     "gather-bf16": Gather(heads=(3, 1), length=33, padding=(2, 5), dtype=torch.bfloat16).run,
 }

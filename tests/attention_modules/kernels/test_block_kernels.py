@@ -48,7 +48,8 @@ def test_operators_have_shapes_without_values() -> None:
         given = query, key, value, torch.zeros(2, 2, 1, 1, dtype=torch.int32), None
         out, level = torch.ops.attnconv.block_gather(*given, 1.0, 16)
         gradients = torch.ops.attnconv.block_gather_gradients(*given, level, out, level, 1.0, 16)
-    assert [tuple(t.shape) for t in (out, level)] == [(2, 4, 9, 8), (2, 4, 9)]
+        one = torch.ops.attnconv.decode_blocks(query[:, :, :1], *given[1:], 1.0, 16)
+    assert [tuple(t.shape) for t in (out, level, one)] == [(2, 4, 9, 8), (2, 4, 9), (2, 4, 1, 8)]
     assert [t.shape for t in gradients] == [query.shape, key.shape, value.shape]
 
 
@@ -84,3 +85,21 @@ def test_why_torch_serves_is_said_once_on_a_gpu_and_raised_where_kernels_were_as
         create(method, geometry, block=block, implementation="triton").attend_triton(call, {})
     dense = create(method, geometry, block=block, prefill="dense", implementation="triton")
     assert dense.attend_triton(call, {}) is None
+
+
+def test_what_no_kernel_decodes_is_left_to_others_before_the_state_changes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_said", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, heads, 1, 300, device="cuda") for heads in (2, 1, 1))
+    call = Call(query, Tokens(key, value), 0.3)
+    for implementation in ("auto", "triton"):
+        module = create("quest", Geometry(2, 1, 300, 300), implementation=implementation)
+        state = module.new_state()
+        with caplog.at_level(logging.WARNING):
+            assert module.decode_triton(call, state) is None
+        assert state.seen == 0
+    reason = "a vector has 300 numbers, and the kernels take at most 256"
+    assert [record.message for record in caplog.records] == [f"attention falls back to torch: {reason}"]

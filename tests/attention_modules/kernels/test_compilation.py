@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 FORMS = {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}
 GATES = {"packed": 5, "vector": 6, "delta": 7}
-BLOCKS = {"blocks": 3}
+BLOCKS = {"blocks": 3, "blocks-decode": 2}
 
 
 # Compiling takes seconds a kernel: each of them for one target here, for the others and wider in the long tests.
