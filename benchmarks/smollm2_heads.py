@@ -41,6 +41,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--recipe", default="duo")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
+    parser.add_argument("--without-teacher", action="store_true", help="the model itself was measured in another run")
     parser.add_argument("--half", choices=HALVES, help="half of the prompts of each length; both, if left out")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
@@ -53,7 +54,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     recipe = load_recipe(arguments.recipe, arguments.changes)
     modules = [module for module in probe(model.config, type(model)) if module.self_attention]
-    results: dict[str, Any] = {"teacher": measured(model, tokenizer, prompts)}
+    results: dict[str, Any] = {}
+    if not arguments.without_teacher:
+        results["teacher"] = measured(model, tokenizer, prompts)
     convert_model(model, recipe)
     results["converted"] = measured(model, tokenizer, prompts)
     results["cache"] = cache_bytes(model, modules)
