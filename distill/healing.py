@@ -35,6 +35,8 @@ from .trainee import Trainee
 from .training import StageJob, run_stage, stage_name
 from .work_folder import StageState, WorkFolder, fingerprint
 
+# In one forward pass of a measurement; a small model spends half of a single short window on the calls themselves.
+TOKENS_AT_ONCE = 1536
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -281,7 +283,8 @@ def measure(run: Run, model: PreTrainedModel, label: str, *, needed: bool = True
     if section is None or tokens is None or f"perplexity/{label}" in run.measured:
         return
     run.progress.phase(f"Measuring perplexity: {label}")
-    result = perplexity(model, tokens, context=section.context, limit=section.tokens, tokenizer=run.tokenizer)
+    sizes: dict[str, Any] = {"context": section.context, "batch_size": max(1, TOKENS_AT_ONCE // section.context)}
+    result = perplexity(model, tokens, limit=section.tokens, tokenizer=run.tokenizer, **sizes)
     run.progress.end()
     if needed:
         check_perplexity(result.perplexity, label)

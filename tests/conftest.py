@@ -72,7 +72,7 @@ LONGEST = (
     "cli/test_process.py",
     "attention_modules/kernels/test_compilation.py",
     "attention_modules/kernels/test_decoding.py",
-    "attention_modules/kernels/test_blocks.py",
+    "attention_modules/kernels/test_block_kernels.py",
     "distill/test_conversion.py",
     "distill/test_images.py",
     "evaluate/test_report_files.py",

@@ -1,12 +1,14 @@
 """Models that are none any more: refused, or warned about."""
 
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attnconv.distill import healing
+from attnconv.distill import Silent, healing
 from attnconv.distill.health import is_finite
 from attnconv.errors import TrainingError
 from attnconv.evaluate.tasks.perplexity import PerplexityResult
@@ -79,3 +81,18 @@ def test_one_value_decides(value, finite):
     tensor = torch.ones(1000, dtype=torch.bfloat16)
     tensor[500] = value
     assert is_finite(tensor) is finite
+
+
+def test_short_windows_are_measured_together(monkeypatch):
+    asked = []
+
+    def perplexity(model, tokens, **options):
+        asked.append(options["batch_size"])
+        return PerplexityResult(1.0, math.e, None, 1, None)
+
+    monkeypatch.setattr(healing, "perplexity", perplexity)
+    for context in (384, 1024, 4096):
+        recipe = SimpleNamespace(evaluate=SimpleNamespace(context=context, tokens=None))
+        given = {"evaluation_tokens": torch.ones(2), "measured": {}, "tokenizer": None, "record": lambda *_: None}
+        healing.measure(SimpleNamespace(recipe=recipe, progress=Silent(), **given), None, "teacher")
+    assert asked == [4, 1, 1]
