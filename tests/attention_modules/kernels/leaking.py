@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "gated-vector": ("gated", {"gate": "vector"}),
     "gated-delta": ("gated_delta", {}),
     "lolcats": ("lolcats", {"window": 4}),
+    "xattention": ("xattention", {"block": 16}),
     "lolcats-features": ("lolcats", {"window": 4, "feature_map": "relu"}),
 }
 
