@@ -89,7 +89,8 @@ TABLE = (
         "no",
         remark=(
             "its class reads neither the bias that holds the latent's norm nor the factors of the rotary embedding; "
-            "`constant: false` in the rewrite writes a model without either, at a high cost in quality"
+            "`constant: false` in the rewrite writes a model without either, at a high cost in quality "
+            "(SmolLM2-135M in 192 of 384 numbers, before any healing: a perplexity of 98 in place of 26)"
         ),
         when=_beyond_deepseek,
     ),
