@@ -2,7 +2,8 @@
 
 python benchmarks/kernels_static.py --targets 80 90 100 --head-dims 64 128
 
-With `--update` rows of other operators, sizes, dtypes and targets stay as they were measured; each names its commit.
+With `--update` rows of other operators, sizes, dtypes and targets stay as they were measured; each names its commit
+and its Triton.
 """
 
 import json
@@ -201,11 +202,12 @@ def main() -> None:
     if arguments.check:
         print("\n".join(json.dumps(row) for row in rows))
         return
-    rows = [{**row, "commit": commit_state()["commit"]} for row in rows]
+    made = {"commit": commit_state()["commit"], "triton": triton.__version__}
+    rows = [{**row, **made} for row in rows]
     recorded = RESULTS / "kernels_static.json"
     if arguments.update and recorded.is_file():
         rows = merged(json.loads(recorded.read_text(encoding="utf-8")), rows)
-    settings = {"heads": HEADS, "kv_heads": KV_HEADS, "window": WINDOW, "triton": triton.__version__}
+    settings = {"heads": HEADS, "kv_heads": KV_HEADS, "window": WINDOW, "block": BLOCK}
     path = write_result("kernels_static", settings=settings, results={"kernels": rows}, label=arguments.label)
     path.replace(recorded)
 
@@ -214,7 +216,7 @@ def merged(document: dict, rows: list[dict]) -> list[dict]:
     """New rows, after the recorded ones of other operators, head_dims, dtypes and targets."""
     keys = "operator", "head_dim", "dtype", "target"
     new = {tuple(row[key] for key in keys) for row in rows}
-    old = [{"commit": document["commit"], **row} for row in document["results"]["kernels"]]
+    old = document["results"]["kernels"]
     return [row for row in old if tuple(row[key] for key in keys) not in new] + rows
 
 
