@@ -4,6 +4,8 @@
     python benchmarks/smollm2_heads.py --recipe plan.yaml
     python benchmarks/smollm2_heads.py --recipe duo --set attention.0.heads.importance=heads.json
 
+More `--set attention.0.heads.top=20 --set attention.1.options.window=512` keep fewer heads and wider windows.
+
 Nothing is trained here. Prompts are those of `smollm2_passkeys.py`, one at a time, answered greedily in fp32 by the
 model and by its conversion; none of them chose a head. Perplexity is that of WikiText-2 valid (detokenised), first
 5,120 tokens, context 1,024. The cache is what all states hold in bf16 after 32,768 tokens and one more, room for others

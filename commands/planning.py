@@ -50,7 +50,10 @@ def plan(
     measure: Annotated[
         MeasureChoice, typer.Option(help="Learn all heads' shares in one run, or take away one after the other.")
     ] = MeasureChoice.trained,
-    window: Annotated[int, typer.Option(min=1, help="Newest tokens that a streaming head sees.")] = 64,
+    window: Annotated[int, typer.Option(min=1, help="Newest tokens that a streaming head sees.")] = 512,
+    judged_window: Annotated[
+        int, typer.Option(min=1, help="The same while heads are judged; well below --tokens, to tell them apart.")
+    ] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens of the text whose cost is counted.")] = 32_768,
     tokens: Annotated[int, typer.Option(min=128, help="Tokens of each text to judge by.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Texts to judge by.")] = 60,
@@ -72,6 +75,7 @@ def plan(
         unit=unit.value,
         measure=measure.value,
         window=window,
+        judged_window=judged_window,
         length=length,
         tokens=tokens,
         steps=steps,

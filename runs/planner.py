@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ..attention_modules.geometry import Geometry
+from ..attention_modules.growing import SPARE_PART
 from ..convert.planning.budget import Budget, Choice, choose, cost_of
 from ..convert.planning.importance import write_importance
 from ..convert.reading.checkpoint import open_checkpoint
@@ -27,6 +28,8 @@ from ..recipes.stages.roles import RolesStage
 
 Measure = Literal["trained", "ablation"]
 Unit = Literal["head", "layer"]
+BESIDE = 9
+"""Bytes of a token in a state besides its key and value."""
 PRICE, RATE, PAPER = 3.0, 0.06, "https://arxiv.org/abs/2410.10819"
 
 
@@ -38,7 +41,8 @@ class PlanSettings:
         budget: what it may cost.
         unit: whether KV heads or whole layers are chosen.
         measure: `trained` learns a share for each head, all at once; `ablation` takes one head away after the other.
-        window: newest tokens that a streaming head sees.
+        window: newest tokens that a streaming head sees in the model that is made.
+        judged_window: the same while heads are judged; shorter, so that short texts tell them apart.
         num_sinks: first tokens that it sees.
         length: tokens of the text whose cache or products are counted.
         tokens: tokens of each text that is measured or trained on.
@@ -48,7 +52,8 @@ class PlanSettings:
     budget: Budget
     unit: Unit = "head"
     measure: Measure = "trained"
-    window: int = 64
+    window: int = 512
+    judged_window: int = 64
     num_sinks: int = 4
     length: int = 32_768
     tokens: int = 512
@@ -122,7 +127,7 @@ def plan_model(
     dtype = open_checkpoint(source, trust_remote_code=trust_remote_code).dtype
     roles = role_model(
         source,
-        window=settings.window,
+        window=settings.judged_window,
         num_sinks=settings.num_sinks,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -130,7 +135,9 @@ def plan_model(
     geometries = [module.geometry for module in roles.modules]
     costs = [[_costs(settings, geometry, dtype)] * geometry.num_kv_heads for geometry in geometries]
     # Asked before anything slow begins.
-    most = settings.budget.share * sum(full for row in costs for full, _ in row)
+    softmax = Choice("softmax", {})
+    dense = sum(cost_of(settings.budget.kind, softmax, geometry, settings.length, dtype) for geometry in geometries)
+    most = settings.budget.share * dense
     _pick(settings, costs, [[0.0] * len(row) for row in costs], most)
     if settings.measure == "trained":
         keep = _affordable(costs, most)
@@ -145,7 +152,7 @@ def plan_model(
             modules=roles.modules,
             measures={settings.measure: losses},
             measure=settings.measure,
-            settings={settings.measure: {"window": settings.window, "num_sinks": settings.num_sinks}},
+            settings={settings.measure: {"window": settings.judged_window, "num_sinks": settings.num_sinks}},
         )
     full = _pick(settings, costs, losses, most)
     pairs = [
@@ -160,7 +167,7 @@ def plan_model(
         layers=tuple(module.name for module in roles.modules),
         losses=tuple(map(tuple, losses)),
         full=tuple(map(tuple, full)),
-        cost=sum(cost[0 if is_full else 1] for cost, _, is_full in pairs) / sum(cost[0] for cost, _, _ in pairs),
+        cost=sum(cost[0 if is_full else 1] for cost, _, is_full in pairs) / dense,
         predicted=sum(loss for _, loss, is_full in pairs if not is_full) / max(sum(map(sum, losses)), 1e-12),
         hidden=hidden,
         ordinary=ordinary,
@@ -173,6 +180,9 @@ def _costs(settings: PlanSettings, geometry: Geometry, dtype: torch.dtype) -> tu
     options = {"window": settings.window, "num_sinks": settings.num_sinks}
     choices = Choice("softmax", {}), Choice("sliding_window", options)
     full, streaming = (cost_of(settings.budget.kind, one, head, settings.length, dtype) for one in choices)
+    if settings.budget.kind == "kv_bytes":
+        # What a state that keeps all tokens holds besides: room for more, and validity and place of each.
+        full += full // SPARE_PART + BESIDE * settings.length
     return full, streaming
 
 
