@@ -94,6 +94,7 @@ def main() -> None:
 
 def causal_recipes(model: Path) -> list[str]:
     """The shipped recipes for text that convert a causal model; not the demo's, nor those made for encoders."""
+    from attnconv.errors import RecipeError
     from attnconv.evaluate.diagnose.inspection import inspect_model
     from attnconv.recipes import list_recipes, load_recipe
 
@@ -106,8 +107,12 @@ def causal_recipes(model: Path) -> list[str]:
         # What goes by a file about the model cannot be run without it.
         other = other or any(isinstance(rule.heads, dict) for rule in recipe.attention)
         other = other or (data is not None and (data.embedded or data.image_field is not None))
-        if not other and inspect_model(str(model), recipe=recipe).num_converted:
-            found.append(name)
+        try:
+            if not other and inspect_model(str(model), recipe=recipe).num_converted:
+                found.append(name)
+        except RecipeError:
+            # It names layers that a smaller model does not have.
+            continue
     return found
 
 

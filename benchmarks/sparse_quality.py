@@ -44,6 +44,7 @@ def main() -> None:
 
     import attnconv
     from attnconv.attention_modules.counting import counting
+    from attnconv.formats import ratio
 
     folder, data = find_model(arguments.model), find_data("eval/wikitext2_valid_detok.txt.gz")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -61,7 +62,7 @@ def main() -> None:
             row = {"case": name, "method": method, "options": options, "perplexity": found, "of_dense": found / dense}
             row |= {"density": counter.total.density, "seconds": time.perf_counter() - began}
             rows.append(row)
-            print(f"{name}: {options}: {found:.3f} ({found / dense:.3f} x) at {counter.total.density:.3f}", flush=True)
+            print(f"{name}: {options}: {found:.3f} ({ratio(found / dense)}) at {counter.total.density:.3f}", flush=True)
     settings = {"model": folder.name, "tokens": arguments.tokens, "dtype": "float32", "layers": "all"}
     results = {"dense": dense, "rows": rows}
     path = write_result("sparse_quality", settings=settings, results=results, label=arguments.label)

@@ -58,11 +58,13 @@ def test_all_causal_recipes_are_measured_and_no_others(script: ModuleType, model
         users = [
             recipe
             for recipe in map(load_recipe, list_recipes())
-            if [rule.method for rule in recipe.attention[:1]] == [method]
+            if method in [rule.method for rule in recipe.attention]
         ]
         assert users
         for recipe in users:
-            assert recipe.rewrite or not inspect_model(str(model), recipe=recipe).num_converted
+            # Of layers that this small model does not have.
+            beyond = any(rule.selector.layers_needed > 5 for rule in recipe.attention)
+            assert beyond or recipe.rewrite or not inspect_model(str(model), recipe=recipe).num_converted
 
 
 def test_stages_share_the_tokens(script: ModuleType, model: Path, tmp_path: Path) -> None:
