@@ -95,6 +95,7 @@ class AttentionModule(AttentionContract):
             query, key, own = reproject(self, query, key, value, padding_mask, state, around)
             value = own if finish else value
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
+        queries = self._known_queries(query, key, query_valid, state)
         order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:
             query = take_tokens(query, order)
@@ -107,9 +108,6 @@ class AttentionModule(AttentionContract):
             if order is not None and unrotated is not None:
                 unrotated = take_tokens(unrotated, order)
             board = around.board if self.reads_board else None
-            if self.earlier_queries and state is None and key.shape[2] > query.shape[2]:
-                raise ValueError(f"{self.name!r} reads the queries of earlier tokens: give those of all, or a state")
-            queries = self._queries(query, query_valid, order, state)
             call = Call(query, new, scaling, hidden, unrotated, board, queries)
             out = None if state is None else self._decode(call, state, dtype)
             if out is None:
@@ -128,13 +126,22 @@ class AttentionModule(AttentionContract):
             out = out.masked_fill(~query_valid[:, None, :, None], 0.0)
         return out.to(value.dtype)
 
-    def _queries(
-        self, query: Tensor, valid: Tensor | None, order: Tensor | None, state: AttentionState | None
+    def _known_queries(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, state: AttentionState | None
     ) -> Tensor | None:
-        """The newest queries, those of the call last, if the method reads them; in a state beside the method's own."""
-        if not self.earlier_queries or state is None:
-            return query if self.earlier_queries else None
-        valid = valid if order is None or valid is None else valid.gather(1, order)
+        """The newest queries, those of the call last, out of a state beside the method's own; None without a state.
+
+        They go into it as they came, padding wherever it stood, so that it knows which of them are taken back.
+
+        Raises:
+            ValueError: the method reads queries that are not there.
+        """
+        if not self.earlier_queries:
+            return None
+        if state is None:
+            if key.shape[2] > query.shape[2]:
+                raise ValueError(f"{self.name!r} reads the queries of earlier tokens: give those of all, or a state")
+            return None
         held = state.queries.append(Tokens(query, query[..., :0], valid)).keys
         # One by one they may stay for a while, so that not all are copied each time.
         if query.shape[2] > 1 or held.shape[2] > 2 * self.earlier_queries:

@@ -65,7 +65,9 @@ def _show_environment(environment: "Environment") -> None:
     for device in environment.devices:
         memory = "" if device.memory_bytes is None else f", {size(device.memory_bytes)}"
         console.print(f"{device.device}: {device.name}{memory}")
-    console.print(f"\nTriton kernels: {', '.join(environment.kernels)}")
+    console.print("\nTriton kernels:")
+    for name in environment.kernels:
+        console.print(f"  {name}")
     for device in environment.devices:
         why = device.kernel_problem
         console.print(f"{device.device}: " + ("they can run" if why is None else f"torch runs instead: {why}"))

@@ -308,4 +308,5 @@ def _call_of(call: Call, share: _HeadShare) -> Call:
     signals = {name.removeprefix(mark): t for name, t in tokens.signals.items() if name.startswith(mark)}
     keys, values = _take_heads(tokens.keys, share.groups), _take_heads(tokens.values, share.groups)
     own = Tokens(keys, values, tokens.valid, tokens.positions, signals)
-    return replace(call, query=_take_heads(call.query, share.heads), tokens=own)
+    queries = None if call.queries is None else _take_heads(call.queries, share.heads)
+    return replace(call, query=_take_heads(call.query, share.heads), tokens=own, queries=queries)
