@@ -186,7 +186,8 @@ def gather_gradients(
         (indices.shape[2] * tiles["TILES"], rows[0]),
         {**arguments, "indices": indices, "counts": reach(indices), "width": indices.shape[3], "d_q": d_query},
         {**constants, **tiles},
-        num_warps=_warps(tiles, constants),
+        # With four, what a thread holds of a tile is more than its registers.
+        num_warps=8,
     )
     readers, offsets = readers_of(indices, rows[1])
     launch(
