@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import OutputError
-from .plots import COLOR, MISSING
+from .plots import label_layers, save_figure, shades_of_layers
 
 KEPT = "#d1495b"
 
@@ -27,36 +26,20 @@ def plot_plan(
         OutputError: it cannot be written.
     """
     # Not through pyplot: its figures are global, and it may look for a screen.
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import MaxNLocator
 
     rows = max(map(len, losses))
     grid = np.full((rows, len(losses)), np.nan)
     for layer, row in enumerate(losses):
         grid[: len(row), layer] = row
-    shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", COLOR]).with_extremes(bad=MISSING)
     figure = Figure(figsize=(11, min(9.0, 1.9 + 0.25 * rows)), layout="constrained")
     panel = figure.add_subplot(1, 1, 1)
-    image = panel.imshow(grid, cmap=shades, vmin=0, aspect="auto", interpolation="nearest")
+    image = panel.imshow(grid, cmap=shades_of_layers(), vmin=0, aspect="auto", interpolation="nearest")
     for layer, own in enumerate(full):
         for head, is_full in enumerate(own):
             if is_full:
                 corner = (layer - 0.42, head - 0.42)
                 panel.add_patch(Rectangle(corner, 0.84, 0.84, fill=False, edgecolor=KEPT, linewidth=2))
-    panel.set_title(title, loc="left", fontsize=11)
-    panel.set_xlabel("layer")
-    panel.set_ylabel("KV head")
-    panel.tick_params(length=0)
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(MaxNLocator(16, integer=True))
-    for spine in panel.spines.values():
-        spine.set_edgecolor("#dddddd")
-    bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05)
-    bar.set_label(meaning, fontsize=8)
-    bar.outline.set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"The picture {path} cannot be written: {error.strerror}.") from error
+    label_layers(panel, image, title=title, heads="KV head", meaning=meaning, ticks=16)
+    save_figure(figure, path)
