@@ -95,7 +95,8 @@ class AttentionModule(AttentionContract):
             query, key, own = reproject(self, query, key, value, padding_mask, state, around)
             value = own if finish else value
         query_valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
-        queries = self._known_queries(query, key, query_valid, state)
+        unrotated = around.unrotated[0] if self.reads_unrotated and around.unrotated is not None else None
+        queries = self._known_queries(query if unrotated is None else unrotated, key, query_valid, state)
         order = None if query_valid is None or query.shape[2] == 1 else right_align_order(query_valid)
         if order is not None:
             query = take_tokens(query, order)
@@ -104,7 +105,6 @@ class AttentionModule(AttentionContract):
         with torch.autocast(query.device.type, enabled=False):
             hidden = self._layer_input(query, key, hidden_states, query_valid, dtype)
             new = new_tokens(self, Tokens(key, value, padding_mask), hidden, around)
-            unrotated = around.unrotated[0] if self.reads_unrotated and around.unrotated is not None else None
             if order is not None and unrotated is not None:
                 unrotated = take_tokens(unrotated, order)
             board = around.board if self.reads_board else None

@@ -117,7 +117,8 @@ class Call:
             stand among the tokens' signals then, as `unrotated_keys`.
         board: see `Surroundings`; None unless the method's `reads_board`.
         queries: `[batch, num_heads, Q, head_dim]`, the newest of earlier calls and those of this one, padding first;
-            None without a state, and unless the method's `earlier_queries`.
+            None without a state, and unless the method's `earlier_queries`; before the rotary embedding for methods
+            that read them so.
     """
 
     query: Tensor

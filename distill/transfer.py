@@ -104,7 +104,7 @@ def attention_weight_loss(call: AttentionCall) -> torch.Tensor:
     """
     softmax = create("softmax", call.core.geometry)
     losses, lengths = [], []
-    for query, key, hidden in call.rows():
+    for query, key, hidden, _ in call.rows():
         query, key = query.detach().float(), key.detach().float()
         length = key.shape[2]
         units = torch.eye(length, device=key.device).expand(1, key.shape[1], length, length)

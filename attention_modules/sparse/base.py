@@ -26,7 +26,7 @@ from .executors.masked import attend_masked, attend_masked_naive
 from .executors.one_token import attend_one
 from .executors.pages import attend_pages, choose_pages
 from .slots.canvas import Canvas
-from .slots.scorers import Rows, block_shares
+from .slots.scorers import PrefixScorer, Rows, block_shares
 from .slots.selectors import TopBlocks, indices_of
 from .slots.slots import Slots
 
@@ -183,7 +183,7 @@ class SparseAttention(AttentionModule):
         slots, tokens, selector = self.slots, call.tokens, self.slots.selector
         if slots.by != "token" or not isinstance(selector, TopBlocks) or tokens.valid is not None:
             return None
-        if slots.scorer is None or not slots.scorer.is_compact or call.query.device.type != "cpu":
+        if not isinstance(slots.scorer, PrefixScorer) or call.query.device.type != "cpu":
             return None
         number = (tokens.length - 1) // slots.block
         # Where all are attended, so many pages lie beside one another that there is nothing to choose.
@@ -192,7 +192,7 @@ class SparseAttention(AttentionModule):
     @torch.no_grad()
     def _attend_pages(self, call: Call, state: AttentionState, most: int) -> Tensor:
         slots = self.slots
-        assert slots.scorer is not None
+        assert isinstance(slots.scorer, PrefixScorer)
         query = call.query.to(torch.promote_types(call.query.dtype, torch.float32))
         columns, block, scaling = self._kept_columns(state, query.dtype), slots.block, call.scaling
         pages = choose_pages(
@@ -221,7 +221,7 @@ class SparseAttention(AttentionModule):
     @torch.no_grad()
     def _choice(self, call: Call, canvas: Canvas) -> Tensor:
         """What is attended: `[B, KV, R, N]` bool by blocks of queries, or `[B, KV, T, N]` by each."""
-        keep = self._keep(call, canvas, self._columns(canvas))
+        keep = self._keep(call, canvas, self._columns(call, canvas))
         if self.counts_tokens:
             position = canvas.positions(call.length)
             seen = keep.sum(-1)[..., None] - 1
@@ -229,7 +229,7 @@ class SparseAttention(AttentionModule):
             self._note(seen[..., 0], position)
         return keep
 
-    def _columns(self, canvas: Canvas) -> Tensor | None:
+    def _columns(self, call: Call, canvas: Canvas) -> Tensor | None:
         """What stands for each block of keys, `[B, KV, N, C, E]`."""
         return None if self.slots.scorer is None else self.slots.scorer.of_keys(canvas.keys.detach())
 
@@ -258,26 +258,39 @@ class SparseAttention(AttentionModule):
             keep = keep | (number < slots.dense_blocks) & (column <= number)
         return keep
 
+    def _choosing(self, call: Call, canvas: Canvas) -> Tensor:
+        """The queries that choose, `[B, KV, R, G, any, D]`; R are blocks of queries, or queries where each chooses."""
+        query = call.unrotated_query if self.reads_unrotated else call.query
+        assert query is not None
+        query = query.detach().to(call.query.dtype)
+        if self.slots.by == "token":
+            each: Tensor = query.unsqueeze(-2).unflatten(1, (self.geometry.num_kv_heads, -1)).transpose(2, 3)
+            return each
+        if self.slots.by == "block":
+            return canvas.query_blocks(query)
+        queries = query if call.queries is None else call.queries.detach().to(query.dtype)
+        if self.slots.by == "previous":
+            return canvas.query_blocks(queries, back=1)
+        return canvas.query_blocks(queries)[..., :1, :]
+
     def _rows(self, call: Call, canvas: Canvas) -> Rows:
-        """The queries that choose."""
-        slots, scorer, heads = self.slots, self.slots.scorer, self.geometry.num_kv_heads
+        """The queries that choose, as the scorer sees them."""
+        slots, scorer = self.slots, self.slots.scorer
         assert scorer is not None
-        query = call.query.detach()
+        entries = scorer.of_queries(self._choosing(call, canvas))
         if slots.by == "token":
             position = canvas.positions(call.length).clamp_min(0)
-            if scorer.is_ordered:
-                entries = scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3).unsqueeze(4)
+            if not isinstance(scorer, PrefixScorer):
                 return Rows(entries, position // slots.block, within=position % slots.block)
             own = take_tokens(scorer.of_prefixes(canvas.keys.detach()).flatten(2, 3), position)
-            entries = scorer.of_each(query).unflatten(1, (heads, -1)).transpose(2, 3)
-            return Rows(entries.unsqueeze(4), position // slots.block - 1, own)
+            return Rows(entries, position // slots.block - 1, own)
         if slots.by == "block":
-            return Rows(scorer.of_queries(canvas.query_blocks(query)), canvas.number)
-        queries = query if call.queries is None else call.queries.detach().to(query.dtype)
+            return Rows(entries, canvas.number)
         if slots.by == "previous":
-            return Rows(scorer.of_queries(canvas.query_blocks(queries, back=1)), canvas.number - 1)
-        own = take_tokens(scorer.of_keys(canvas.keys.detach()[..., :1, :]).flatten(2, 3), canvas.number)
-        return Rows(scorer.of_each(canvas.query_blocks(queries)[..., :1, :]), canvas.number - 1, own)
+            return Rows(entries, canvas.number - 1)
+        of_first = scorer.of_prefixes if isinstance(scorer, PrefixScorer) else scorer.of_keys
+        own = take_tokens(of_first(canvas.keys.detach()[..., :1, :]).flatten(2, 3), canvas.number)
+        return Rows(entries, canvas.number - 1, own)
 
     def _visible(self, call: Call, canvas: Canvas, keep: Tensor, start: int, stop: int) -> Tensor:
         """`[B, KV, stop - start, S]` bool: which tokens the queries from one to another attend."""
@@ -304,7 +317,7 @@ class SparseAttention(AttentionModule):
         if not scorer.is_compact:
             call = call.to(dtype)
             canvas = Canvas.of(call, block)
-            return self._keep(call, canvas, self._columns(canvas))
+            return self._keep(call, canvas, self._columns(call, canvas))
 
         # The last block, where it is not whole, is the own one, which is not among them.
         columns = self._kept_columns(state, dtype).unflatten(-1, (scorer.columns, -1))

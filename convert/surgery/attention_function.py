@@ -1,7 +1,7 @@
 """The one attention function through which every converted module runs."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -78,18 +78,20 @@ class AttentionCall:
         out: Tensor = self.core(query, key, value, padding_mask=self.padding_mask, **given)
         return out
 
-    def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Query, key and layer's input of every sequence by itself, `[1, heads, T, dim]` and `[1, T, hidden]`."""
+    def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Surroundings]]:
+        """Every sequence by itself: query and key `[1, heads, T, dim]`, input `[1, T, hidden]` and surroundings."""
+        for places in self._places():
+            group = Group(places[None], None)
+            hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
+            yield group.take(self.query), group.take(self.key), hidden, group.take_around(self.around)
+
+    def _places(self) -> Iterable[Tensor]:
+        """`[T]` places of each sequence's tokens in the flattened batch."""
         if self.documents is not None:
-            for places in self.documents.one_by_one():
-                group = Group(places[None], None)
-                hidden = None if self.hidden_states is None else group.take_rows(self.hidden_states)
-                yield group.take(self.query), group.take(self.key), hidden
-            return
-        for row in range(self.query.shape[0]):
-            keep = slice(None) if self.padding_mask is None else self.padding_mask[row]
-            query, key = (t[row : row + 1, :, keep] for t in (self.query, self.key))
-            yield query, key, None if self.hidden_states is None else self.hidden_states[row : row + 1, keep]
+            return self.documents.one_by_one()
+        batch, _, length, _ = self.query.shape
+        rows = torch.arange(batch * length, device=self.query.device).view(batch, length)
+        return list(rows) if self.padding_mask is None else [r[k] for r, k in zip(rows, self.padding_mask, strict=True)]
 
     @torch.no_grad()
     def teacher(self) -> Tensor:

@@ -122,7 +122,7 @@ def test_healing_sees_the_documents_of_a_packed_row() -> None:
 
     def look(call: AttentionCall) -> torch.Tensor:
         weights[call.name] = call.student_weights()
-        assert [query.shape[2] for query, _, _ in call.rows()] == sorted(LENGTHS)
+        assert [query.shape[2] for query, *_ in call.rows()] == sorted(LENGTHS)
         torch.testing.assert_close(call.student(), call.converted(), atol=1e-6, rtol=0)
         assert call.statistics()
         return call.teacher()

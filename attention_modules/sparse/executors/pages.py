@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ...tokens import Tokens
-from ..slots.scorers import Scorer
+from ..slots.scorers import PrefixScorer
 from ..slots.selectors import Forced
 
 
 def choose_pages(
-    scorer: Scorer,
+    scorer: PrefixScorer,
     query: Tensor,
     tokens: Tokens,
     columns: Tensor,
@@ -39,10 +39,10 @@ def choose_pages(
         `[B, KV, K]` int64, in any order.
     """
     number = (tokens.length - 1) // block
-    wanted = min(number, max(most - 1, _num_forced(forced, number)))
-    rows = scorer.of_each(query.squeeze(2)).unflatten(1, (columns.shape[1], -1))
+    wanted = min(number, max(most, int(forced.number_of(torch.tensor(number)))) - 1)
+    rows = scorer.of_queries(query).squeeze(2).unflatten(1, (columns.shape[1], -1))
     part = tokens.keys[:, :, number * block :].to(query.dtype)
-    both = columns[:, :, :number], scorer.of_keys(part)
+    both = columns[:, :, :number], scorer.of_prefixes(part)[..., -1:, :]
     logits = torch.cat([rows @ some.transpose(-1, -2) for some in both], -1)
     shares = (logits * (scaling * scorer.factor)).softmax(-1).mean(2)[..., :number]
     # More than any share is.
@@ -82,7 +82,3 @@ def _with_own(tensor: Tensor, pages: Tensor, start: int, block: int) -> Tensor:
         for part in (own[:start].view(-1, block * size).index_select(0, at).view(-1, size), own[start:])
     ]
     return torch.cat(parts).view(batch, heads, -1, size)
-
-
-def _num_forced(forced: Forced, number: int) -> int:
-    return min(number, forced.local) + min(max(number - forced.local, 0), forced.sinks)

@@ -96,13 +96,13 @@ class DeltaAttention(SparseAttention):
             return
         canvas = Canvas.of(call.to(call.query.dtype), self.slots.block)
         assert call.board is not None
-        call.board[PAGES] = super()._keep(call, canvas, self._columns(canvas))
+        call.board[PAGES] = super()._keep(call, canvas, self._columns(call, canvas))
 
     def _keep(self, call: Call, canvas: Canvas, columns: Tensor | None) -> Tensor:
         return self._handed_on(call, canvas.num_blocks)
 
-    def _columns(self, canvas: Canvas) -> Tensor | None:
-        return super()._columns(canvas) if self.selects else None
+    def _columns(self, call: Call, canvas: Canvas) -> Tensor | None:
+        return super()._columns(call, canvas) if self.selects else None
 
     def _choice_of_one(self, call: Call, state: AttentionState, count: Tensor, number: Tensor) -> Tensor:
         return self._handed_on(call, -(-call.tokens.length // self.slots.block))

@@ -64,6 +64,6 @@ class InfLlm2Attention(SparseAttention):
 
     def make_slots(self) -> Slots:
         options = self.options
-        scorer = OverlappingMeans(options.block, options.kernel, options.stride)
+        scorer = OverlappingMeans(block=options.block, kernel=options.kernel, stride=options.stride)
         chosen = TopBlocks(blocks=options.blocks + options.sink_blocks + options.local_blocks + 1)
         return options.slots(scorer=scorer, selector=chosen, by=options.query)

@@ -43,22 +43,14 @@ class Canvas:
         """The canvas of a call whose tokens have their padding in front."""
         tokens, length = call.tokens, call.length
         batch, total, device = call.query.shape[0], tokens.length, call.query.device
-        keys, values = tokens.keys, tokens.values
         # Without padding all rows begin within a block at the same token; with it one may at its last.
         before = call.past % block if tokens.valid is None else block - 1
         count = torch.full((batch,), total, device=device) if tokens.valid is None else tokens.valid.sum(-1)
-        if tokens.valid is not None:
-            at = torch.arange(total, device=device)
-            order = (at + (total - count)[:, None]) % total
-            behind = (at >= count[:, None])[:, None, :, None]
-            keys, values = (take_tokens(t, order).masked_fill(behind, 0.0) for t in (keys, values))
         num_blocks = -(-total // block)
         rows = min(-(-(length + before) // block), num_blocks)
         shift = count - length
         number = shift.clamp_min(0)[:, None] // block + torch.arange(rows, device=device)
-        keys, values = (
-            F.pad(t, (0, 0, 0, num_blocks * block - total)).unflatten(2, (num_blocks, block)) for t in (keys, values)
-        )
+        keys, values = (in_blocks(t, tokens.valid, block) for t in (tokens.keys, tokens.values))
         return cls(block, count, shift, number.clamp_max(num_blocks - 1), keys, values)
 
     @property
@@ -102,3 +94,23 @@ class Canvas:
         """What holds for blocks of queries, `[B, heads, R, any]`, for each of the call's `length` queries."""
         row = self.positions(length) // self.block - self.number[:, :1]
         return take_tokens(of_blocks, row.clamp(0, self.num_rows - 1))
+
+
+def in_blocks(tensor: Tensor, valid: Tensor | None, block: int) -> Tensor:
+    """What is known of all tokens of a call, `[B, heads, S, D]`, in blocks that begin at each row's first real token.
+
+    Args:
+        tensor: padding first.
+        valid: `[B, S]` bool; None when all are real.
+        block: tokens of a block.
+
+    Returns:
+        `[B, heads, N, block, D]`; zero behind the end of a row.
+    """
+    total = tensor.shape[2]
+    if valid is not None:
+        at, count = torch.arange(total, device=tensor.device), valid.sum(-1)[:, None]
+        behind = (at >= count)[:, None, :, None]
+        tensor = take_tokens(tensor, (at + total - count) % total).masked_fill(behind, 0.0)
+    blocks: Tensor = F.pad(tensor, (0, 0, 0, -total % block)).unflatten(2, (-1, block))
+    return blocks

@@ -7,7 +7,7 @@ Letters in shapes: those of `canvas`, and `C` columns of a block, `M` rows of so
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -49,25 +49,30 @@ class Scorer(Protocol):
     def of_keys(self, blocks: Tensor) -> Tensor:
         """`[..., block, D]` → `[..., C, E]`."""
 
+    def of_queries(self, blocks: Tensor) -> Tensor:
+        """`[..., any, D]` → `[..., M, E]`; a query by itself is a block of one."""
+
+
+@runtime_checkable
+class PrefixScorer(Scorer, Protocol):
+    """One that knows what stands for a part of a block, which a query inside it has before it."""
+
     def of_prefixes(self, blocks: Tensor) -> Tensor:
         """`[..., block, D]` → `[..., block, E]`: what stands for the first, the first two, the first three keys ..."""
-
-    def of_queries(self, blocks: Tensor) -> Tensor:
-        """`[..., block, D]` → `[..., M, E]`."""
-
-    def of_each(self, queries: Tensor) -> Tensor:
-        """`[..., D]` → `[..., E]`: every query by itself."""
 
 
 @dataclass(frozen=True)
 class Means:
     """The mean of the keys and the mean of the queries."""
 
-    columns: int = 1
     factor: float = 1.0
     is_ordered: bool = False
     is_compact: bool = True
     takes_largest: bool = False
+
+    @property
+    def columns(self) -> int:
+        return 1
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks.mean(-2, keepdim=True)
@@ -78,9 +83,6 @@ class Means:
 
     def of_queries(self, blocks: Tensor) -> Tensor:
         return blocks.mean(-2, keepdim=True)
-
-    def of_each(self, queries: Tensor) -> Tensor:
-        return queries
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,8 @@ class Boxes:
         return torch.cat([blocks.cummax(-2).values, blocks.cummin(-2).values], -1)
 
     def of_queries(self, blocks: Tensor) -> Tensor:
-        return self.of_each(blocks.mean(-2, keepdim=True))
-
-    def of_each(self, queries: Tensor) -> Tensor:
-        return torch.cat([queries.clamp_min(0), queries.clamp_max(0)], -1)
+        mean = blocks.mean(-2, keepdim=True)
+        return torch.cat([mean.clamp_min(0), mean.clamp_max(0)], -1)
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,13 @@ class Antidiagonals:
         columns: Tensor = blocks.unflatten(-2, (self.columns, self.stride)).flatten(-2)
         return columns
 
-    def of_prefixes(self, blocks: Tensor) -> Tensor:
-        raise NotImplementedError("antidiagonals are of whole blocks of keys")
-
     def of_queries(self, blocks: Tensor) -> Tensor:
         rows: Tensor = blocks.unflatten(-2, (self.columns, self.stride)).flip(-2).flatten(-2)
         return rows
 
-    def of_each(self, queries: Tensor) -> Tensor:
-        raise NotImplementedError("antidiagonals are of whole blocks of queries")
 
-
-@dataclass(frozen=True)
-class OverlappingMeans:
+@dataclass(frozen=True, kw_only=True)
+class OverlappingMeans(Means):
     """Means of `kernel` keys at every `stride`-th inside a block.
 
     Paper: https://arxiv.org/abs/2509.24663
@@ -155,9 +149,6 @@ class OverlappingMeans:
     block: int
     kernel: int
     stride: int
-    factor: float = 1.0
-    is_ordered: bool = False
-    is_compact: bool = True
     takes_largest: bool = True
 
     @property
@@ -166,15 +157,6 @@ class OverlappingMeans:
 
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks.unfold(-2, self.kernel, self.stride).mean(-1)
-
-    def of_prefixes(self, blocks: Tensor) -> Tensor:
-        return Means().of_prefixes(blocks)
-
-    def of_queries(self, blocks: Tensor) -> Tensor:
-        return blocks.mean(-2, keepdim=True)
-
-    def of_each(self, queries: Tensor) -> Tensor:
-        return queries
 
 
 @dataclass(frozen=True)
@@ -194,14 +176,8 @@ class Products:
     def of_keys(self, blocks: Tensor) -> Tensor:
         return blocks
 
-    def of_prefixes(self, blocks: Tensor) -> Tensor:
-        raise NotImplementedError("each key stands for itself")
-
     def of_queries(self, blocks: Tensor) -> Tensor:
         return blocks
-
-    def of_each(self, queries: Tensor) -> Tensor:
-        return queries
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Slots:
     @property
     def earlier_queries(self) -> int:
         """Newest queries before a call's own that choices look at."""
-        if self.scorer is None:
-            return 0
-        return {"token": 0, "first": self.block - 1, "previous": 2 * self.block - 1, "block": 0}[self.by]
+        return 0 if self.scorer is None else queries_before(self.by, self.block)
+
+
+def queries_before(by: By, block: int) -> int:
+    """Newest queries before a call's own that a choice by these looks at."""
+    return {"token": 0, "first": block - 1, "previous": 2 * block - 1, "block": 0}[by]
