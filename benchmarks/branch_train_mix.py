@@ -8,8 +8,8 @@ their attentions too. All are then tuned together for the joint budget on all th
 model itself, for the tokens of the branches besides.
 
 Perplexity is measured on text that nobody trained on, the same number of tokens of each subject. The mean over the
-three is reported for all models, and the curve of perplexity on the three texts together over the budget. Models that
-are in `--folder` are not made again, and a run that was interrupted goes on where it was.
+three is reported for all models, and the curve of perplexity on the three texts together over the budget, which is
+drawn too. Models that are in `--folder` are not made again, and a run that was interrupted goes on where it was.
 """
 
 import argparse
@@ -35,6 +35,8 @@ HELD_OUT = 60
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = PROJECTIONS[:4]
 CONTEXT = 512
+PARTS = 3
+"""Of the joint training, with a point of the curve behind each."""
 TO_FLOAT32 = {"kind": "cast", "dtype": "float32"}
 
 
@@ -118,11 +120,10 @@ def recipes(folder: Path, branch: int, joint: int, held_out: int) -> dict[str, d
             "context": CONTEXT,
         },
     }
-    halves = [joint // 2, joint - joint // 2]
     made["dense"] = {
         **together,
         "rewrite": [TO_FLOAT32],
-        "stages": [stage(len(SUBJECTS) * branch), *(stage(part) for part in halves)],
+        "stages": [stage(len(SUBJECTS) * branch), *joint_stages(joint)],
     }
     routed = {
         "targets": [*ATTENTION, "experts"],
@@ -133,19 +134,27 @@ def recipes(folder: Path, branch: int, joint: int, held_out: int) -> dict[str, d
     }
     sources = [str(folder / subject) for subject in SUBJECTS]
     experts = {"kind": "experts", "target": "mixtral", "sources": sources, "active": 2}
-    made["btx"] = {**together, "rewrite": [experts], "stages": [stage(part, **routed) for part in halves]}
-    # The same, but its routers know from the start what the subjects look like.
-    texts = [str(folder / f"train-{subject}.jsonl") for subject in ("all", *SUBJECTS)]
-    informed = {**experts, "router": "centroids", "domains": texts}
-    made["btx-centroids"] = {**made["btx"], "rewrite": [informed]}
+    made["btx"] = {**together, "rewrite": [experts], "stages": joint_stages(joint, **routed)}
     gates = {"layers": "all", "method": "moa", "options": {"num_experts": len(SUBJECTS) + 1}}
     made["bam"] = {
         **together,
         "rewrite": [experts, {"kind": "widen", "sources": sources}],
         "attention": [gates],
-        "stages": [stage(part, **routed, train_cores=True) for part in halves],
+        "stages": joint_stages(joint, **routed, train_cores=True),
     }
+    # As `btx`, but its routers know from the start what the subjects look like.
+    texts = [str(folder / f"train-{subject}.jsonl") for subject in ("all", *SUBJECTS)]
+    informed = {**experts, "router": "centroids", "domains": texts}
+    made["btx-centroids"] = {**made["btx"], "rewrite": [informed]}
     return made
+
+
+def joint_stages(tokens: int, **settings: Any) -> list[dict[str, Any]]:
+    """The joint training in parts, whose learning rate falls in the last of them alone."""
+    sizes = [tokens // PARTS] * (PARTS - 1) + [tokens - tokens // PARTS * (PARTS - 1)]
+    schedules = ["constant"] * (PARTS - 1) + ["linear"]
+    pairs = zip(sizes, schedules, strict=True)
+    return [stage(size, **{"schedule": schedule, **settings}) for size, schedule in pairs]
 
 
 def make(base: Path, name: str, given: dict[str, Any], folder: Path) -> None:
@@ -218,7 +227,7 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> None:
         if "evaluate" in given:
             results[name]["together"] = curve(folder / name)
         print(name, results[name], file=sys.stderr, flush=True)
-    write_result(
+    written = write_result(
         "branch_train_mix",
         settings={
             "model": model.name,
@@ -226,11 +235,32 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> None:
             "joint_tokens": arguments.joint_tokens,
             "held_out_tokens": arguments.held_out_tokens,
             "context": CONTEXT,
+            "parts": PARTS,
             "stage": stage(arguments.joint_tokens),
         },
         results=results,
         label=arguments.label,
     )
+    draw(results, written.with_suffix(".png"))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Perplexity over the tokens of joint training, a line for each of the models that are trained together."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, found in results.items():
+        if "together" not in found:
+            continue
+        joint = found["together"][-PARTS - 1 :]
+        tokens = [0]
+        for row in joint[1:]:
+            tokens.append(tokens[-1] + row["tokens"])
+        axes.plot(tokens, [row["perplexity"] for row in joint], marker="o", label=name)
+    axes.set(xlabel="tokens of joint training", ylabel="perplexity on all three subjects")
+    axes.legend()
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
