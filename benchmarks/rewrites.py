@@ -5,9 +5,14 @@
 Each kind is written by a process of its own, in turns with `cp -r` of its result to the same file system, from a warm
 page cache. The process reports its highest resident memory after its imports (and a rewrite of one megabyte), after
 writing, and after the check of cut models that `convert` makes before it writes. Then source and result are loaded
-whole, by transformers in float32, and compared: logits, and greedy text.
+whole, by transformers in float32, and compared: logits, and greedy text. Their logits in float64 tell the rewrite from
+rounding, and `rounding` is how far the source itself is from those in float32.
+
+The kinds for `qwen2_moe` are made of the same weights written as a Qwen2, whose projections of queries, keys and values
+have biases: drawn, as large as what each projection gives on the prompt. Its text is no language, only the same twice.
 """
 
+import argparse
 import json
 import shutil
 import statistics
@@ -23,6 +28,7 @@ from common import find_model, parser_of, peak_bytes, run_command, set_threads, 
 
 EXPERTS = {"kind": "experts", "target": "mixtral"}
 TO_FLOAT32 = {"kind": "cast", "dtype": "float32"}
+QWEN2_MOE = {"kind": "experts", "target": "qwen2_moe", "num_experts": 4, "active": 2}
 KINDS: Mapping[str, list[dict[str, Any]]] = {
     "x 4": [{**EXPERTS, "num_experts": 4, "active": 2}],
     "x 4, zero router": [{**EXPERTS, "num_experts": 4, "active": 2, "router": "zero"}],
@@ -30,7 +36,11 @@ KINDS: Mapping[str, list[dict[str, Any]]] = {
     "granular 2": [{**EXPERTS, "num_experts": 8, "active": 4, "granularity": 2}],
     "granular 3, in float32": [TO_FLOAT32, {**EXPERTS, "num_experts": 6, "active": 3, "granularity": 3}],
     "granular 3, rounded": [{**EXPERTS, "num_experts": 6, "active": 3, "granularity": 3}],
+    "biased, shared expert": [QWEN2_MOE],
+    "biased, no shared expert": [{**QWEN2_MOE, "shared": "none"}],
+    "biased, zero router": [{**QWEN2_MOE, "router": "zero"}],
 }
+BIASED = ("q_proj", "k_proj", "v_proj")
 PROMPT = (
     "The river had risen in the night. When they came down to the bridge in the morning, the old man was there, "
     "counting the planks that were left, and he said that nobody would cross before the water fell. What they did"
@@ -69,34 +79,79 @@ def rewrite(model: Path, kind: str, output: Path) -> dict[str, Any]:
     }
 
 
+def write_biased(model: Path, output: Path) -> None:
+    """Write a Llama as a Qwen2 with drawn biases."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    llama = AutoModelForCausalLM.from_pretrained(model)
+    given = llama.config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+    kept += ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype")
+    qwen = Qwen2ForCausalLM(Qwen2Config(**{key: given[key] for key in kept})).to(llama.dtype)
+    weights, generator = llama.state_dict(), torch.Generator().manual_seed(0)
+
+    def draw(name: str) -> Any:
+        def bias(_module: Any, _inputs: Any, out: Any) -> None:
+            drawn = torch.randn(out.shape[-1], generator=generator) * out.float().std()
+            weights[f"{name}.bias"] = drawn.to(out.dtype)
+
+        return bias
+
+    for name, module in llama.named_modules():
+        if name.endswith(BIASED):
+            module.register_forward_hook(draw(name))
+    with torch.no_grad():
+        llama(tokenizer(PROMPT, return_tensors="pt")["input_ids"])
+    qwen.load_state_dict(weights)
+    qwen.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
 def compare(model: Path, output: Path) -> dict[str, Any]:
-    """Source and result loaded whole by transformers, one after the other, in float32."""
+    """Source and result loaded whole by transformers, one after the other."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    logits, texts = [], []
-    for folder in (model, output):
-        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    texts: list[torch.Tensor] = []
+
+    def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         if any(info.values()):
             sys.exit(f"{folder} does not fit its class: {info}")
         with torch.no_grad():
-            logits.append(loaded.eval()(ids.repeat(1, REPEATED), use_cache=False).logits)
-            texts.append(loaded.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False))
-        del loaded
+            if dtype == torch.float32:
+                texts.append(loaded.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False))
+            found: torch.Tensor = loaded.eval()(ids.repeat(1, REPEATED), use_cache=False).logits
+        return found
+
+    before, after = (logits(folder, torch.float32) for folder in (model, output))
+    exact, exactly_after = (logits(folder, torch.float64) for folder in (model, output))
+    largest = float(before.abs().max())
+    found = {"difference": before - after, "difference_in_float64": exact - exactly_after, "rounding": exact - before}
+    differences = {f"max_{name}": float(difference.abs().max()) for name, difference in found.items()}
     return {
-        "max_difference": float((logits[0] - logits[1]).abs().max()),
-        "max_logit": float(logits[0].abs().max()),
-        "bit_equal": torch.equal(*logits),
+        **differences,
+        "max_logit": largest,
+        "bit_equal": torch.equal(before, after),
         "same_text": torch.equal(*texts),
+        **{name.replace("max", "relative"): difference / largest for name, difference in differences.items()},
     }
+
+
+def child_of(model: Path, kind: str, output: Path) -> list[str | Path]:
+    """The command of a process of its own for one kind."""
+    return [sys.executable, __file__, "--model", model.resolve(), "--kind", kind, "--child", output]
 
 
 def measure(model: Path, kind: str, scratch: Path, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     target, copied = scratch / "out", scratch / "copy"
-    child = [sys.executable, __file__, "--model", model.resolve(), "--kind", kind, "--child", target]
+    child = child_of(model, kind, target)
     rows, copies = [], []
     for turn in range(repeats + 1):
         shutil.rmtree(target, ignore_errors=True)
@@ -117,7 +172,7 @@ def measure(model: Path, kind: str, scratch: Path, repeats: int) -> dict[str, An
     check = rows[0]["check"]
     return {
         "bytes": written,
-        "whole": {**whole, "relative": whole["max_difference"] / whole["max_logit"]},
+        "whole": whole,
         "cut": {key: check[key] for key in ("promised", "reasons", "difference", "largest_logit", "layers")},
         "seconds": seconds,
         "cp_seconds": copy_seconds,
@@ -128,6 +183,16 @@ def measure(model: Path, kind: str, scratch: Path, repeats: int) -> dict[str, An
     }
 
 
+def run_child(arguments: argparse.Namespace, model: Path) -> None:
+    """What a process of its own does for a kind."""
+    if arguments.biased:
+        write_biased(model, arguments.child)
+    elif arguments.compare:
+        print(json.dumps(compare(model, arguments.child)))
+    else:
+        print(json.dumps(rewrite(model, arguments.kind, arguments.child)))
+
+
 def main() -> None:
     """Measure each kind."""
     parser = parser_of(__doc__, model="smollm2-135m-instruct")
@@ -136,18 +201,24 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, help="measure this kind alone")
     parser.add_argument("--child", type=Path, help="rewrite to this folder, in this process, and print the figures")
     parser.add_argument("--compare", action="store_true", help="compare the model with this folder instead")
+    parser.add_argument("--biased", action="store_true", help="write the model with biases to this folder instead")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = find_model(arguments.model)
-    if arguments.child is not None and arguments.compare:
-        print(json.dumps(compare(model, arguments.child)))
-        return
     if arguments.child is not None:
-        print(json.dumps(rewrite(model, arguments.kind, arguments.child)))
+        run_child(arguments, model)
         return
     kinds = [arguments.kind] if arguments.kind else list(KINDS)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        rows = {kind: measure(model, kind, Path(scratch), arguments.repeats) for kind in kinds}
+    rows = {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as room:
+        scratch = Path(room)
+        for kind in kinds:
+            source = model
+            if QWEN2_MOE["target"] in {step.get("target") for step in KINDS[kind]}:
+                source = scratch / "qwen2"
+                if not source.exists():
+                    run_command([*child_of(model, kind, source), "--biased"])
+            rows[kind] = measure(source, kind, scratch, arguments.repeats)
     write_result(
         "rewrites",
         settings={"model": model.name, "repeats": arguments.repeats, "rewrites": {kind: KINDS[kind] for kind in kinds}},

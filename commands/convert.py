@@ -60,6 +60,10 @@ def convert(
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Write a rewrite that is not what it promised.")
     ] = False,
+    compare_on: Annotated[
+        Path | None,
+        typer.Option("--compare-on", metavar="TEXT", help="Compare a rewrite with its source whole, on this text."),
+    ] = None,
     target: Annotated[
         Literal["native", "attnconv"] | None,
         typer.Option(help="Windows as settings of transformers' own classes, or as our sliding_window."),
@@ -99,6 +103,7 @@ def convert(
             overwrite=overwrite,
             allow_lossy=allow_lossy,
             allow_inexact=allow_inexact,
+            compare_on=compare_on,
             trust_remote_code=trust_remote_code,
             self_contained=self_contained,
             device=device,

@@ -34,8 +34,6 @@ from ..distill.healing import (
     seeded,
 )
 from ..distill.health import check_finite, warn_if_not_finite
-from ..distill.metrics import MetricsFile
-from ..distill.plots import plot_layers, plot_losses
 from ..distill.progress import Progress, Silent
 from ..distill.team import find_team
 from ..distill.trainee import Trainee
@@ -43,10 +41,10 @@ from ..distill.work_folder import WorkFolder
 from ..errors import OutputError, PlanError, TrainingError
 from ..files.foreign_errors import first_line
 from ..files.output_folder import atomic_folder, check_output, trial_folder
-from ..files.own_files import CONFIG_FILE, LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE, RECEIPT_FILE
+from ..files.own_files import CONFIG_FILE, RECEIPT_FILE
 from ..recipes import Recipe
 from .executed import STREAMED, count_executed
-from .figures import metric_rows, start_distance
+from .figures import metric_rows, start_distance, write_figures
 from .identity import digest_weights, find_revisions, run_identity
 from .rewriting import Base, rewritten_base, write_native
 
@@ -94,6 +92,7 @@ def run_conversion(
     overwrite: bool = False,
     allow_lossy: bool = False,
     allow_inexact: bool = False,
+    compare_on: str | Path | None = None,
     trust_remote_code: bool = False,
     self_contained: bool = False,
     device: str | None = None,
@@ -115,6 +114,8 @@ def run_conversion(
         overwrite: replace an earlier result, and give up an unfinished one unless it is resumed.
         allow_lossy: accept that a method leaves out soft caps, sinks or biases of the model.
         allow_inexact: write the result of a rewrite that does not keep what it promised.
+        compare_on: a text on which a rewritten model is compared with its source, both whole and in float32; None
+            compares models that are cut to a few layers and words.
         trust_remote_code: let the checkpoint's own Python code define the model.
         self_contained: write a modeling file that loads the result without attnconv.
         device: where to compute, as torch names it; None means the accelerator if there is one.
@@ -131,6 +132,8 @@ def run_conversion(
     opened = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if not recipe.attention and self_contained:
         raise PlanError("The result is an ordinary model, which needs no code of its own: leave --self-contained out")
+    if compare_on is not None and not recipe.rewrite:
+        raise PlanError("compare_on is for rewritten models, and the recipe has no rewrite: leave it out")
     if not (recipe.attention or recipe.stages):
         plan, exactness = write_native(
             opened,
@@ -140,12 +143,21 @@ def run_conversion(
             overwrite=overwrite,
             allow_inexact=allow_inexact,
             progress=progress,
+            compare_on=compare_on,
         )
         return ConversionResult(output, plan, (), {}, time.monotonic() - began, exactness)
     if recipe.rewrite and not (resume or resume_from):
         # Before gigabytes are written; a run that goes on may replace what the one before was allowed to.
         check_output(output, overwrite=overwrite)
-    with rewritten_base(opened, recipe, output, allow_inexact=allow_inexact, progress=progress, device=device) as base:
+    with rewritten_base(
+        opened,
+        recipe,
+        output,
+        allow_inexact=allow_inexact,
+        progress=progress,
+        device=device,
+        compare_on=compare_on,
+    ) as base:
         work = WorkFolder(output if resume_from is None else Path(resume_from).expanduser())
         if self_contained:
             check_self_contained(base.checkpoint.architecture)
@@ -341,7 +353,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
             run.record("attention", count_executed(run, model))
         _save(run, model, folder)
     _describe(run, folder, output, self_contained, digests=digests)
-    _write_figures(run, folder)
+    write_figures(run, folder)
 
 
 def _save(run: Run, model: PreTrainedModel, folder: Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -381,19 +393,3 @@ def _describe(run: Run, folder: Path, output: Path, self_contained: bool, *, dig
         native_config=None if run.plan.converted else run.checkpoint.config_dict,
     )
     write_companions(folder, recipe_yaml=recipe_yaml, receipt=receipt, card=card)
-
-
-def _write_figures(run: Run, folder: Path) -> None:
-    records = list(MetricsFile(run.work.metrics).records())
-    if records:
-        copied = MetricsFile(folder / METRICS_FILE)
-        for record in records:
-            copied.append(record)
-        plot_losses(records, folder / LOSS_PICTURE)
-    moments = [key.removeprefix("distance/") for key in run.measured if key.startswith("distance/")]
-    # Nothing was measured of a model whose attention is its own.
-    moments = [moment for moment in moments if run.measured[f"distance/{moment}"]]
-    if moments:
-        plot_layers(
-            {f"after {moment}": run.measured[f"distance/{moment}"] for moment in moments}, folder / LAYER_PICTURE
-        )

@@ -1,8 +1,12 @@
 """What a run measured, as rows and figures for its result, receipt and card."""
 
+from pathlib import Path
 from typing import Any
 
 from ..distill.healing import Run, stage_label
+from ..distill.metrics import MetricsFile
+from ..distill.plots import plot_layers, plot_losses
+from ..files.own_files import LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
@@ -31,3 +35,20 @@ def start_distance(run: Run) -> dict[str, float]:
         "mean_relative_squared_error": sum(layers.values()) / len(layers),
         "largest_relative_squared_error": max(layers.values()),
     }
+
+
+def write_figures(run: Run, folder: Path) -> None:
+    """Write the lines of metrics, and pictures of losses and of the layers' distances, as far as there are any."""
+    records = list(MetricsFile(run.work.metrics).records())
+    if records:
+        copied = MetricsFile(folder / METRICS_FILE)
+        for record in records:
+            copied.append(record)
+        plot_losses(records, folder / LOSS_PICTURE)
+    moments = [key.removeprefix("distance/") for key in run.measured if key.startswith("distance/")]
+    # Nothing was measured of a model whose attention is its own.
+    moments = [moment for moment in moments if run.measured[f"distance/{moment}"]]
+    if moments:
+        plot_layers(
+            {f"after {moment}": run.measured[f"distance/{moment}"] for moment in moments}, folder / LAYER_PICTURE
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..convert.planning.plan import Plan
-from ..convert.reading.checkpoint import Checkpoint, open_checkpoint
+from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from ..convert.rewriting.exactness import Exactness, check_exactness
 from ..convert.rewriting.plan import RewritePlan, write_rewritten
 from ..convert.writing.card import make_card
@@ -14,9 +14,14 @@ from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import write_companions
 from ..distill.progress import Progress
 from ..distill.team import Team, find_team
+from ..errors import PlanError
+from ..evaluate import load_tokens
 from ..files.output_folder import atomic_folder, check_output, scratch_folder
 from ..recipes import Recipe
 from .settling import settled_plan
+
+COMPARED_TOKENS = 512
+"""Of a text on which whole models are compared."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def rewritten_base(
     allow_inexact: bool,
     progress: Progress,
     device: str | None = None,
+    compare_on: str | Path | None = None,
 ) -> Iterator[Base]:
     """Rewrite a model into a temporary folder beside the output, where it stays for as long as the context lasts.
 
@@ -68,15 +74,17 @@ def rewritten_base(
         allow_inexact: go on with a rewrite that is not what it promised to be.
         progress: whom to tell.
         device: where a model is measured that a rewrite is to be settled on, as torch names it.
+        compare_on: a text on which the whole rewritten model is compared with its source; None compares cut ones.
 
     Raises:
         PlanError: the model cannot be rewritten so.
+        DataError: the text cannot be read.
     """
     if not recipe.rewrite:
         yield Base(opened)
         return
     plan = settled_plan(opened, recipe, output, device=find_team(device).device, progress=progress)
-    exactness = _check(plan, allow_inexact, progress)
+    exactness = _check(plan, allow_inexact, progress, compare_on)
     with scratch_folder(output) as folder:
         digests = _write(plan, folder, recipe, progress)
         checkpoint = open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)
@@ -95,6 +103,7 @@ def write_native(
     overwrite: bool,
     allow_inexact: bool,
     progress: Progress,
+    compare_on: str | Path | None = None,
 ) -> tuple[Plan, Exactness | None]:
     """Rewrite a model into the output, which is an ordinary model that transformers alone loads.
 
@@ -106,6 +115,7 @@ def write_native(
         overwrite: replace an earlier result.
         allow_inexact: write a result that is not what its rewrites promised.
         progress: whom to tell.
+        compare_on: as for `rewritten_base`.
 
     Returns:
         what was done, and how far the result is from the model; None in processes that write nothing.
@@ -119,7 +129,7 @@ def write_native(
     exactness = None
     if team.leads:
         check_output(output, overwrite=overwrite)
-        exactness = _check(plan, allow_inexact, progress)
+        exactness = _check(plan, allow_inexact, progress, compare_on)
         with atomic_folder(output, overwrite=overwrite) as folder:
             digests = _write(plan, folder, recipe, progress)
             # Whatever cannot be opened again must not take the output's place.
@@ -141,9 +151,15 @@ def write_native(
     return done, exactness
 
 
-def _check(plan: RewritePlan, allow_inexact: bool, progress: Progress) -> Exactness:
+def _check(plan: RewritePlan, allow_inexact: bool, progress: Progress, compare_on: str | Path | None) -> Exactness:
+    text = None
+    if compare_on is not None:
+        tokenizer = load_tokenizer(plan.checkpoint)
+        if tokenizer is None:
+            raise PlanError(f"{plan.checkpoint.source} has no tokenizer to read {compare_on} with")
+        text = load_tokens(compare_on, tokenizer, context=COMPARED_TOKENS, limit=COMPARED_TOKENS)
     progress.phase("Comparing the start with the source")
-    exactness = check_exactness(plan, allow_inexact=allow_inexact)
+    exactness = check_exactness(plan, allow_inexact=allow_inexact, text=text)
     progress.end()
     return exactness
 

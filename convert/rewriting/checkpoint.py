@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ...files.output_folder import atomic_folder, check_output
 from ..planning.plan import Plan
 from ..reading.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +24,7 @@ def rewrite_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     allow_inexact: bool = False,
+    text: Tensor | None = None,
 ) -> Exactness:
     """Rewrite a model into a folder, which is an ordinary model that transformers alone loads.
 
@@ -34,6 +37,7 @@ def rewrite_checkpoint(
         shard_bytes: data of one weight file at most.
         overwrite: replace an earlier result.
         allow_inexact: write a result that is not what its steps promised.
+        text: `[tokens]` int64, a text on which source and result are compared whole; None compares cut ones.
 
     Returns:
         how far the result is from the model at the start.
@@ -46,7 +50,7 @@ def rewrite_checkpoint(
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     check_output(output, overwrite=overwrite)
     plan = plan_rewrite(opened, steps)
-    exactness = check_exactness(plan, allow_inexact=allow_inexact)
+    exactness = check_exactness(plan, allow_inexact=allow_inexact, text=text)
     with atomic_folder(output, overwrite=overwrite) as folder:
         digests = write_rewritten(plan, folder, shard_bytes=shard_bytes)
         open_checkpoint(folder, trust_remote_code=opened.trust_remote_code)

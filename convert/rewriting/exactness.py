@@ -1,10 +1,12 @@
 """The check of a rewrite: before and after each step, cut to a few layers and words, loaded by transformers, compared.
 
 Nothing is believed: the cut models are written by the writer that writes the result, and loaded by transformers alone.
+On request nothing is cut, and what is compared is what the models make of a text.
 """
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +50,7 @@ class Exactness:
         difference: largest difference between the logits, in float32; None if it was not measured, or is no number.
         largest_logit: largest logit of the source, without its sign.
         layers: the layers that were compared, by their places in the model.
+        text_tokens: tokens of the text on which whole models were compared; None where they were cut.
         unmeasured: why nothing was measured, or None.
         objection: what is not as promised, or None.
     """
@@ -57,6 +60,7 @@ class Exactness:
     difference: float | None = None
     largest_logit: float | None = None
     layers: tuple[int, ...] = ()
+    text_tokens: int | None = None
     unmeasured: str | None = None
     objection: str | None = None
 
@@ -75,17 +79,19 @@ class Exactness:
         """The figure in words, without a full stop."""
         if self.unmeasured is not None:
             return f"how far the start is from the source was not measured: {self.unmeasured}"
-        layers = ", ".join(map(str, self.layers))
+        compared = f"layers {', '.join(map(str, self.layers))}"
+        if self.text_tokens is not None:
+            compared = f"all layers, on {self.text_tokens} tokens of text"
         figure = (
             f"logits differ from the source's by at most {_figure(self.difference)} of {_figure(self.largest_logit)} "
-            f"(float32, layers {layers})"
+            f"(float32, {compared})"
         )
         if self.objection is not None:
             return f"{figure}, not as promised: {self.objection}"
         return f"{figure}, exact as promised" if self.promised else f"{figure}; {' and '.join(self.reasons)}"
 
 
-def check_exactness(plan: RewritePlan, *, allow_inexact: bool = False) -> Exactness:
+def check_exactness(plan: RewritePlan, *, allow_inexact: bool = False, text: Tensor | None = None) -> Exactness:
     """Hold a planned rewrite to what its steps promise, before it is written.
 
     The logits of a step that promises to change nothing must stay what they were, and transformers must find a place
@@ -94,6 +100,7 @@ def check_exactness(plan: RewritePlan, *, allow_inexact: bool = False) -> Exactn
     Args:
         plan: the rewrite.
         allow_inexact: warn of what is not as promised instead of refusing it.
+        text: `[tokens]` int64, a text on which whole models are compared; None compares cut ones.
 
     Raises:
         PlanError: something is not as promised.
@@ -102,7 +109,7 @@ def check_exactness(plan: RewritePlan, *, allow_inexact: bool = False) -> Exactn
     unmeasured = _unmeasurable(plan)
     if unmeasured is None:
         try:
-            return _checked(plan, Cut(choose_layers(plan), WORDS, WINDOW), reasons, allow_inexact)
+            return _checked(plan, _Trial.of(plan, text), reasons, allow_inexact)
         except _LoadError as error:
             unmeasured = str(error)
     found = Exactness(not reasons, reasons, unmeasured=unmeasured)
@@ -111,8 +118,34 @@ def check_exactness(plan: RewritePlan, *, allow_inexact: bool = False) -> Exactn
     return found
 
 
-def _checked(plan: RewritePlan, cut: Cut, reasons: tuple[str, ...], allow_inexact: bool) -> Exactness:
-    logits, objection = _measure(plan, cut)
+@dataclass(frozen=True)
+class _Trial:
+    """What is compared: what is left of the models, and what they read."""
+
+    cut: Cut
+    text: Tensor | None
+
+    @classmethod
+    def of(cls, plan: RewritePlan, text: Tensor | None) -> Self:
+        if text is None:
+            return cls(Cut(choose_layers(plan), WORDS, WINDOW), None)
+        states = plan.states[0], plan.states[-1]
+        layers, words = (max(count or 0 for count in counts) for counts in zip(*map(_counts, states), strict=True))
+        return cls(Cut(tuple(range(layers)), words, sys.maxsize), text)
+
+    def tokens(self, words: int) -> Tensor:
+        """`[batch, T]`, below `words` where the text does not matter."""
+        if self.text is not None:
+            return self.text[None]
+        return (torch.arange(2 * TOKENS).view(2, TOKENS) * 7 + 3) % words
+
+
+def _counts(state: State) -> tuple[int | None, int | None]:
+    return state.num_layers, state.num_words
+
+
+def _checked(plan: RewritePlan, trial: _Trial, reasons: tuple[str, ...], allow_inexact: bool) -> Exactness:
+    logits, objection = _measure(plan, trial)
     if objection is not None and not allow_inexact:
         raise PlanError(f"{objection}: nothing was written; --allow-inexact writes it all the same")
     if objection is not None:
@@ -123,26 +156,27 @@ def _checked(plan: RewritePlan, cut: Cut, reasons: tuple[str, ...], allow_inexac
         reasons=reasons,
         difference=found if math.isfinite(found) else None,
         largest_logit=_finite(logits[0].abs().max()),
-        layers=cut.layers,
+        layers=trial.cut.layers,
+        text_tokens=None if trial.text is None else len(trial.text),
         objection=objection,
     )
 
 
-def _measure(plan: RewritePlan, cut: Cut) -> tuple[list[Tensor], str | None]:
+def _measure(plan: RewritePlan, trial: _Trial) -> tuple[list[Tensor], str | None]:
     """The logits of each state, up to the first that transformers cannot load, and what is not as promised.
 
     Raises:
         _LoadError: transformers cannot load the source, or the models are too large.
     """
-    _check_room(plan, cut)
-    first, oddities = _logits(plan.states[0], cut)
+    _check_room(plan, trial.cut)
+    first, oddities = _logits(plan.states[0], trial)
     logits, objection = [first], None
     for number, state in enumerate(plan.states[1:]):
         step, tensors = plan.steps[number], state.tensors
         for done in plan.steps[: number + 1]:
             tensors = done.compared(tensors)
         try:
-            after, odd = _logits(replace(state, tensors=tensors), cut)
+            after, odd = _logits(replace(state, tensors=tensors), trial)
         except _LoadError as error:
             return logits, f"{step.summary}: transformers cannot load the result: {error}"
         if not odd <= oddities:
@@ -171,20 +205,19 @@ class _LoadError(Exception):
     """Why a cut model cannot be loaded or run."""
 
 
-def _logits(state: State, cut: Cut) -> tuple[Tensor, set[str]]:
-    """Logits of a cut model on tokens that do not matter, and the names of tensors that did not fit.
+def _logits(state: State, trial: _Trial) -> tuple[Tensor, set[str]]:
+    """Logits of what is left of a model, and the names of tensors that did not fit.
 
     Raises:
         _LoadError: transformers cannot load or run it.
     """
     with TemporaryDirectory(prefix="attnconv-check-") as room:
-        folder = Path(room)
+        folder, cut = Path(room), trial.cut
         config = cut_config(state, cut)
         write_targets(cut_tensors(state, cut), folder, shard_bytes=1 << 62)
         write_json(folder / CONFIG_FILE, config)
         model_class = getattr(transformers, config["architectures"][0])
-        words = min(state.num_words or 1, cut.words)
-        tokens = (torch.arange(2 * TOKENS).view(2, TOKENS) * 7 + 3) % words
+        tokens = trial.tokens(min(state.num_words or 1, cut.words))
         with _silent(), torch.random.fork_rng(devices=[]), torch.no_grad():
             try:
                 model, info = model_class.from_pretrained(

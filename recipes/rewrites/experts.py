@@ -1,9 +1,9 @@
 """Feed-forwards made experts with a router before them."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from ..fields import Count, CountOrZero, Positive, Section, Text
@@ -76,7 +76,9 @@ class ExpertsRewrite(RewriteBase):
         granularity: how many experts are as wide as one feed-forward; both counts must be multiples of it.
         init: `{kind: copy}`, `{kind: drop, ratio: 0.5}` for neurons drawn anew, `{kind: noise, scale: 0.01}`.
         router: `random` draws its weights; `prompts` and `centroids` tell copies apart by what the model makes of
-            texts; `zero` sends all tokens to the same experts, which training cannot change.
+            texts; `zero` sends all tokens to the same experts, which training cannot change. Routing that looks at
+            other tokens too, by `similarity` or `attention` (Graph of Tokens, https://arxiv.org/abs/2505.00792), is
+            refused: the classes route each token by itself, and their caches keep nothing of how earlier ones went.
         prompts: for `prompts`, a list of texts for each copy.
         domains: for `centroids`, a txt or jsonl file, which may end in .gz, for each copy.
         text_tokens: tokens of each of these at most.
@@ -125,6 +127,17 @@ class ExpertsRewrite(RewriteBase):
         if self.num_experts is not None:
             return self.num_experts
         return (len(self.sources) + self.include_base) * self.granularity if self.sources else 4
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _routes_each_token_alone(cls, given: Any) -> Any:
+        if given in ("similarity", "attention"):
+            raise ValueError(
+                f"router: {given} mixes a token's routing with that of earlier tokens, which no class of transformers "
+                "computes, and which decoding could not go on with, for no cache keeps how tokens were routed: write "
+                "random, prompts or centroids"
+            )
+        return given
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

@@ -148,6 +148,8 @@ def test_routers_know_what_their_experts_are_for(base: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("router: similarity", "router: similarity mixes a token's routing .*: write random, prompts or centroids"),
+        ("router: attention", "router: attention mixes a token's routing with that of earlier tokens"),
         ("router: prompts", "router: prompts needs prompts: one for each copy, 4 here"),
         ("router: centroids, granularity: 2", "router: centroids needs domains: one for each copy, 2 here"),
         ("prompts: [[a]]", "prompts are for router: prompts, and router is random"),

@@ -20,9 +20,10 @@ from attnconv.convert.rewriting.exactness import Exactness, check_exactness
 from attnconv.convert.rewriting.experts import Experts
 from attnconv.convert.rewriting.plan import RewritePlan, State, plan_rewrite
 from attnconv.convert.rewriting.steps import Step
-from attnconv.convert.rewriting.tensors import Target, elementwise
+from attnconv.convert.rewriting.tensors import Target, elementwise, made
 from attnconv.errors import PlanError
 from attnconv.files.json_files import read_json
+from attnconv.packaged.model import embedded_model_path
 from attnconv.recipes import load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
@@ -129,13 +130,14 @@ def _with(config: Callable[..., dict[str, Any]], **settings: Any) -> Callable[..
     return lambda step, before: {**config(step, before), **settings}
 
 
-def test_the_command_line_can_allow_it() -> None:
+def test_the_command_line_can_allow_it_and_ask_for_more() -> None:
     from typer.main import get_command
 
     from attnconv.cli import app
 
-    (option,) = (o for o in get_command(app).commands["convert"].params if o.name == "allow_inexact")
-    assert option.opts == ["--allow-inexact"]
+    options = {option.name: option.opts for option in get_command(app).commands["convert"].params}
+    assert options["allow_inexact"] == ["--allow-inexact"]
+    assert options["compare_on"] == ["--compare-on"]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,49 @@ def test_other_names_of_layers_and_left_out_settings_are_understood(tmp_path: Pa
     whole = save(tiny_llama(num_hidden_layers=LlamaConfig().num_hidden_layers), tmp_path / "llama")
     edit_config(whole, num_hidden_layers=None)
     assert check_exactness(plan_of(whole, Cast(torch.bfloat16))).layers == (0, 31)
+
+
+def test_whole_models_are_compared_on_a_text_if_one_is_named(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a small dog, and it lived in a large house.")
+    recipe = load_recipe("upcycle-mixtral")
+    found = run_conversion(embedded_model_path(), recipe, tmp_path / "out", compare_on=text).exactness
+    assert found is not None
+    assert found.promised
+    assert found.layers == tuple(range(5))
+    assert found.text_tokens is not None
+    assert 10 < found.text_tokens < 70
+    assert f"float32, all layers, on {found.text_tokens} tokens of text" in found.sentence
+    assert Exactness.from_dict(read_json(tmp_path / "out" / "receipt.json")["exactness"]) == found
+    with pytest.raises(PlanError, match="base has no tokenizer to read .*text.txt with"):
+        run_conversion(base, recipe, tmp_path / "b", compare_on=text)
+    with pytest.raises(PlanError, match="the recipe has no rewrite"):
+        run_conversion(base, load_recipe("sliding-window"), tmp_path / "b", compare_on=text)
+
+
+def test_a_text_reaches_words_that_no_cut_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(tiny_llama(vocab_size=64, initializer_range=0.3), tmp_path / "base")
+    monkeypatch.setattr(exactness, "WORDS", 16)
+    last = with_doubled_row(40)
+    plan = plan_of(base, Change("embed_tokens", lambda tensor: [last(tensor)]))
+    assert check_exactness(plan).objection is None
+    assert check_exactness(plan, text=torch.arange(20)).objection is None
+    with pytest.raises(PlanError, match="logits are .* off"):
+        check_exactness(plan, text=torch.arange(30, 50))
+
+
+def with_doubled_row(row: int) -> Callable[[Target], Target]:
+    """What doubles a row of a matrix."""
+
+    def doubled(tensor: Target) -> Target:
+        def weights(matrix: torch.Tensor) -> torch.Tensor:
+            matrix = matrix.clone()
+            matrix[row] *= 2
+            return matrix
+
+        return made(tensor.name, tensor.shape, torch.float32, (tensor,), weights)
+
+    return doubled
 
 
 def test_what_cannot_be_measured_says_so(
