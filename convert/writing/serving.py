@@ -33,8 +33,8 @@ class Serving:
     when: Callable[[Config], bool] = lambda _config: True
 
     def command(self, name: str) -> str | None:
-        """The command that serves a model of this name; None where it is not known to work."""
-        return f"vllm serve {name}{self.flags}" if self.state in ("ran", "read") else None
+        """The command that serves a model of this name, or makes it the engine's; None where none is known to work."""
+        return f"{COMMANDS[self.engine].format(name)}{self.flags}" if self.state in ("ran", "read") else None
 
 
 def _some_windows(config: Config) -> bool:
@@ -51,7 +51,21 @@ def _beyond_deepseek(config: Config) -> bool:
     return bool(config.get("attention_bias")) or rope.get("rope_type", "default") != "default"
 
 
-VLLM = "vLLM"
+def _biased(config: Config) -> bool:
+    return bool(config.get("attention_bias"))
+
+
+def _tied(config: Config) -> bool:
+    return bool(config.get("tie_word_embeddings"))
+
+
+VLLM, SGLANG, LLAMA_CPP = "vLLM", "SGLang", "llama.cpp"
+COMMANDS: Mapping[str, str] = {
+    VLLM: "vllm serve {}",
+    SGLANG: "python -m sglang.launch_server --model-path {}",
+    LLAMA_CPP: "python convert_hf_to_gguf.py {}",
+}
+NO_WINDOW = "its class leaves the sliding window out, so long texts come out otherwise"
 TABLE = (
     Serving(
         VLLM,
@@ -65,7 +79,7 @@ TABLE = (
         VLLM,
         ("MixtralForCausalLM",),
         "no",
-        remark="its class leaves the sliding window out, so long texts come out otherwise",
+        remark=NO_WINDOW,
         when=_one_window,
     ),
     Serving(VLLM, ("MistralForCausalLM",), "unknown", remark="nobody looked at its window", when=_one_window),
@@ -80,9 +94,19 @@ TABLE = (
             "Qwen2MoeForCausalLM",
             "Qwen3MoeForCausalLM",
             "GraniteSWAForCausalLM",
+            "Glm4MoeForCausalLM",
+            "Ernie4_5_MoeForCausalLM",
         ),
         "read",
     ),
+    Serving(
+        VLLM,
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        "unknown",
+        remark="nobody looked at the biases of its attention",
+        when=_biased,
+    ),
+    Serving(VLLM, ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"), "read"),
     Serving(
         VLLM,
         ("DeepseekV3ForCausalLM",),
@@ -99,6 +123,23 @@ TABLE = (
         ("DeepseekV3ForCausalLM",),
         "unknown",
         remark="it has the class, and whether its kernels take a latent of this size was not tried",
+    ),
+    Serving(SGLANG, ("MixtralForCausalLM",), "no", remark=NO_WINDOW, when=_one_window),
+    Serving(
+        SGLANG,
+        ("MixtralForCausalLM", "Qwen2MoeForCausalLM"),
+        "no",
+        remark="its class wants an output layer of its own, and this model's is tied to the embedding",
+        when=_tied,
+    ),
+    Serving(SGLANG, ("MixtralForCausalLM", "Qwen2MoeForCausalLM"), "read"),
+    Serving(LLAMA_CPP, ("MixtralForCausalLM",), "no", remark=NO_WINDOW, when=_one_window),
+    Serving(LLAMA_CPP, ("MixtralForCausalLM", "Qwen3MoeForCausalLM"), "read"),
+    Serving(
+        LLAMA_CPP,
+        ("Qwen2MoeForCausalLM",),
+        "no",
+        remark="its class does not make the weights of a token's experts add up to 1",
     ),
 )
 WORDS: Mapping[State, str] = {

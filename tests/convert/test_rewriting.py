@@ -335,19 +335,25 @@ from safetensors.torch import save_file
 sys.modules["attnconv"] = None
 from transformers import AutoModelForCausalLM
 with torch.no_grad():
-    model = AutoModelForCausalLM.from_pretrained("tester/cast")
+    model = AutoModelForCausalLM.from_pretrained("tester/native")
     save_file({"logits": model(torch.arange(1, 21)[None]).logits}, sys.argv[1])
 """
 
 
-def test_a_native_result_is_published_by_its_receipt(
-    base: Path, tmp_path: Path, hub: HubServer, hub_environment: dict[str, str]
+@pytest.mark.parametrize("rewrite", [{"kind": "cast", "dtype": "bfloat16"}, {"kind": "experts"}, {"kind": "latent"}])
+def test_a_native_result_comes_back_from_the_hub(
+    base: Path, tmp_path: Path, hub: HubServer, hub_environment: dict[str, str], rewrite: dict[str, Any]
 ) -> None:
-    run_conversion(base, cast_recipe(), tmp_path / "out")
-    push_folder(tmp_path / "out", "tester/cast")
-    assert hub.files("tester/cast").keys() == {path.name for path in (tmp_path / "out").iterdir()}
+    run_conversion(base, Recipe(name="a", rewrite=[rewrite]), tmp_path / "out")
+    push_folder(tmp_path / "out", "tester/native")
+    assert hub.files("tester/native").keys() == {path.name for path in (tmp_path / "out").iterdir()}
     fresh_process.run("-c", LOAD, tmp_path / "logits", env=hub_environment, check=True)
     assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(tmp_path / "out"))
+
+
+def test_a_native_result_is_published_by_its_receipt(base: Path, tmp_path: Path) -> None:
+    run_conversion(base, cast_recipe(), tmp_path / "out")
+    assert published_files(tmp_path / "out")
     (tmp_path / "out" / "receipt.json").unlink()
     with pytest.raises(CheckpointError, match="neither a receipt"):
         published_files(tmp_path / "out")

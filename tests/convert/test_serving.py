@@ -7,7 +7,7 @@ import pytest
 import transformers
 from tiny_models import save, tiny_llama
 
-from attnconv.convert.writing.serving import TABLE, WORDS, serving_lines, serving_text, servings
+from attnconv.convert.writing.serving import COMMANDS, TABLE, WORDS, serving_lines, serving_text, servings
 from attnconv.evaluate.diagnose.inspection import inspect_model
 
 
@@ -36,15 +36,36 @@ def test_a_card_promises_what_was_looked_at(
     architecture: str, settings: dict[str, Any], state: str, command: str | None
 ) -> None:
     config = {"architectures": [architecture], **settings}
-    (row,) = servings(config)
-    assert row.state == state
+    row = servings(config)[0]
+    assert (row.engine, row.state) == ("vLLM", state)
     text = serving_text("mine", config)
     assert WORDS[row.state] in text
     assert ("vllm serve" in text) is (command is not None)
     assert command is None or command in text
-    (line,) = serving_lines("mine", config)
+    line = serving_lines("mine", config)[0]
     assert WORDS[row.state] in line
     assert command is None or command in line
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "states"),
+    [
+        ("MixtralForCausalLM", {}, {"vLLM": "read", "SGLang": "read", "llama.cpp": "read"}),
+        ("MixtralForCausalLM", {"tie_word_embeddings": True}, {"vLLM": "read", "SGLang": "no", "llama.cpp": "read"}),
+        ("MixtralForCausalLM", {"sliding_window": 64}, {"vLLM": "no", "SGLang": "no", "llama.cpp": "no"}),
+        ("Qwen2MoeForCausalLM", {}, {"vLLM": "read", "SGLang": "read", "llama.cpp": "no"}),
+        ("Qwen3MoeForCausalLM", {}, {"vLLM": "read", "llama.cpp": "read"}),
+        ("GraniteMoeForCausalLM", {}, {"vLLM": "read"}),
+        ("GraniteMoeSharedForCausalLM", {"attention_bias": True}, {"vLLM": "unknown"}),
+    ],
+)
+def test_each_engine_is_told_of_by_itself(architecture: str, settings: dict[str, Any], states: dict[str, str]) -> None:
+    config = {"architectures": [architecture], **settings}
+    assert {row.engine: row.state for row in servings(config)} == states
+    text = serving_text("mine", config)
+    for engine, state in states.items():
+        assert engine in text
+        assert (COMMANDS[engine].format("mine") in text) is (state == "read")
 
 
 def test_rows_are_about_classes_that_there_are() -> None:
