@@ -21,7 +21,7 @@ from ..recipes import Recipe
 from .settling import settled_plan
 
 COMPARED_TOKENS = 512
-"""Of a text on which whole models are compared."""
+"""Of a text on which whole models are compared, at most."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ def _check(plan: RewritePlan, allow_inexact: bool, progress: Progress, compare_o
         tokenizer = load_tokenizer(plan.checkpoint)
         if tokenizer is None:
             raise PlanError(f"{plan.checkpoint.source} has no tokenizer to read {compare_on} with")
-        text = load_tokens(compare_on, tokenizer, context=COMPARED_TOKENS, limit=COMPARED_TOKENS)
+        most = getattr(plan.checkpoint.config.get_text_config(), "max_position_embeddings", None) or COMPARED_TOKENS
+        length = min(COMPARED_TOKENS, most)
+        text = load_tokens(compare_on, tokenizer, context=length, limit=length)
     progress.phase("Comparing the start with the source")
     exactness = check_exactness(plan, allow_inexact=allow_inexact, text=text)
     progress.end()
