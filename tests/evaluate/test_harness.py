@@ -19,7 +19,7 @@ from attnconv.evaluate.tasks import harness
 from attnconv.evaluate.tasks.base import EvaluatedModel, Scope
 from attnconv.evaluate.tasks.harness import HarnessSettings, HarnessTask, items_of
 from attnconv.packaged.model import embedded_model_path
-from attnconv.recipes import Recipe, load_recipe
+from attnconv.recipes import Recipe
 from attnconv.runs import run_conversion
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -186,29 +186,3 @@ def test_its_own_command_line_takes_native_results(folder: Path, tmp_path: Path)
         found[name] = json.loads(file.read_text())["results"]["stories_choose"]
     assert found["native"]["acc,none"] == found["base"]["acc,none"]
     assert found["native"]["acc_norm,none"] == found["base"]["acc_norm,none"]
-
-
-@needs_lm_eval
-@pytest.mark.slow
-def test_its_own_command_runs_what_rewrites_make_without_us(folder: Path, tmp_path: Path) -> None:
-    run_conversion(embedded_model_path(), load_recipe("upcycle-mixtral"), tmp_path / "out")
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "attnconv.py").write_text("raise ImportError('attnconv was asked for')")
-    arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'out'},dtype=float32", "--device", "cpu"]
-    arguments += ["--tasks", "stories_choose", "--include_path", str(folder), "--output_path", str(tmp_path / "found")]
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *arguments],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "path"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (written,) = (tmp_path / "found").rglob("results_*.json")
-    found = json.loads(written.read_text())["results"]["stories_choose"]
-    base = open_evaluated("model", str(embedded_model_path()))
-    load_evaluated(base, device="cpu")
-    items = run(base, folder, "stories_choose")
-    assert len(items) == len(STORIES)
-    for name in ("acc", "acc_norm"):
-        assert found[f"{name},none"] == pytest.approx(sum(item.values[name] for item in items) / len(items))
