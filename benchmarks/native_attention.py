@@ -44,16 +44,16 @@ def measured(folder: Path, tokens: Any, tokenizer: Any) -> float:
     return perplexity(model, tokens, context=CONTEXT, limit=TOKENS, tokenizer=tokenizer).perplexity
 
 
-def converted(model: Path, step: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Convert, and tell how long it took and how far the start is from the model's, on a cut of it."""
+def converted(model: Path, step: dict[str, Any], output: Path, text: Path | None) -> dict[str, Any]:
+    """Convert, and tell how long it took and how far the start is from the model's, on a text or on a cut of it."""
     from attnconv.recipes import Recipe
     from attnconv.runs import run_conversion
 
     began = time.perf_counter()
     recipe = Recipe(name="native", rewrite=[{"kind": "cast", "dtype": "float32"}, step])
-    result = run_conversion(model, recipe, output)
+    result = run_conversion(model, recipe, output, compare_on=text)
     exactness = result.exactness.to_dict() if result.exactness is not None else {}
-    figures = {key: exactness.get(key) for key in ("difference", "largest_logit")}
+    figures = {key: exactness.get(key) for key in ("difference", "largest_logit", "text_tokens")}
     return {"seconds": round(time.perf_counter() - began, 1), **figures}
 
 
@@ -77,7 +77,7 @@ def main() -> None:
         step = dict(CASES[name]) if name in WITHOUT_TEXT else {**CASES[name], "calibrate": calibrate}
         with tempfile.TemporaryDirectory() as room:
             output = Path(room) / "out"
-            results[name] = converted(model, step, output)
+            results[name] = converted(model, step, output, text if name in WITHOUT_TEXT else None)
             results[name]["perplexity"] = measured(output, tokens, tokenizer)
         print(name, results[name], file=sys.stderr, flush=True)
     write_result(
