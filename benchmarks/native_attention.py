@@ -4,7 +4,8 @@
 
 Each form is converted from the same float32 weights, measured on the first 4,096 tokens of Wikipedia paragraphs where
 it asks for that, and loaded by transformers alone. Perplexity is that of the first 5,120 tokens of WikiText-2 valid in
-windows of 1,024. `pool_pca` and `latent` have bounds; the command ends with an error if one is missed.
+windows of 1,024. Logits are compared on cut models, or on the first 512 tokens of that text where a rewrite needs no
+calibration. `pool_pca` and `latent` have bounds; the command ends with an error if one is missed.
 """
 
 import sys
