@@ -192,9 +192,10 @@ def _watch(
     if device == "cpu":
         _refuse_large(config, model_class)
     settings = {"attn_implementation": _PROBE}
-    # Without weights, grouped products refuse sizes that they take with them; older releases have no choice of experts.
+    # Without weights, grouped products refuse sizes that they take with them, and a loop over the experts that are used
+    # finds none of them; older releases have no choice of experts.
     if getattr(model_class, "_can_set_experts_implementation", bool)():
-        settings["experts_implementation"] = "eager"
+        settings["experts_implementation"] = "batched_mm" if device == "meta" else "eager"
     with torch.device(device):
         model = model_class._from_config(config, **settings)
     model.eval()

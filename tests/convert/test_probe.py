@@ -159,7 +159,8 @@ def test_a_mask_that_weighs_keys_is_refused() -> None:
         make_plan([_EveryLayer("lolcats")], modules)
 
 
-def test_experts_of_any_size_are_probed_without_weights() -> None:
+def test_experts_of_any_size_are_probed_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnconv.convert.planning.probe._MAX_CPU_PARAMETERS", 0)
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
     config = MixtralConfig(**sizes, intermediate_size=86, num_hidden_layers=1, num_local_experts=2)
     config.dtype = torch.bfloat16
