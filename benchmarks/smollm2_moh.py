@@ -105,11 +105,15 @@ def measured(model: Path, folder: Path) -> dict[str, Any]:
         suite.write_text(SUITE.replace("DATA", str(find_data(TEXT))), encoding="utf-8")
         flags = ["--suite", suite, "--dtype", "float32", "--output", folder / "eval", "--json"]
         found = json.loads(run_command(attnconv_command("-q", "eval", model, *flags)).stdout)["tasks"]
-        rows = {row["metric"]: row["model"] for task in found.values() for row in task["figures"] if not row["group"]}
-        kept.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    rows = json.loads(kept.read_text(encoding="utf-8"))
-    accuracy = rows["normalised accuracy"]
-    return {"perplexity": rows["perplexity"]["value"], "piqa": accuracy}
+        rows = {row["metric"]: row for task in found.values() for row in task["figures"] if not row["group"]}
+        accuracy = rows["normalised accuracy"]
+        figures = {
+            "perplexity": rows["perplexity"]["model"],
+            "piqa": accuracy["model"],
+            "piqa_interval": accuracy["interval"],
+        }
+        kept.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
