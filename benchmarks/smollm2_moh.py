@@ -2,11 +2,11 @@
 
     python benchmarks/smollm2_moh.py --output moh-runs
 
-By the command line: routers fitted on 4,096 tokens, then 40,960 of logit distillation with LoRA, routers training along;
-the model itself takes the same LoRA at the same rate over the same tokens, on the next token, for it is its own teacher.
+By the command line: routers fitted on 4,096 tokens, then 40,960 of logit distillation with LoRA, routers training
+along. The model itself, which would be its own teacher, takes the same LoRA over the same tokens on the next token.
 Perplexity is that of WikiText-2 valid (detokenised), first 5,120 tokens, context 1,024; PIQA by `attnconv eval`. What
-is in `--output` already is not made again. The figures asked for: 7 of 9 heads within 1.03 x of the tuned model, 6 of 9
-within 1.08 x, PIQA within chance.
+is in `--output` already is not made again. Asked for: 7 of 9 heads within 1.03 x of the tuned model, 6 of 9 within
+1.08 x, PIQA within chance.
 """
 
 import json

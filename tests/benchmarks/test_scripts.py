@@ -24,6 +24,7 @@ SCRIPTS = [
     "native_attention",
     "smollm2_heads",
     "smollm2_lolcats",
+    "smollm2_moh",
     "smollm2_passkeys",
     "sparse_quality",
     "sparse_speed",
@@ -40,6 +41,7 @@ NEEDING_DATA = [
     "method_table",
     "native_attention",
     "smollm2_lolcats",
+    "smollm2_moh",
     "sparse_quality",
     "transfer_speed",
 ]
