@@ -9,6 +9,7 @@ import typer
 
 from . import __version__
 from .commands.convert import convert_app
+from .commands.data import data_app
 from .commands.doctor import doctor_app
 from .commands.inspection import inspection_app
 from .commands.measure import measure_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 for commands in (convert_app, inspection_app, planning_app, measure_app, methods_app, doctor_app):
     app.add_typer(commands)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

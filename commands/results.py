@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ..attention_modules.counts import AttentionCounts
-from ..formats import amount, change, count, number, percent, ratio, size
+from ..formats import amount, change, count, counted, number, percent, ratio, size
 from .tables import command_line, make_console, make_table
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluate.engine.running import Evaluation
     from ..evaluate.engine.schema import MeasuredModel, TaskResult
     from ..evaluate.report import ConversionComparison, ReportFiles
+    from ..runs.data_scores import DataScores
     from ..runs.planner import ModelPlan
 
 # A task with more groups than this shows its overall figures only; the file and the report have all.
@@ -238,6 +239,21 @@ def show_plan(plan: "ModelPlan") -> None:
     console.print(
         f"On a text that decided nothing it is {number(plan.hidden)} nats from the model where something hidden is "
         f"asked for, and {number(plan.ordinary)} elsewhere."
+    )
+
+
+def show_data_scores(scores: "DataScores", path: "Path") -> None:
+    """Which heads were masked, what that does to the loss, and what was kept."""
+    console = make_console()
+    heads = ", ".join(f"{layer}.{head}" for layer, own in sorted(scores.heads.items()) for head in own)
+    console.print(f"KV heads that were masked, as layer.head: {heads}.")
+    console.print(
+        f"Loss of all tokens that were scored: {number(scores.loss)} nats, {number(scores.masked_loss)} without these "
+        f"heads; of documents it rises by {percent(scores.median)} (median)."
+    )
+    console.print(
+        f"{count(scores.kept)} of {counted(scores.documents, 'document')} are kept, those in which it rises by "
+        f"{percent(scores.least)} or more: --set data.path={path}"
     )
 
 

@@ -2,20 +2,36 @@
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import OutputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; a link of that name is replaced, what it leads to stays as it is."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """The same piece by piece: what is written inside is the file when the context ends well, and else nothing is.
+
+    Args:
+        path: the file.
+
+    Returns:
+        what to write to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name that nobody can foresee, opened only if it is new.
     descriptor, building = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             if hasattr(os, "fchmod"):
                 os.fchmod(file.fileno(), _mode(path))
         os.replace(building, path)

@@ -115,14 +115,24 @@ def _most_important(
     position: int, selector: HeadChoice, file: HeadImportance, own: Sequence[int]
 ) -> dict[int, tuple[int, ...]]:
     scores = file.scores(selector.measure, selector.importance)
-    heads = [(scores[index][head], index, head) for index in own for head in range(len(scores[index]))]
-    number = selector.number(len(heads))
-    if heads and number > len(heads):
+    heads = sum(len(scores[index]) for index in own)
+    number = selector.number(heads)
+    if heads and number > heads:
         raise PlanError(
-            f"attention rule {position + 1} wants the {number} most important KV heads, but its layers have "
-            f"{len(heads)}"
+            f"attention rule {position + 1} wants the {number} most important KV heads, but its layers have {heads}"
         )
-    # Of heads that matter the same, the first.
+    return most_important(scores, own, number)
+
+
+def most_important(scores: Sequence[Sequence[float]], layers: Sequence[int], number: int) -> dict[int, tuple[int, ...]]:
+    """So many KV heads with the highest scores, of equal ones the first: their numbers, by the number of the layer.
+
+    Args:
+        scores: by layer and KV head.
+        layers: numbers of the layers that count.
+        number: how many heads.
+    """
+    heads = [(score, index, head) for index in layers for head, score in enumerate(scores[index])]
     best = sorted(heads, key=lambda item: (-item[0], item[1], item[2]))[:number]
     found: dict[int, list[int]] = {}
     for _, index, head in best:

@@ -21,6 +21,7 @@ COMMANDS = [
     ["push"],
     ["demo"],
     ["doctor"],
+    ["data", "score"],
     ["recipes", "list"],
     ["recipes", "show"],
     ["recipes", "copy"],
@@ -30,7 +31,7 @@ COMMANDS = [
 Run = Callable[..., Result]
 
 
-@pytest.mark.parametrize("command", [[], ["recipes"], *COMMANDS], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["recipes"], ["data"], *COMMANDS], ids=" ".join)
 def test_help_ends_with_two_examples(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0

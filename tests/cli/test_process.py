@@ -19,6 +19,7 @@ COMMANDS = [
     "push",
     "demo",
     "doctor",
+    "data score",
     "recipes",
     "recipes show",
 ]
