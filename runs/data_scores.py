@@ -192,12 +192,12 @@ def _important(roles: RoleModel, settings: ScoreSettings, diagnosis: Diagnosis |
 
 
 def _texts(section: DataSection) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of a file, with their texts."""
+    """The rows of a file, with their texts; empty where there is nothing but space."""
     for row in read_rows(section):
         text = row.get(section.field)
         if section.field not in row or not isinstance(text, str | None):
             raise wrong_field(str(section.path), "text", section.field, row)
-        yield row, text or ""
+        yield row, text if text and not text.isspace() else ""
 
 
 def _scored(

@@ -57,6 +57,14 @@ class PlanEntry:
         return methods_of(self.method, self.options)
 
     @property
+    def head_methods(self) -> tuple[str, ...]:
+        """The method of each of its KV heads."""
+        parts = self.options.get("parts", ()) if self.method == BY_HEAD else ()
+        rest = next((part["method"] for part in parts if part.get("groups") is None), self.method)
+        found = {group: str(part["method"]) for part in parts for group in part.get("groups") or ()}
+        return tuple(found.get(head, rest) for head in range(self.geometry.num_kv_heads))
+
+    @property
     def converted(self) -> bool:
         """Whether its attention is replaced."""
         return self.method != "softmax" and self.refused is None

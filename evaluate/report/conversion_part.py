@@ -1,13 +1,16 @@
 """What was converted: the strip of layers, methods and new parameters."""
 
+from collections import Counter
 from functools import partial
 
 from ...attention_modules.registry import get_method
-from ...formats import options, ranges
+from ...formats import counted, options, ranges
 from .blocks import Cell, Chart, Charts, Section, Table, section, texts
 from .cells import count_cell
 from .gathering import UNCHANGED, ConvertedModule, Report
-from .heatmaps import method_colors, strip_chart
+from .heatmaps import SINGLE_HEADS, method_colors, strip_chart
+
+SOFTMAX = "softmax"
 
 
 def conversion_section(report: Report) -> Section | None:
@@ -27,14 +30,39 @@ def layers_of(report: Report) -> list[str]:
     return [found.get(layer, UNCHANGED) for layer in range(count)]
 
 
+def kv_heads_of(report: Report) -> list[tuple[str, ...]]:
+    """The method of each KV head of each layer; empty if all heads of a layer have the same, for all layers."""
+    if not any(len(set(module.entry.head_methods)) > 1 for module in report.modules):
+        return []
+    found = {
+        module.entry.layer_idx if module.entry.layer_idx is not None else place: tuple(
+            UNCHANGED if method == SOFTMAX else method for method in module.entry.head_methods
+        )
+        for place, module in enumerate(report.modules)
+    }
+    kept = (UNCHANGED,) * report.modules[0].entry.geometry.num_kv_heads
+    return [found.get(layer, kept) for layer in range(len(layers_of(report)))]
+
+
 def _strip(report: Report) -> Charts:
-    layers = layers_of(report)
-    heads = report.num_heads or report.modules[0].entry.geometry.num_heads
-    colors = method_colors(list(dict.fromkeys(layers)), UNCHANGED)
-    places = [f"{method} in {ranges([i for i, name in enumerate(layers) if name == method])}" for method in colors]
-    description = f"{len(layers)} layers of {heads} heads, coloured by their attention: {'; '.join(places)}."
-    chart = Chart("layers", "Attention by layer and head", description, partial(strip_chart, layers, heads, colors))
-    return Charts((chart,))
+    layers, kv_heads = layers_of(report), kv_heads_of(report)
+    if kv_heads:
+        counts = Counter(method for own in kv_heads for method in own)
+        colors = method_colors(list(counts), UNCHANGED)
+        said = f"{len(layers)} layers of {len(kv_heads[0])} KV heads"
+        places = [f"{counted(counts[method], 'KV head')} {method}" for method in colors]
+        drawn = partial(strip_chart, kv_heads, "KV head", colors)
+    else:
+        heads = report.num_heads or report.modules[0].entry.geometry.num_heads
+        # All heads of a layer have one method; where there are many, one box stands for all of them.
+        count = heads if heads <= SINGLE_HEADS else 1
+        colors = method_colors(list(dict.fromkeys(layers)), UNCHANGED)
+        said = f"{len(layers)} layers of {heads} heads"
+        places = [f"{method} in {ranges([i for i, name in enumerate(layers) if name == method])}" for method in colors]
+        label = "head" if count == heads else f"{heads} heads"
+        drawn = partial(strip_chart, [(method,) * count for method in layers], label, colors)
+    description = f"{said}, coloured by their attention: {'; '.join(places)}."
+    return Charts((Chart("layers", "Attention by layer and head", description, drawn),))
 
 
 def _table(report: Report) -> Table:

@@ -60,18 +60,24 @@ def heat_chart(
     return figure
 
 
-def strip_chart(layers: Sequence[str], heads: int, colors: Mapping[str, str]) -> "Figure":
-    """Layers from left to right, each with its heads, in the colour of its method."""
+def strip_chart(layers: Sequence[Sequence[str]], label: str, colors: Mapping[str, str]) -> "Figure":
+    """Layers from left to right, each with its heads, in the colours of their methods.
+
+    Args:
+        layers: the method of each head that is drawn, by layer.
+        label: what a head is called.
+        colors: of each method.
+    """
     from matplotlib.patches import Patch
 
-    # All heads of a layer have one method; where there are many, one box stands for all of them.
-    rows = heads if heads <= SINGLE_HEADS else 1
+    rows = max(map(len, layers))
     figure, panel = new_figure(0.95 + 0.11 * max(rows, 6), WIDTH)
     for method, color in colors.items():
-        _cells(panel, [[1.0 if layer == method else None for layer in layers]] * rows, 1.0, color, gap=0.14)
-    _frame(panel, len(layers), rows, (), () if rows == heads else ("",), aspect="auto")
+        grid = [[1.0 if own[row : row + 1] == (method,) else None for own in map(tuple, layers)] for row in range(rows)]
+        _cells(panel, grid, 1.0, color, gap=0.14)
+    _frame(panel, len(layers), rows, (), () if rows > 1 else ("",), aspect="auto")
     panel.set_xlabel("layer")
-    panel.set_ylabel("head" if rows == heads else f"{heads} heads")
+    panel.set_ylabel(label)
     handles = [Patch(color=color, label=method) for method, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), frameon=False, handlelength=1)
     return figure

@@ -1,6 +1,7 @@
 """A report put together: title, summary in plain words, headline figures, sections, and what was not measured."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..tasks.base import task_classes
 from .attention_part import attention_section
 from .blocks import Cell, Page, Section, Table, Text, Tile, Tiles, Tone, section
 from .cells import verdict
-from .conversion_part import conversion_section, layers_of
+from .conversion_part import conversion_section, kv_heads_of, layers_of
 from .fidelity_part import fidelity_section, statistics_section
 from .gathering import UNCHANGED, Report
 from .healing_part import healing_section
@@ -64,6 +65,12 @@ def _what(report: Report) -> str:
     which = f"{len(layers) - kept} of the {len(layers)}" if kept else f"all {len(layers)}"
     methods = " and ".join(report.methods)
     added = f", which adds {count(report.parameters)} parameters" if report.parameters else ""
+    heads = Counter(method for own in kv_heads_of(report) for method in own)
+    if heads:
+        full = heads.pop(UNCHANGED, 0)
+        others = " and ".join(f"{count(number)} by {method}" for method, number in heads.items())
+        whose = f"the {count(full + heads.total())} KV heads of {report.base or 'its base'}"
+        return f"{count(full)} of {whose} keep their attention; that of the others was replaced, {others}{added}."
     return f"In {which} attention layers of {report.base or 'its base'}, attention was replaced by {methods}{added}."
 
 

@@ -144,3 +144,20 @@ def test_a_browser_keeps_figures_inside_their_tiles(folder, tmp_path, width):
     assert "-100.0 pts" in files.html.read_text()
     found = visit(files.html, TILES, width=width, height=900, scheme="light", profile=tmp_path / "profile").answer
     assert found == {"over": 0, "all": 6}
+
+
+def test_heads_of_one_layer_that_differ_are_told_apart(tmp_path):
+    full = {"layers": "1,3", "heads": "0,2", "method": "softmax"}
+    whole = {"layers": "4", "method": "softmax"}
+    streaming = {"layers": "all", "method": "sliding_window", "options": {"window": 16}}
+    recipe = Recipe(name="mixed", attention=[full, whole, streaming])
+    folder = run_conversion(embedded_model_path(), recipe, tmp_path / "mixed", device="cpu").output
+    page = write_report(folder).html.read_text()
+    words = " ".join(read_page(folder / "results" / "report.html").words.split())
+    # Two of four in two layers, and all four of the last one.
+    assert "8 of the 20 KV heads of stories260K keep their attention" in words
+    assert "that of the others was replaced, 12 by sliding_window" in words
+    assert (
+        "5 layers of 4 KV heads, coloured by their attention: 12 KV heads sliding_window; 8 KV heads unchanged" in page
+    )
+    assert "KV heads 0, 2: softmax; all other KV heads: sliding_window (window=16" in words
