@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Device, Model, Overrides, TrustRemoteCode, complete_recipes
-from .session import AsJson, examples, print_json, session_of
+from .session import AsJson, Session, examples, print_json, session_of
 
 inspection_app = typer.Typer()
 
@@ -72,12 +72,19 @@ def diagnose(
             "what it learned.",
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For a vision model's --importance: a folder of images, or a parquet file."),
+    ] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Load a model, measure what its heads look at on a text, and advise on each layer."""
     session = session_of(ctx)
+    if images is not None:
+        _diagnose_images(session, model, images, importance, device=device, trust_remote_code=trust_remote_code)
+        return
     session.silence_libraries()
     from ..evaluate.diagnose import advice_yaml, diagnose_model, plot_diagnosis, recommend
     from ..evaluate.diagnose.importance import measure_importance, trained_importance
@@ -112,3 +119,21 @@ def diagnose(
         show_importance(measured, importance)
     if output is not None:
         typer.echo(f"The recipe is in {output}: attnconv convert {model} --recipe {output} --output DIR")
+
+
+def _diagnose_images(
+    session: Session, model: str, images: Path, importance: Path | None, *, device: str | None, trust_remote_code: bool
+) -> None:
+    """Write how much each head of a vision model matters, and how far it looks."""
+    if importance is None:
+        raise typer.BadParameter("--images needs --importance JSON, which is what is measured on them")
+    session.silence_libraries()
+    from ..runs.image_importance import image_importance
+    from .progress import measuring_progress
+    from .results import show_importance
+
+    with measuring_progress(quiet=session.quiet) as progress:
+        found = image_importance(
+            model, images, importance, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+    show_importance(found, importance)

@@ -60,7 +60,7 @@ def influences(roles: RoleModel, heads: Mapping[int, Sequence[int]], texts: Sequ
     named = {roles.modules[layer].name: numbers for layer, numbers in heads.items()}
     with attention_hook(roles.model, AttentionCall.teacher):
         whole = token_losses(roles.model, ids)
-    with attention_hook(roles.model, lambda call: _levelled(call, named.get(call.name, ()))):
+    with attention_hook(roles.model, lambda call: levelled(call, named.get(call.name, ()))):
         masked = token_losses(roles.model, ids)
     found: list[Influence | None] = []
     for row, text in enumerate(texts):
@@ -70,16 +70,28 @@ def influences(roles: RoleModel, heads: Mapping[int, Sequence[int]], texts: Sequ
     return found
 
 
-def _levelled(call: AttentionCall, groups: Sequence[int]) -> Tensor:
-    """What the model's attention gives, and of some KV heads the mean of the values so far."""
+def levelled(call: AttentionCall, groups: Sequence[int]) -> Tensor:
+    """What the model's attention gives, and of some KV heads the mean of all values that a query may see.
+
+    Args:
+        call: of a converted module.
+        groups: numbers of the KV heads; the query heads that share one go with it.
+
+    Returns:
+        `[batch, num_heads, T, value_dim]`.
+    """
     out = call.teacher()
     if not groups:
         return out
     size = out.shape[1] // call.value.shape[1]
     chosen = torch.tensor(list(groups), device=out.device)
-    seen = torch.arange(1, out.shape[2] + 1, device=out.device, dtype=torch.float32)
-    means = call.value[:, chosen].float().cumsum(2) / seen[:, None]
+    values = call.value[:, chosen].float()
+    if call.core.geometry.causal:
+        seen = torch.arange(1, out.shape[2] + 1, device=out.device, dtype=torch.float32)
+        means = values.cumsum(2) / seen[:, None]
+    else:
+        means = values.mean(2, keepdim=True).expand_as(values)
     grouped = out.unflatten(1, (-1, size)).clone()
     grouped[:, chosen] = means[:, :, None].to(out.dtype)
-    levelled: Tensor = grouped.flatten(1, 2)
-    return levelled
+    changed: Tensor = grouped.flatten(1, 2)
+    return changed
