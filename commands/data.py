@@ -16,7 +16,7 @@ data_app = typer.Typer(
     help="Choose training texts by what a model makes of them.",
     epilog=examples(
         "attnconv data score texts.jsonl.gz --model org/model -o kept.jsonl.gz",
-        "attnconv data score texts.jsonl --model ./model -o kept.jsonl --keep 5000",
+        "attnconv data score a.txt --model ./model -o kept.jsonl --keep 5000",
     ),
 )
 
@@ -24,7 +24,7 @@ data_app = typer.Typer(
 @data_app.command(
     epilog=examples(
         "attnconv data score texts.jsonl.gz --model org/model -o kept.jsonl.gz",
-        "attnconv data score a.txt --model ./model -o kept.jsonl --importance heads.json",
+        "attnconv data score a.txt --model ./model -o kept.jsonl --keep 5000",
     )
 )
 def score(
