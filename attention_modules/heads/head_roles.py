@@ -1,5 +1,7 @@
 """Full and streaming attention of each KV head, mixed by a learned share: which heads need the whole text."""
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from ..softmax import SoftmaxAttention
 from ..sparse.sliding_window import SlidingWindowAttention, SlidingWindowOptions
 from ..state import AttentionState
 from ..tokens import Call
+from ..weights import Statistic
 
 
 class HeadRolesOptions(AttentionOptions):
@@ -61,6 +64,20 @@ class HeadRolesAttention(SoftmaxAttention):
     def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
         """As any call: both attentions want all tokens."""
         return self.attend_torch(call.over(call.query, state.append(call.tokens).to(call.query.dtype)), {})
+
+    def statistics(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scaling: float,
+        padding_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+    ) -> Mapping[str, Statistic]:
+        """The learned shares, of query heads as of the KV head that they share."""
+        shares = self.alpha.detach().clamp(0, 1).repeat_interleave(self.geometry.num_groups)
+        found = Statistic("full attention", "learned share of attention to all tokens", "head", "percent", shares)
+        return {found.name: found}
 
     def _mixed(self, full: Tensor, streaming: Tensor) -> Tensor:
         share = self.alpha.to(full.dtype).clamp(0, 1).repeat_interleave(self.geometry.num_groups)

@@ -61,6 +61,15 @@ def test_it_starts_as_the_model_and_only_shares_learn(trainee):
     assert float(next(iter(group.parameters.values())).detach().min()) == 0.0
 
 
+def test_what_was_learned_is_told_by_head(trainee):
+    core = next(iter(trainee.cores().values()))
+    core.alpha.data = torch.tensor([0.25, 1.5, -0.5, 1.0])
+    query = torch.zeros(1, core.geometry.num_heads, 3, core.geometry.head_dim)
+    (told,) = core.statistics(query, query[:, :4], scaling=1.0).values()
+    assert (told.name, told.per, told.style) == ("full attention", "head", "percent")
+    assert told.values.tolist() == [0.25, 0.25, 1, 1, 0, 0, 1, 1]
+
+
 def test_heads_for_nothing_have_no_price(trainee):
     objective = RoleTraining(trainee, STAGE.model_copy(update={"keep": 0.5, "penalty": 4.0}))
     assert float(objective.price()) == pytest.approx(2.0)
