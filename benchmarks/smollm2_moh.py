@@ -83,7 +83,7 @@ def healed(model: Path, output: Path, stages: list[dict[str, Any]], changes: Seq
     settings = {
         "attention.0.options.active": None,
         "data": {"path": str(find_data(TRAIN)), "field": "text"},
-        "evaluate": {"path": str(find_data(TEXT)), "tokens": TOKENS, "context": CONTEXT},
+        "evaluate": None,
         "stages": stages,
     }
     all_changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + list(changes)
