@@ -160,4 +160,4 @@ def test_heads_of_one_layer_that_differ_are_told_apart(tmp_path):
     assert (
         "5 layers of 4 KV heads, coloured by their attention: 12 KV heads sliding_window; 8 KV heads unchanged" in page
     )
-    assert "KV heads 0, 2: softmax; all other KV heads: sliding_window (window=16" in words
+    assert "KV heads 0, 2: softmax; KV heads 1, 3: sliding_window (window=16" in words
