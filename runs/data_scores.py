@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..convert.planning.head_rules import most_important
-from ..convert.planning.importance import read_importance
+from ..convert.planning.importance import HeadImportance, read_importance
 from ..distill.data import encode_document, read_rows, wrong_field
 from ..errors import DataError, OutputError, RecipeError
 from ..evaluate.diagnose import diagnose_model
@@ -151,11 +151,13 @@ def score_data(
         raise OutputError(f"{target} is the file that is read: name another one to write")
     documents = sum(1 for _ in _texts(section))
     given: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    diagnosis = None
+    known: HeadImportance | Diagnosis
     if settings.importance is None:
-        diagnosis = diagnose_model(source, text="book", tokens=DIAGNOSED, progress=progress, **given)
+        known = diagnose_model(source, text="book", tokens=DIAGNOSED, progress=progress, **given)
+    else:
+        known = read_importance(settings.importance)
     roles = role_model(source, window=1, num_sinks=0, **given)
-    scores = _important(roles, settings, diagnosis)
+    scores = _important(roles, settings, known)
     heads = most_important(scores, range(len(scores)), settings.top.of(sum(map(len, scores))))
     found = []
     for influence in _scored(roles, heads, section, settings):
@@ -180,15 +182,14 @@ def score_data(
     )
 
 
-def _important(roles: RoleModel, settings: ScoreSettings, diagnosis: Diagnosis | None) -> list[list[float]]:
+def _important(roles: RoleModel, settings: ScoreSettings, known: HeadImportance | Diagnosis) -> list[list[float]]:
     """How much each KV head is one that retrieves, by layer."""
-    if diagnosis is not None:
-        measures, _ = by_pattern(diagnosis, roles.modules)
+    if isinstance(known, Diagnosis):
+        measures, _ = by_pattern(known, roles.modules)
         return [[float("-inf") if value is None else value for value in row] for row in measures[RETRIEVAL]]
-    file = read_importance(settings.importance or "")
-    file.check(roles.modules, settings.importance)
-    has_own = settings.measure is None and RETRIEVAL in file.measures
-    return file.scores(RETRIEVAL if has_own else settings.measure, settings.importance)
+    known.check(roles.modules, settings.importance)
+    has_own = settings.measure is None and RETRIEVAL in known.measures
+    return known.scores(RETRIEVAL if has_own else settings.measure, settings.importance)
 
 
 def _texts(section: DataSection) -> Iterator[tuple[dict[str, Any], str]]:
