@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..convert.planning.head_rules import most_important
-from ..convert.planning.importance import HeadImportance, read_importance
+from ..convert.planning.importance import read_importance
 from ..distill.data import encode_document, read_rows, wrong_field
 from ..errors import DataError, OutputError, RecipeError
 from ..evaluate.diagnose import diagnose_model
 from ..evaluate.diagnose.importance import RoleModel, by_pattern, role_model
 from ..evaluate.diagnose.influence import Influence, influences
-from ..evaluate.diagnose.profiles import Diagnosis
 from ..evaluate.engine.progress import Progress
 from ..evaluate.tasks.textfile import CHARACTERS_PER_TOKEN
 from ..files.whole_files import writing_whole
@@ -151,45 +151,46 @@ def score_data(
         raise OutputError(f"{target} is the file that is read: name another one to write")
     documents = sum(1 for _ in _texts(section))
     given: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    known: HeadImportance | Diagnosis
-    if settings.importance is None:
-        known = diagnose_model(source, text="book", tokens=DIAGNOSED, progress=progress, **given)
-    else:
-        known = read_importance(settings.importance)
-    roles = role_model(source, window=1, num_sinks=0, **given)
-    scores = _important(roles, settings, known)
-    heads = most_important(scores, range(len(scores)), settings.top.of(sum(map(len, scores))))
+    roles, heads = _retrieval_heads(source, settings, progress, given)
     found = []
     for influence in _scored(roles, heads, section, settings):
         found.append(influence)
         if progress is not None:
             progress(len(found), documents, f"scoring {counted(documents, 'document')}")
-    order = sorted((-one.score, index) for index, one in enumerate(found) if one is not None)
+    measured = {index: one for index, one in enumerate(found) if one is not None and isfinite(one.score)}
+    order = sorted((-one.score, index) for index, one in measured.items())
     if not order:
         raise DataError(f"{path} holds no document of two tokens or more, so there is nothing to score")
     kept = order[: settings.keep.of(len(order))]
     _write(target, section, {index: -negative for negative, index in kept})
-    measured = [one for one in found if one is not None]
-    tokens = sum(one.tokens for one in measured)
+    tokens = sum(one.tokens for one in measured.values())
     return DataScores(
         documents=documents,
         kept=len(kept),
         least=-kept[-1][0],
         median=-order[len(order) // 2][0],
         heads=heads,
-        loss=sum(one.loss * one.tokens for one in measured) / tokens,
-        masked_loss=sum(one.masked_loss * one.tokens for one in measured) / tokens,
+        loss=sum(one.loss * one.tokens for one in measured.values()) / tokens,
+        masked_loss=sum(one.masked_loss * one.tokens for one in measured.values()) / tokens,
     )
 
 
-def _important(roles: RoleModel, settings: ScoreSettings, known: HeadImportance | Diagnosis) -> list[list[float]]:
-    """How much each KV head is one that retrieves, by layer."""
-    if isinstance(known, Diagnosis):
-        measures, _ = by_pattern(known, roles.modules)
-        return [[float("-inf") if value is None else value for value in row] for row in measures[RETRIEVAL]]
-    known.check(roles.modules, settings.importance)
-    has_own = settings.measure is None and RETRIEVAL in known.measures
-    return known.scores(RETRIEVAL if has_own else settings.measure, settings.importance)
+def _retrieval_heads(
+    source: str, settings: ScoreSettings, progress: Progress | None, given: Mapping[str, Any]
+) -> tuple[RoleModel, dict[int, tuple[int, ...]]]:
+    """The model, and its KV heads that are to be left out, by the number of the layer."""
+    if settings.importance is None:
+        diagnosis = diagnose_model(source, text="book", tokens=DIAGNOSED, progress=progress, **given)
+        roles = role_model(source, window=1, num_sinks=0, **given)
+        measures, _ = by_pattern(diagnosis, roles.modules)
+        scores = [[float("-inf") if value is None else value for value in row] for row in measures[RETRIEVAL]]
+    else:
+        file = read_importance(settings.importance)
+        roles = role_model(source, window=1, num_sinks=0, **given)
+        file.check(roles.modules, settings.importance)
+        has_own = settings.measure is None and RETRIEVAL in file.measures
+        scores = file.scores(RETRIEVAL if has_own else settings.measure, settings.importance)
+    return roles, most_important(scores, range(len(scores)), settings.top.of(sum(map(len, scores))))
 
 
 def _texts(section: DataSection) -> Iterator[tuple[dict[str, Any], str]]:
