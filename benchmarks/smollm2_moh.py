@@ -23,12 +23,14 @@ LORA = {"rank": 32, "alpha": 32, "targets": ["all-linear"]}
 TUNING: dict[str, Any] = {
     "tokens": 40_960,
     "sequence_length": 512,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "schedule": "cosine",
-    "warmup_steps": 10,
+    "warmup_steps": 5,
     "precision": "fp32",
     "save_every": 10,
 }
+# Fitted routers are small numbers: at the rate of LoRA a few steps undo what was fitted.
+ROUTER_RATE = 3e-5
 BOUNDS = {7: 1.03, 6: 1.08}
 SUITE = f"""description: text and questions
 tasks:
@@ -43,17 +45,18 @@ def main() -> None:
     parser.add_argument("--active", type=int, nargs="*", default=list(BOUNDS), help="heads of nine that a token uses")
     parser.add_argument("--output", type=Path, help="keep models and measurements in this folder, and go on from there")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="of moh alone")
+    parser.add_argument("--tokens", type=int, default=TUNING["tokens"], help="of distillation, and of tuning")
     parser.add_argument("--rate", type=float, default=TUNING["learning_rate"], help="peak rate of LoRA, of all models")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = find_model(arguments.model)
-    tuning = {**TUNING, "learning_rate": arguments.rate}
+    tuning = {**TUNING, "tokens": arguments.tokens, "learning_rate": arguments.rate}
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.output or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         results: dict[str, dict[str, Any]] = {}
         calibrate = {"kind": "calibrate", "tokens": 4_096, "sequence_length": 1_024}
-        logits = {"kind": "logits", **tuning, "core_learning_rate": 1e-3, "balance": 0.01, "lora": LORA}
+        logits = {"kind": "logits", **tuning, "core_learning_rate": ROUTER_RATE, "lora": LORA}
         for active in arguments.active:
             changes = [f"attention.0.options.active={active}", *arguments.changes]
             results[str(active)] = healed(model, folder / f"moh-{active}", [calibrate, logits], changes)
