@@ -1,5 +1,6 @@
 """How much each head of a vision model matters, and how far it looks."""
 
+import copy
 import io
 import math
 
@@ -52,13 +53,14 @@ def test_what_is_lost_is_what_the_features_lose() -> None:
     pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         base = model(pixels).last_hidden_state
-        attention = model.encoder.layer[1].attention.attention
-        kept = attention.query.weight.clone(), attention.query.bias.clone()
-        attention.query.weight[16:24] = 0
-        attention.query.bias[16:24] = 0
+        attention = model.get_submodule(modules[1].name)
+        # Releases of transformers name it in one way or the other.
+        query = getattr(attention, "q_proj", None) or attention.query
+        kept = copy.deepcopy(query.state_dict())
+        query.weight[16:24] = 0
+        query.bias[16:24] = 0
         changed = model(pixels).last_hidden_state
-        attention.query.weight.copy_(kept[0])
-        attention.query.bias.copy_(kept[1])
+        query.load_state_dict(kept)
     convert_model(model, "head_roles")
     said: list[tuple[int, int, str]] = []
     found = image_measures(model, modules, [pixels], lambda *now: said.append(now))
