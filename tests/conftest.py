@@ -1,6 +1,7 @@
 """What every test room shares: a quiet, offline process and the data that lies beside the checkout."""
 
 import atexit
+import gc
 import os
 import platform
 import shutil
@@ -63,26 +64,36 @@ def _version(name: str) -> str:
 
 # The longest files. They go first, so that at the end no worker is left alone with one of them.
 LONGEST = (
-    "attention_modules/test_invariants.py",
     "attention_modules/test_state_invariants.py",
+    "attention_modules/test_invariants.py",
     "attention_modules/kernels/test_state_kernels.py",
+    "convert/test_loading.py",
+    "evaluate/test_bench.py",
+    "evaluate/test_engine.py",
     "convert/test_generation.py",
-    "attention_modules/kernels/test_kernels.py",
     "sweep/test_coverage.py",
+    "attention_modules/kernels/test_kernels.py",
     "cli/test_process.py",
-    "attention_modules/kernels/test_compilation.py",
+    "cli/test_measuring.py",
+    "evaluate/test_report.py",
     "attention_modules/kernels/test_decoding.py",
-    "attention_modules/kernels/test_block_kernels.py",
+    "evaluate/test_compare.py",
+    "evaluate/test_report_files.py",
     "distill/test_conversion.py",
     "distill/test_images.py",
-    "evaluate/test_report_files.py",
-    "evaluate/test_report.py",
-    "evaluate/test_engine.py",
-    "convert/test_bundle.py",
-    "convert/test_expert_table.py",
+    "cli/test_doctor.py",
+    "attention_modules/kernels/test_tracing.py",
+    "attention_modules/test_lola.py",
+    "convert/test_swap.py",
     "convert/test_refusals.py",
-    "cli/test_measuring.py",
-    "evaluate/test_compare.py",
+    "attention_modules/kernels/test_compilation.py",
+    "cli/test_conversion.py",
+    "benchmarks/test_kernels.py",
+    "evaluate/test_report_details.py",
+    "convert/test_rewriting.py",
+    "convert/test_expert_table.py",
+    "attention_modules/test_recording.py",
+    "attention_modules/test_folding.py",
 )
 
 
@@ -98,6 +109,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {REPOSITORY / "tests" / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     _keep_the_package_alone(items)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what is there for good: all modules, and some thousand tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _keep_the_package_alone(items: list[pytest.Item]) -> None:

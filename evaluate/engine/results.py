@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -130,10 +131,14 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that can change a figure."""
     from ... import __version__
 
-    found = {TOOL: __version__}
-    for package in PACKAGES[1:]:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES[1:]}
+    return {TOOL: __version__} | {package: number for package, number in found.items() if number is not None}
+
+
+# Reading what a package says of itself takes milliseconds, and every task asks.
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

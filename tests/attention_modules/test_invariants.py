@@ -15,7 +15,9 @@ import torch
 from invariants import (
     BASE,
     HIDDEN_SIZE,
+    LONG,
     ROWS,
+    SHORTER,
     Row,
     attend,
     build,
@@ -24,8 +26,8 @@ from invariants import (
     directed,
     geometries_of,
     in_all_directions,
+    is_first,
     lengths_of,
-    long_length,
     part,
     rows_and_directions,
     sdpa,
@@ -62,9 +64,19 @@ def test_oracle_forward_and_gradients(row: Row, causal: bool, length: int) -> No
 
 
 @in_all_directions([row for row in ROWS if row.method != "softmax"])
-def test_oracle_over_several_segments(row: Row, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_segments")
+def test_oracle_over_several_segments(row: Row, causal: bool) -> None:
     """Longer than what is handled at a time."""
-    compare_gradients(row, directed(BASE, causal), tokens(long_length(row, causal, monkeypatch), batch=1))
+    compare_gradients(row, directed(BASE, causal), tokens(SHORTER, batch=1))
+
+
+first_rows = pytest.mark.parametrize("row", [row for row in ROWS if row.causal and is_first(row)], ids=lambda r: r.id)
+
+
+@pytest.mark.slow
+@first_rows
+def test_oracle_over_whole_segments(row: Row) -> None:
+    compare_gradients(row, BASE, tokens(LONG, batch=1))
 
 
 def compare_gradients(row: Row, geometry: Geometry, drawn: dict[str, torch.Tensor]) -> None:
@@ -86,13 +98,26 @@ def name_of(g: Geometry) -> str:
     return f"{g.num_heads}h{g.num_kv_heads}x{g.head_dim}-{g.value_dim}"
 
 
+low_precision = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+
+
 @rows_and_directions
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-def test_oracle_in_low_precision(
-    row: Row, causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    geometry = directed(BASE, causal)
-    length = 123 if row.method == "softmax" else long_length(row, causal, monkeypatch)
+@low_precision
+@pytest.mark.usefixtures("short_segments")
+def test_oracle_in_low_precision(row: Row, causal: bool, dtype: torch.dtype, tolerance: float) -> None:
+    compare_precision(row, directed(BASE, causal), SHORTER, dtype, tolerance)
+
+
+@pytest.mark.slow
+@first_rows
+@low_precision
+def test_whole_segments_in_low_precision(row: Row, dtype: torch.dtype, tolerance: float) -> None:
+    compare_precision(row, BASE, LONG, dtype, tolerance)
+
+
+def compare_precision(row: Row, geometry: Geometry, length: int, dtype: torch.dtype, tolerance: float) -> None:
     inputs = {name: t.to(dtype) for name, t in tokens(length, batch=1).items()}
     expected = attend(build(row, geometry, implementation="naive"), {name: t.double() for name, t in inputs.items()})
     actual = attend(build(row, geometry).float(), inputs)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.support.invariants import (
+from invariants import (
     BASE,
     Row,
     around,

@@ -155,7 +155,8 @@ def test_recipes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     listed = json.loads(run("recipes", "list", "--json").stdout)
     assert {"lolcats", "quickstart"} <= {row["name"] for row in listed}
-    assert all(row["name"] in run("recipes", "list").stdout for row in listed)
+    table = run("recipes", "list").stdout
+    assert all(row["name"] in table for row in listed)
     shown = run("recipes", "show", "lolcats").stdout
     assert shown.startswith("#")
     assert run("recipes", "copy", "lolcats").exit_code == 0

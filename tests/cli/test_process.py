@@ -1,6 +1,5 @@
 import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,23 +33,39 @@ def attnconv(environment: dict[str, str], *arguments: object) -> subprocess.Comp
     return fresh_process.run("-m", "attnconv", *map(str, arguments), env=environment)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [*(f"{command} --help" for command in COMMANDS), "methods", "methods lolcats --json", "recipes list"],
-)
-def test_what_needs_no_torch(environment: dict[str, str], command: str) -> None:
-    code = f"""
+LIGHT = [*(f"{command} --help" for command in COMMANDS), "methods", "methods lolcats --json", "recipes list"]
+# One start of Python for all of them; each command runs in a copy of it, which has imported no more than the app.
+EACH_BY_ITSELF = """
+import os
 import sys
 from attnconv.cli import app
-sys.argv = ["attnconv", *{command.split()!r}]
-try:
-    app()
-finally:
-    print(sorted({{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)), file=sys.stderr)
+
+for command in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["attnconv", *command.split()]
+        try:
+            app()
+        finally:
+            found = sorted({"torch", "transformers", "numpy", "datasets"} & set(sys.modules))
+            os.write(2, f"{command}: {found}, ".encode())
+    os.write(2, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\\n".encode())
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stderr.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def light(repository: Path) -> dict[str, str]:
+    """What each of the commands imported, and its exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(repository / ".dev")}
+    command = [sys.executable, "-c", EACH_BY_ITSELF, *LIGHT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split(": ", 1) for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_what_needs_no_torch(light: dict[str, str], command: str) -> None:
+    assert light[command] == "[], 0"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +99,7 @@ def test_help_is_quick(environment: dict[str, str]) -> None:
 
 
 def test_a_module_of_a_run_can_be_the_first_to_be_imported(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-c", "import attnconv.distill.work_folder"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = fresh_process.run("-c", "import attnconv.distill.work_folder", env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -105,24 +119,40 @@ def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:
     assert done.stderr == ""
 
 
+# A run that gets Ctrl-C as soon as it has said that a step is done.
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+ours, theirs = os.pipe()
+child = os.fork()
+if child:
+    os.close(theirs)
+    interrupted = False
+    for line in open(ours):
+        print(line, end="", file=sys.stderr)
+        if "step " in line and not interrupted:
+            os.kill(child, signal.SIGINT)
+            interrupted = True
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os.close(ours)
+os.dup2(theirs, 2)
+os.close(theirs)
+sys.argv[0] = "attnconv"
+runpy.run_module("attnconv", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_ctrl_c_then_resume(environment: dict[str, str], teacher: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["convert", teacher, "--recipe", "quickstart", "--output", output]
     for change in ("stages.*.tokens=7680", "stages.*.batch_size=1", "stages.*.save_every=1", "evaluate.tokens=768"):
         arguments += ["--set", change]
-    command = [sys.executable, "-m", "attnconv", *map(str, arguments)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step " in line:
-            break
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert stdout == ""
-    assert "Interrupted" in stderr
-    assert "--resume" in stderr
-    assert "Traceback" not in stderr
+    stopped = fresh_process.run("-c", INTERRUPTED, *map(str, arguments), env=environment)
+    assert stopped.returncode == 130
+    assert stopped.stdout == ""
+    assert "Interrupted" in stopped.stderr
+    assert "--resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert not output.exists()
     resumed = attnconv(environment, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr

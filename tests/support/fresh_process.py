@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, TextIO
 
 SERVER = """
 import gc
@@ -23,11 +24,15 @@ import runpy
 import sys
 import traceback
 
-import safetensors.torch
-import torch
+if sys.argv[1:] == ["interpreted"]:
+    import quick_triton
+    import torch._dynamo
+else:
+    import safetensors.torch
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers.models.llama import modeling_llama
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.models.llama import modeling_llama
 
 assert "attnconv" not in sys.modules
 PATH, BEFORE = sys.path[:], dict(os.environ)
@@ -90,7 +95,7 @@ for line in sys.stdin:
             except OSError:
                 pass
         os._exit(status & 255)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(0 if job["stays"] else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)
 """
 
@@ -101,19 +106,18 @@ def run(
     cwd: Path | None = None,
     input: str = "",
     check: bool = False,
+    interpreted: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run what `python` would with these arguments: `-c` and a program, `-m` and a module, or a script's path."""
-    server = _server()
-    assert server.stdin is not None
-    assert server.stdout is not None
+    """Run what `python` would with these arguments: `-c` and a program, `-m` and a module, or a script's path.
+
+    With `interpreted`, of others' packages torch alone is imported, and Triton with its interpreter.
+    """
     words = [str(argument) for argument in arguments]
+    job = {"arguments": words, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / name) for name in ("input", "output", "errors")}
         Path(files["input"]).write_text(input)
-        job = {"arguments": words, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
-        server.stdin.write(json.dumps(job | files) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        status = _order(job | files | {"stays": False}, interpreted)
         said = [Path(files[name]).read_text() for name in ("output", "errors")]
     done = subprocess.CompletedProcess([sys.executable, *words], status, *said)
     if check:
@@ -121,13 +125,41 @@ def run(
     return done
 
 
+def talk(*arguments: str | Path, env: dict[str, str], interpreted: bool = False) -> tuple[TextIO, TextIO]:
+    """As `run`, of a program that answers lines; it ends when what leads to it is closed.
+
+    Returns:
+        what leads to it and what comes from it.
+    """
+    job = {"arguments": [str(argument) for argument in arguments], "env": env, "cwd": str(Path.cwd())}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder) / name) for name in ("input", "output")}
+        for path in files.values():
+            os.mkfifo(path)
+        _order(job | files | {"errors": os.devnull, "stays": True}, interpreted)
+        # In the order in which the other side opens them.
+        return open(files["input"], "w"), open(files["output"])
+
+
+def _order(job: dict[str, Any], interpreted: bool) -> int:
+    """Have a program run; its exit status, or 0 if it stays."""
+    server = _server(interpreted)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
 @functools.cache
-def _server() -> "subprocess.Popen[str]":
+def _server(interpreted: bool) -> "subprocess.Popen[str]":
     # Without the package on its path, so that no import of others' finds it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", SERVER]
+    if interpreted:
+        environment["PYTHONPATH"] = str(Path(__file__).parent)
+        command.append("interpreted")
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(_end, process)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -4,9 +4,10 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import TextIO
+
+import fresh_process
 
 
 def cases_of(script: Path) -> list[str]:
@@ -17,9 +18,9 @@ def cases_of(script: Path) -> list[str]:
 def check(script: Path, case: str) -> None:
     """Compare each quantity's error with what its precision allows."""
     tolerance = {"bf16": 2e-2, "fp16": 2e-3}.get(case.rsplit("-")[-1], 2e-5)
-    process = running(script)
-    print(case, file=process.stdin, flush=True)
-    line = process.stdout.readline()
+    ask, answers = running(script)
+    print(case, file=ask, flush=True)
+    line = answers.readline()
     assert line, f"{script.name} ended by itself"
     found = json.loads(line)
     assert not isinstance(found, str), found
@@ -29,18 +30,16 @@ def check(script: Path, case: str) -> None:
 
 def interpreted(*arguments: str | Path) -> str:
     """What Python prints when it is called with these; the code may import what lies beside this file."""
-    done = subprocess.run([sys.executable, *arguments], env=_paths(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fresh_process.run(*arguments, env=_environment(), check=True, interpreted=True).stdout
 
 
 @functools.cache
-def running(script: Path) -> subprocess.Popen[str]:
-    """A script that waits for names of cases; it ends with this process, which closes its input."""
-    command = [sys.executable, script]
-    return subprocess.Popen(command, env=_paths(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def running(script: Path) -> tuple[TextIO, TextIO]:
+    """A script that waits for names of cases; it ends with this process, which closes what leads to it."""
+    return fresh_process.talk(script, env=_environment(), interpreted=True)
 
 
-def _paths() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     found = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *([found] if found else [])])}
+    paths = os.pathsep.join([str(Path(__file__).parent), *([found] if found else [])])
+    return {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}

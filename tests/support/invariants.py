@@ -24,8 +24,9 @@ GEOMETRIES = [
     Geometry(8, 1, 128, 128),
     Geometry(2, 1, 256, 256),
 ]
-# The first row of each method is drawn longer than two whole segments, unless its oracle walks from token to token; all
-# others are drawn shorter, with segments that are as much shorter, at fewer lengths and with fewer geometries.
+# What is handled at a time is made shorter, so that a few hundred tokens are several segments; in the long tests the
+# first row of each method is drawn longer than two whole ones, unless its oracle walks from token to token. All other
+# rows are drawn at fewer lengths and with fewer geometries.
 FIRST_ROWS = {row.method: row for row in reversed(ROWS) if not row.walks}
 LONG, SHORTER = 1100, 300
 BASE = Geometry(4, 2, 16, 24, hidden_size=HIDDEN_SIZE)
@@ -107,15 +108,10 @@ def is_first(row: Row) -> bool:
     return FIRST_ROWS.get(row.method) is row
 
 
-def long_length(row: Row, causal: bool, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tokens that are more than what a method handles at a time."""
-    if causal and is_first(row):
-        return LONG
-    for name, module in list(sys.modules.items()):
-        if name.startswith("attnconv.attention_modules.linear.") and hasattr(module, "SEGMENT"):
-            assert 2 * module.SEGMENT < LONG
-            monkeypatch.setattr(module, "SEGMENT", 128)
-    return SHORTER
+def with_segments() -> list[Any]:
+    """Modules that name how many tokens they handle at a time."""
+    linear = [module for name, module in sys.modules.items() if name.startswith("attnconv.attention_modules.linear.")]
+    return [module for module in linear if hasattr(module, "SEGMENT")]
 
 
 def lengths_of(row: Row) -> list[int]:

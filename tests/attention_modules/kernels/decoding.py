@@ -19,7 +19,7 @@ GEOMETRY = Geometry(2, 1, 16, 24)
 # Three heads in a group, which no power of two holds. Every head costs as much again when a kernel is interpreted.
 ODD = Geometry(3, 1, 16, 24)
 # Of the widest vectors, a state's columns are handled in parts.
-WIDE = Geometry(2, 1, 256, 250)
+WIDE = Geometry(1, 1, 256, 250)
 # A call's tokens by row: 1 = real, 0 = padding.
 Mask = list[list[int]]
 

@@ -257,7 +257,7 @@ CASES: dict[str, Case] = {
     ).run,
     "vector-1": Linear(length=1, gate_heads=2, vector=True).run,
     "vector-37-padded": Linear(heads=(4, 2, 1), padded=True, memory=True, gate_heads=4, vector=True, chunk=32).run,
-    "vector-123": Linear(batch=1, heads=(2, 1, 1), length=123, dims=(80, 40), gate_heads=1, vector=True, chunk=64).run,
+    "vector-123": Linear(batch=1, heads=(1, 1, 1), length=123, dims=(80, 40), gate_heads=1, vector=True, chunk=64).run,
     "vector-decay-cuts": Linear(batch=1, gate_heads=4, vector=True, decay=True, cuts=(20, 1, 16), chunk=32).run,
     "vector-packed": Linear(batch=1, length=41, packed=(5, 0, 33, 3), gate_heads=2, vector=True, memory=True).run,
     "vector-torch": Linear(gate_heads=2, vector=True, padded=True, memory=True, implementation="torch").run,
