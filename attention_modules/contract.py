@@ -47,6 +47,8 @@ class AttentionContract(nn.Module, ABC):
     # Whether the model's own attention, cache and kernels mix the values, and the method acts on what each head made of
     # them; its `forward` then takes that as `mixed`.
     keeps_softmax: ClassVar[bool] = False
+    # Whether it can leave out KV heads for good, so that saved layers may have narrower projections than their class.
+    prunes_heads: ClassVar[bool] = False
     # What the method asks for besides queries, keys and values; see `tokens.Surroundings`. The layer's input is asked
     # for by `reads_hidden_states`, which may depend on the options.
     reads_positions: bool = False
@@ -100,6 +102,16 @@ class AttentionContract(nn.Module, ABC):
     def parts(self) -> "tuple[AttentionContract, ...]":
         """Modules that serve some of the heads each; empty for a method that serves all of them by itself."""
         return ()
+
+    @classmethod
+    def num_kept(cls, geometry: Geometry, options: Any) -> int:
+        """KV heads that the method with these options (of its own class) uses; the others may leave the model."""
+        return geometry.num_kv_heads
+
+    @property
+    def kept_heads(self) -> list[int]:
+        """Numbers of the KV heads that the method uses, of all that its layer has."""
+        return list(range(self.geometry.num_kv_heads))
 
     @property
     def reads_hidden_states(self) -> bool:

@@ -1,9 +1,11 @@
-"""all-MiniLM-L6-v2 fine-tuned on SST-2, then made linear in all layers: how many of its right answers it keeps.
+"""all-MiniLM-L6-v2 fine-tuned on SST-2, then converted in all layers: how many of its right answers it keeps.
 
     python benchmarks/minilm_sst2.py --model models/all-minilm-l6-v2
+    python benchmarks/minilm_sst2.py --model models/all-minilm-l6-v2 --recipe shrp
 
-One epoch on 6,920 sentences; recipe `hedgehog-encoder` on the same sentences without their labels; accuracy on 872
-others, in padded batches of mixed lengths.
+One epoch on 6,920 sentences; recipe `hedgehog-encoder` (linear attention) or `shrp` (half of the heads left out) on the
+same sentences without their labels; accuracy on 872 others, in padded batches of mixed lengths. `--tune-again` tunes
+what is left once more, as the whole model was.
 """
 
 import gzip
@@ -21,44 +23,62 @@ from attnconv import load_recipe, run_conversion
 
 TRAIN, DEV = "classification/sst2_train.jsonl.gz", "classification/sst2_dev.jsonl.gz"
 BATCH, LEARNING_RATE, SEED = 32, 1e-4, 0
-SETTINGS = {"stages.0.tokens": 300_000, "stages.0.sequence_length": 64, "stages.0.batch_size": 8}
+SETTINGS: dict[str, dict[str, int]] = {
+    "hedgehog-encoder": {"stages.0.tokens": 300_000, "stages.0.sequence_length": 64, "stages.0.batch_size": 8},
+    "shrp": {"stages.0.sequence_length": 64, "stages.1.tokens": 40_960, "stages.1.sequence_length": 64},
+}
+# Batches out of which sentences of about the same length are put together.
+POOL = 16
 
 
 def main() -> None:
     """Fine-tune, convert, and compare on the sentences held back."""
     parser = parser_of(__doc__, model="all-minilm-l6-v2")
+    parser.add_argument("--recipe", choices=SETTINGS, default="hedgehog-encoder")
+    parser.add_argument("--tune-again", action="store_true", help="tune the converted model on the labels too")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = find_model(arguments.model, "all-minilm-l6-v2")
     tokenizer = AutoTokenizer.from_pretrained(model)
     dev = read(find_data(DEV))
-    changes = [f"{key}={value}" for key, value in SETTINGS.items()]
+    changes = [f"{key}={value}" for key, value in SETTINGS[arguments.recipe].items()]
     recipe = load_recipe(
-        "hedgehog-encoder", [*changes, f"data={json.dumps({'path': str(find_data(TRAIN))})}", *arguments.changes]
+        arguments.recipe, [*changes, f"data={json.dumps({'path': str(find_data(TRAIN))})}", *arguments.changes]
     )
     with tempfile.TemporaryDirectory() as scratch:
-        tuned, output = Path(scratch) / "tuned", Path(scratch) / "linear"
+        tuned, converted, again = (Path(scratch) / name for name in ("tuned", "converted", "tuned_again"))
         began = time.monotonic()
         fine_tune(model, read(find_data(TRAIN)), tokenizer, tuned)
         seconds = time.monotonic() - began
-        result = run_conversion(tuned, recipe, output)
-        right = {folder.name: answers(folder, tokenizer, dev) for folder in (tuned, output)}
+        right = {tuned.name: answers(tuned, tokenizer, dev)}
+        result = run_conversion(tuned, recipe, converted)
+        right[converted.name] = answers(converted, tokenizer, dev)
+        if arguments.tune_again:
+            fine_tune(converted, read(find_data(TRAIN)), tokenizer, again)
+            right[again.name] = answers(again, tokenizer, dev)
+        folders = [folder for folder in (tuned, converted, again) if folder.name in right]
+        parameters = {folder.name: attention_parameters(folder) for folder in folders}
     accuracy = {name: float(found.float().mean()) for name, found in right.items()}
+    last = folders[-1].name
     write_result(
         "minilm_sst2",
         settings={
             "model": model.name,
             "train": TRAIN,
             "dev": DEV,
-            "recipe": recipe.compact()["stages"][0],
+            "recipe": arguments.recipe,
+            "rules": [rule.compact() for rule in recipe.attention],
+            "stages": recipe.compact()["stages"],
             "batch": BATCH,
         },
         results={
             "sentences": len(dev),
             "accuracy": accuracy,
-            "accuracy_kept": accuracy["linear"] / accuracy["tuned"],
-            "same_answers": float((right["tuned"] == right["linear"]).float().mean()),
+            "accuracy_kept": accuracy[last] / accuracy["tuned"],
+            "same_answers": float((right["tuned"] == right[last]).float().mean()),
+            "attention_parameters": parameters,
+            "attention_parameters_left_out": 1 - parameters[last] / parameters["tuned"],
             "converted": len(result.plan.converted),
             "start_distance": dict(result.start_distance),
             "stages": [dict(row) for row in result.metrics],
@@ -80,7 +100,12 @@ def fine_tune(source: Path, rows: list[dict[str, Any]], tokenizer: Any, folder: 
     """One epoch of a classifier, the learning rate falling to zero."""
     torch.manual_seed(SEED)
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, dtype=torch.float32)
-    batches = torch.randperm(len(rows)).split(BATCH)
+    batches = [
+        batch
+        for pool in torch.randperm(len(rows)).split(POOL * BATCH)
+        for batch in torch.tensor(sorted(pool.tolist(), key=lambda index: len(rows[index]["text"]))).split(BATCH)
+    ]
+    batches = [batches[place] for place in torch.randperm(len(batches)).tolist()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     model.train()
@@ -105,7 +130,16 @@ def answers(folder: Path, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.T
         batch = rows[start : start + BATCH]
         inputs = tokenizer([row["text"] for row in batch], padding=True, truncation=True, return_tensors="pt")
         right.append(model(**inputs).logits.argmax(-1) == torch.tensor([row["label"] for row in batch]))
-    return torch.cat(right)
+    found = torch.cat(right)
+    print(folder.name, float(found.float().mean()), flush=True)
+    return found
+
+
+def attention_parameters(folder: Path) -> int:
+    """Numbers in the attention of all layers: projections, biases and what a method adds, without the norms."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    names = {name: parameter for name, parameter in model.named_parameters() if ".attention." in name}
+    return sum(parameter.numel() for name, parameter in names.items() if "LayerNorm" not in name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Routers of heads fitted in closed form: which heads matter for a token, foretold from the layer's input."""
+"""What heads contribute, observed and settled in closed form: routers that foretell it, and which heads matter most."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..attention_modules.heads.moh import MohAttention
+from ..attention_modules.heads.gate import HeadGate, HeadUse
 from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.head import evaluating
 from ..errors import TrainingError
@@ -30,15 +30,24 @@ class Sums:
     Attributes:
         inputs: `[hidden, hidden]` fp64, products of the layer's input with itself.
         products: `[hidden, units]` fp64, of its input with what each unit contributes.
+        lengths: `[units]` fp64, of what each unit contributes.
+        first: `[units]` fp64, tokens for which it contributes most.
         count: one number, tokens.
     """
 
     inputs: Tensor
     products: Tensor
+    lengths: Tensor
+    first: Tensor
     count: Tensor
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(self.inputs + other.inputs, self.products + other.products, self.count + other.count)
+        return Sums(*(ours + theirs for ours, theirs in zip(self.all, other.all, strict=True)))
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Every sum."""
+        return [self.inputs, self.products, self.lengths, self.first, self.count]
 
 
 class RouterFit:
@@ -53,7 +62,7 @@ class RouterFit:
         stage: the recipe's stage.
 
     Raises:
-        TrainingError: no converted layer has a router that could be fitted.
+        TrainingError: no converted layer has anything that could be settled.
 
     Paper: https://arxiv.org/abs/2410.11842
     """
@@ -64,12 +73,12 @@ class RouterFit:
         self.cores = {
             name: core
             for name, core in trainee.cores().items()
-            if isinstance(core, MohAttention) and core.routed_router is not None
+            if isinstance(core, HeadGate) and core.observed_units is not None
         }
         if not self.cores:
             raise TrainingError(
-                "The stage calibrate fits routers of heads, and no converted layer has one: it is for the method "
-                "'moh' with router: linear"
+                "The stage calibrate observes what heads contribute, and no converted layer has one of the methods "
+                "that want to know: it is for 'moh' with router: linear, and for 'shrp'"
             )
         self.sums: dict[str, Sums] = {}
 
@@ -106,37 +115,41 @@ class RouterFit:
             )
 
     def _add(self, call: AttentionCall, heads: Tensor, projection: nn.Module) -> None:
-        core, weight = self.cores[call.name], projection.weight
+        units, weight = self.cores[call.name].observed_units, projection.weight
         assert isinstance(weight, Tensor)
+        assert units is not None
         assert call.hidden_states is not None
         matrix = (weight.T if isinstance(projection, Conv1D) else weight).float()
         valid = slice(None) if call.padding_mask is None else call.padding_mask.flatten()
         hidden = call.hidden_states.flatten(0, 1)[valid].float()
         # `[tokens, units, width]`, and what each unit's part of the projection does to lengths.
-        parts = heads.flatten(0, 1).flatten(1)[valid].float().unflatten(1, (core.num_units, -1))
-        columns = matrix.unflatten(1, (core.num_units, -1)).transpose(0, 1)
+        parts = heads.flatten(0, 1).flatten(1)[valid].float().unflatten(1, (units, -1))
+        columns = matrix.unflatten(1, (units, -1)).transpose(0, 1)
         gram = columns.transpose(1, 2) @ columns
         squares = torch.einsum("tuw,uwv,tuv->tu", parts, gram, parts)
         lengths = squares.clamp_min(0).sqrt()
+        first = torch.bincount(lengths.argmax(-1), minlength=units).double()
         count = torch.tensor(float(len(hidden)), dtype=torch.float64, device=hidden.device)
-        found = Sums((hidden.T @ hidden).double(), (hidden.T @ lengths).double(), count)
+        products = (hidden.T @ hidden).double(), (hidden.T @ lengths).double()
+        found = Sums(*products, lengths.double().sum(0), first, count)
         before = self.sums.get(call.name)
         self.sums[call.name] = found if before is None else before + found
 
     @torch.no_grad()
     def settle(self, team: Team) -> None:
-        """Put the fitted routers in.
+        """Let the layers' methods start from what was observed.
 
         Args:
             team: the processes that have each observed a part.
         """
         for name, core in self.cores.items():
             sums = self.sums[name]
-            team.add_up([sums.inputs, sums.products, sums.count])
+            team.add_up(sums.all)
             ridge = self.stage.ridge * sums.inputs.diagonal().mean()
             system = sums.inputs + ridge * torch.eye(len(sums.inputs), dtype=torch.float64, device=sums.inputs.device)
             weights = torch.linalg.solve(system, sums.products).T
-            core.start_from(weights, sums.inputs / sums.count)
+            means = (total / sums.count for total in (sums.inputs, sums.lengths, sums.first))
+            core.start_from(HeadUse(weights, *means))
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from ..recipes import Recipe
 from .executed import STREAMED, count_executed
 from .figures import metric_rows, start_distance, write_figures
 from .identity import digest_weights, find_revisions, run_identity
+from .pruning import check_model, check_observed, without_unused_heads
 from .rewriting import Base, rewritten_base, write_native
 
 logger = logging.getLogger(__name__)
@@ -172,11 +173,8 @@ def run_conversion(
             if run.team.leads:
                 run.work.remove()
         run.team.wait()
-    seconds = time.monotonic() - began
-    linked = bool(run.measured.get("links"))
-    return ConversionResult(
-        output, run.plan, metric_rows(run), start_distance(run), seconds, base.exactness, self_contained, linked
-    )
+    measured = metric_rows(run), start_distance(run), time.monotonic() - began, base.exactness
+    return ConversionResult(output, run.plan, *measured, self_contained, bool(run.measured.get("links")))
 
 
 def _make_run(
@@ -193,6 +191,7 @@ def _make_run(
     if recipe.attention:
         model_class = model_class_of(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
         plan = make_plan(recipe.attention, probe(checkpoint.config, model_class), allow_lossy=allow_lossy)
+    check_observed(plan, recipe)
     streams = _streams(recipe, checkpoint)
     if not streams:
         progress.phase("Taking the weights' digests")
@@ -295,6 +294,7 @@ def _rehearse(run: Run, output: Path, model: PreTrainedModel, *, overwrite: bool
     # Nor should one be healed whose layers run something else.
     if run.plan.converted:
         count_executed(run, model)
+        check_model(run, model)
     # One of the base's own, for which the saved weights have a mark.
     name, tensor = next(item for item in model.state_dict().items() if not is_new_tensor(item[0]))
     with trial_folder(output, overwrite=overwrite) as folder:
@@ -349,6 +349,7 @@ def _write(run: Run, trainee: Trainee | None, folder: Path, output: Path, self_c
         else:
             model = trainee.detach_adapters(folder / ADAPTER_FOLDER, base=str(output))
         check_finite(model.state_dict().items())
+        run = without_unused_heads(run, model)
         if run.plan.converted:
             run.record("attention", count_executed(run, model))
         _save(run, model, folder)

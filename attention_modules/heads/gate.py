@@ -49,6 +49,22 @@ class Routing(NamedTuple):
         return weights * self.chosen.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
 
 
+class HeadUse(NamedTuple):
+    """What was observed of the units of a layer, heads or groups of them, over some tokens.
+
+    Attributes:
+        foretold: `[units, hidden]`, weights of the layer's input that foretell how much each unit contributes.
+        moments: `[hidden, hidden]`, products of that input with itself, mean over tokens.
+        contribution: `[units]`, how much each contributes, mean over tokens.
+        first: `[units]`, share of the tokens for which it contributes more than every other.
+    """
+
+    foretold: Tensor
+    moments: Tensor
+    contribution: Tensor
+    first: Tensor
+
+
 class HeadGate(SoftmaxAttention):
     """Softmax attention with a gate on each head and token.
 
@@ -67,6 +83,26 @@ class HeadGate(SoftmaxAttention):
     @property
     def reads_hidden_states(self) -> bool:
         return True
+
+    @property
+    def observed_units(self) -> int | None:
+        """How many units, heads or groups of them, are to be observed before a start; None if nothing is to be."""
+        return None
+
+    def start_from(self, use: HeadUse) -> None:
+        """Settle what follows from what was observed; for gates that have `observed_units`.
+
+        Args:
+            use: what was observed of the units.
+        """
+
+    def refine(self, heads: Tensor) -> Tensor:
+        """What follows the mixing of values, before the gates, for each head and token by itself.
+
+        Args:
+            heads: `[batch, num_heads, T, value_dim]`, fp32 or fp64.
+        """
+        return heads
 
     @abstractmethod
     def gates(self, query: Tensor, hidden_states: Tensor | None) -> Tensor:
@@ -149,7 +185,8 @@ class HeadGate(SoftmaxAttention):
         valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
         gates = self._gates(query, hidden_states, valid)
         # Products with factors of exactly 1 change no bit, whatever the dtype.
-        out = mixed * gates[..., None]
+        with torch.autocast(query.device.type, enabled=False):
+            out = self.refine(mixed.to(gates.dtype)) * gates[..., None]
         if valid is not None:
             out = out.masked_fill(~valid[:, None, :, None], 0.0)
         if counter is not None and places is not None:

@@ -15,11 +15,13 @@ class LayerMoments:
         second: `[hidden, hidden]` float64, of x xᵀ for its inputs x, behind the norm before it.
         mean: `[hidden]` float64, of x.
         contributions: `[heads]` float64, of the length of what each head adds to the hidden states.
+        first: `[heads]` float64, share of the tokens to which it adds more than every other head.
     """
 
     second: Tensor
     mean: Tensor
     contributions: Tensor
+    first: Tensor
 
     @property
     def with_one(self) -> Tensor:
@@ -48,6 +50,7 @@ class MomentSums:
         self.second = torch.zeros(hidden, hidden, dtype=torch.float64, device=output.device)
         self.mean = torch.zeros(hidden, dtype=torch.float64, device=output.device)
         self.lengths = torch.zeros(heads, dtype=torch.float64, device=output.device)
+        self.first = torch.zeros(heads, dtype=torch.float64, device=output.device)
         self.tokens = 0
 
     def add_inputs(self, inputs: Tensor) -> None:
@@ -60,9 +63,11 @@ class MomentSums:
     def add_outputs(self, outputs: Tensor) -> None:
         """Take what the heads put out for tokens, `[..., heads * head_dim]`."""
         flat = outputs.detach().flatten(0, -2).double().view(-1, len(self.gram), self.gram.shape[-1])
-        self.lengths += torch.einsum("tha,hab,thb->th", flat, self.gram, flat).clamp_min(0).sqrt().sum(0)
+        lengths = torch.einsum("tha,hab,thb->th", flat, self.gram, flat).clamp_min(0).sqrt()
+        self.lengths += lengths.sum(0)
+        self.first += torch.bincount(lengths.argmax(-1), minlength=len(self.first))
 
     def means(self) -> LayerMoments:
         """The means over all tokens so far, on the CPU."""
-        sums = (self.second, self.mean, self.lengths)
+        sums = (self.second, self.mean, self.lengths, self.first)
         return LayerMoments(*((total / self.tokens).cpu() for total in sums))

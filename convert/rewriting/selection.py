@@ -99,6 +99,8 @@ class PruneHeads(HeadSelection):
             equally many of each key/value head's.
         keep: how many of the unit stay in each layer, those whose outputs weigh most, as `settle` is told; or None.
         remove: which are left out, counted from 0; one list for all layers, or one for each; if not `keep`.
+        by: what `keep` goes by: how much a head adds on average, or for how many tokens it adds most; of heads that are
+            never first those that add most.
     """
 
     kind = "prune_heads"
@@ -109,9 +111,11 @@ class PruneHeads(HeadSelection):
         unit: Literal["kv", "query"] = "kv",
         keep: int | None = None,
         remove: Sequence[int] | Sequence[Sequence[int]] = (),
+        by: Literal["contribution", "usage"] = "contribution",
     ) -> None:
         super().__init__()
         self.unit = unit
+        self.by = by
         self.keep = keep
         self.remove = remove
         self._kept: list[list[int]] | None = None
@@ -120,7 +124,8 @@ class PruneHeads(HeadSelection):
     @property
     def summary(self) -> str:
         what = "key/value heads, with the query heads that share them," if self.unit == "kv" else "query heads"
-        which = f"all but the {self.keep} most important" if self.keep is not None else "chosen"
+        most = "used" if self.by == "usage" else "important"
+        which = f"all but the {self.keep} most {most}" if self.keep is not None else "chosen"
         return f"{which} {what} left out of each layer"
 
     @property
@@ -159,12 +164,14 @@ class PruneHeads(HeadSelection):
         with_heads(config, self.kind, *self.counts)
 
     def settle(self, moments: Moments) -> None:
-        """Choose the heads to keep by what each adds to the hidden states."""
+        """Choose the heads to keep by what each adds to the hidden states, or how often it adds most."""
         if self.keep is None:
             return
         kept = []
         for layer in range(self.heads.layers):
             scores = moments[layer].contributions
+            if self.by == "usage":
+                scores = moments[layer].first + 1e-6 * scores / scores.sum()
             if self.unit == "kv":
                 kept.append(_largest(scores.view(self.heads.kv, -1).sum(1), self.keep))
             else:

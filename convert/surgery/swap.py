@@ -119,12 +119,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for entry in plan.converted:
         if not is_converted(modules[entry.name]):
             _swap(modules[entry.name], entry)
-    section = Section(plan.to_config())
-    model.config.attnconv = section
-    # Caches are built from the text config; an encoder-decoder builds that of cross-attention from it too.
-    text_config = model.config.get_text_config(decoder=True)
-    if text_config is not model.config and not model.config.is_encoder_decoder:
-        text_config.attnconv = section
+    note_plan(model, plan)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and converted_modules(part):
             if not all(core_of(module).keeps_softmax for module in converted_modules(part).values()):
@@ -135,6 +130,16 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     if any(core_of(module).is_recurrent or core_of(module).parts for module in converted_modules(model).values()):
         model._supports_attention_backend = False
     return model
+
+
+def note_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Let a model's config carry the plan by which it was converted."""
+    section = Section(plan.to_config())
+    model.config.attnconv = section
+    # Caches are built from the text config; an encoder-decoder builds that of cross-attention from it too.
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is not model.config and not model.config.is_encoder_decoder:
+        text_config.attnconv = section
 
 
 def undo_plan(model: PreTrainedModel) -> PreTrainedModel:
@@ -211,11 +216,7 @@ def _swap(module: nn.Module, entry: PlanEntry) -> None:
     parameter = next(module.parameters())
     with torch.device(parameter.device):
         core = build_core(entry)
-    core.train(module.training)
-    for part in core.modules():
-        # A class of this copy of the code, which a self-contained file in the same process has of its own.
-        part.__dict__["_attnconv_owner"] = AttentionModule
-    module.add_module(CORE, core)
+    put_core(module, core.train(module.training))
     module.__class__ = converted_class(type(module))
     module.__dict__["_attnconv_name"] = entry.name
     # In a tuple, so that nothing that walks over configs finds it.
@@ -224,6 +225,14 @@ def _swap(module: nn.Module, entry: PlanEntry) -> None:
     config = copy.copy(original_config)
     config._attn_implementation_internal = ATTENTION
     module.config = config
+
+
+def put_core(module: nn.Module, core: AttentionModule) -> None:
+    """Give a module the core that its attention runs in, in place of one that it may have."""
+    for part in core.modules():
+        # A class of this copy of the code, which a self-contained file in the same process has of its own.
+        part.__dict__["_attnconv_owner"] = AttentionModule
+    module.add_module(CORE, core)
 
 
 def build_core(entry: PlanEntry) -> AttentionModule:

@@ -22,6 +22,7 @@ from ..surgery.attention_function import ATTENTION, attnconv_attention
 from ..surgery.cache_layer import register_cache_layers
 from ..surgery.calls import watch_updates
 from ..surgery.code_copies import Section, is_ours, register_copy
+from ..surgery.pruned_heads import narrow_to
 from ..surgery.swap import CORE, apply_plan, converted_modules
 from .weight_mark import MARK_PATTERN, true_tensors_last
 
@@ -102,7 +103,8 @@ def _convert_while_built(model: PreTrainedModel, section: dict[str, Any]) -> Non
     present = (name for name, _ in model.named_modules())
     names = resolve_names([entry.name for entry in plan.entries], present, model.base_model_prefix)
     if names is not None:
-        apply_plan(model, plan.rename(names))
+        renamed = plan.rename(names)
+        narrow_to(apply_plan(model, renamed), renamed)
         # The section keeps the names of the model that was converted.
         model.config.attnconv = Section(section)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), MARK_PATTERN}

@@ -20,7 +20,9 @@ class PruneHeadsRewrite(RewriteBase):
     Attributes:
         unit: `kv` leaves out key/value heads, with the query heads that share them; `query` leaves out query heads,
             equally many of each key/value head's, which shrinks the work and not the cache.
-        keep: how many stay in each layer, those that add most to the hidden states; this or `remove`.
+        keep: how many stay in each layer, those that matter most; this or `remove`.
+        by: which these are: `contribution`, those that add most to the hidden states, or `usage`, those that are the
+            first choice of the most tokens, as head experts are.
         remove: which are left out, counted from 0: one list for all layers, or a list of lists, one for each layer.
         calibrate: the text that `keep` measures them on.
     """
@@ -28,6 +30,7 @@ class PruneHeadsRewrite(RewriteBase):
     kind: Literal["prune_heads"] = "prune_heads"
     unit: Literal["kv", "query"] = "kv"
     keep: Count | None = None
+    by: Literal["contribution", "usage"] = "contribution"
     remove: list[CountOrZero] | list[list[CountOrZero]] = Field(default_factory=list)
     calibrate: CalibrateSection | None = None
 
@@ -47,4 +50,4 @@ class PruneHeadsRewrite(RewriteBase):
     def step(self) -> "Step":
         from ...convert.rewriting.selection import PruneHeads
 
-        return PruneHeads(unit=self.unit, keep=self.keep, remove=self.remove)
+        return PruneHeads(unit=self.unit, keep=self.keep, remove=self.remove, by=self.by)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @STAGES.register
 class CalibrateStage(StageBase):
-    """Fit the routers of `moh` to what each head contributes, by ridge regression on the layer's input.
+    """Observe what each head contributes: routers of `moh` are fitted to it by ridge regression, `shrp` counts usage.
 
     Attributes:
         ridge: weight of the penalty on the routers' size, in mean squares of the inputs.

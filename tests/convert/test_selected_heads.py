@@ -122,6 +122,24 @@ def test_importance_keeps_the_heads_that_add_most(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base", "text.jsonl", "out", "wanted", "halved", "both"}
 
 
+def test_usage_keeps_the_heads_that_are_most_often_first() -> None:
+    from attnconv.convert.rewriting.attention_classes import Heads
+    from attnconv.convert.rewriting.moments import LayerMoments, MomentSums
+    from attnconv.convert.rewriting.selection import PruneHeads
+
+    sums = MomentSums(torch.eye(6), 3)
+    # Heads of two numbers each: the first is far the longest once, the second most often.
+    sums.add_inputs(torch.zeros(4, 6))
+    sums.add_outputs(torch.tensor([[9.0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0.5]]))
+    found = sums.means()
+    assert found.first.tolist() == [0.25, 0.75, 0]
+    for by, kept in (("contribution", [0]), ("usage", [1])):
+        step = PruneHeads(keep=1, by=by)
+        step._heads = Heads(layers=1, query=3, kv=3, dim=2, hidden=6)
+        step.settle({0: LayerMoments(found.second, found.mean, found.contributions, found.first)})
+        assert step.chosen(0)[1] == kept
+
+
 def test_what_is_measured_is_what_each_head_adds(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

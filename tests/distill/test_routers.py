@@ -92,7 +92,7 @@ def test_output_projections_are_found_whatever_they_are_called(kind):
 
 
 def test_without_a_router_there_is_nothing_to_fit(make_trainee):
-    with pytest.raises(TrainingError, match="no converted layer has one: it is for the method 'moh'"):
+    with pytest.raises(TrainingError, match="it is for 'moh' with router: linear, and for 'shrp'"):
         RouterFit(make_trainee(), STAGE)
 
 
