@@ -12,7 +12,8 @@ from .selectors import NUMBERS_ONLY, parse_layers
 
 HEAD_FORMS = 'numbers of KV heads such as "0,3", or {importance: FILE, top: 25%}'
 SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-KEYS = ("importance", "top", "measure")
+IMPORTANCE = "importance"
+KEYS = (IMPORTANCE, "top", "measure")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from .data import DataSection, EvaluateSection
 from .fields import Section, Text
-from .heads import Heads, HeadSelector, parse_heads
+from .heads import IMPORTANCE, Heads, HeadSelector, parse_heads
 from .rewrites.base import Rewrite
 from .selectors import Layers, LayerSelector, parse_layers
 from .stages.base import Stage
@@ -31,7 +31,8 @@ class AttentionRule(Section):
         heads: KV heads of these layers that the rule is about, by number such as `"0,3"`, or `{importance: FILE, top:
             25%}`, those that matter most of all these layers' heads; null = all that no earlier rule takes.
         method: a registered method; `softmax` keeps the layers as they are.
-        options: the method's own options.
+        options: the method's own options; one that names KV heads takes `{importance: FILE, top: 2}` too, those that
+            matter most in each layer.
     """
 
     layers: Layers
@@ -43,6 +44,17 @@ class AttentionRule(Section):
     def selector(self) -> LayerSelector:
         """The parsed `layers`."""
         return parse_layers(self.layers)
+
+    @property
+    def head_options(self) -> dict[str, HeadSelector]:
+        """The parsed options that name KV heads of each layer by their importance."""
+        named = {name: value for name, value in self.options.items() if isinstance(value, dict) and IMPORTANCE in value}
+        return {name: parse_heads(value) for name, value in named.items()}
+
+    @model_validator(mode="after")
+    def _readable_heads(self) -> Self:
+        _ = self.head_options
+        return self
 
     @property
     def head_selector(self) -> HeadSelector | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..contract import AttentionOptions
 from ..geometry import Geometry
 from ..registry import register
-from .gate import HeadGate, Routing
+from .gate import HeadGate, HeadUse, Routing
 
 # Root mean square of the scores that a fitted router gives.
 SPREAD = 0.03
@@ -23,6 +23,8 @@ class MohOptions(AttentionOptions):
         active: how many of the routed units a token uses; null = all.
         num_shared: units that are always on, the first ones.
         shared: numbers of the units that are always on, instead of `num_shared`.
+        shared_groups: numbers of the KV heads that are always on, with all query heads that share them, instead; in a
+            recipe `{importance: FILE, top: 1}` too, those that matter most in each layer.
         router: `linear` learns from the layer's input; `query_norm` takes the units whose queries are longest, with
             gates of 1 and no parameters.
         form: `code` gives gates of exactly 1 from routers of zero, as the published code does; `paper` has the formula
@@ -33,6 +35,7 @@ class MohOptions(AttentionOptions):
     active: int | None = Field(None, ge=1)
     num_shared: int = Field(0, ge=0)
     shared: list[int] | None = None
+    shared_groups: list[int] | dict[str, Any] | None = None
     router: Literal["linear", "query_norm"] = "linear"
     form: Literal["code", "paper"] = "code"
 
@@ -59,7 +62,7 @@ class MohAttention(HeadGate):
     def __init__(self, geometry: Geometry, options: MohOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)
         self.num_units = num_units = _num_units(geometry, options)
-        self.shared_units = _shared(options)
+        self.shared_units = _shared(geometry, options)
         self.routed_units = [unit for unit in range(num_units) if unit not in self.shared_units]
         self.heads_per_unit = geometry.num_heads // num_units
         self.num_active = options.active or len(self.routed_units)
@@ -80,12 +83,20 @@ class MohAttention(HeadGate):
     @classmethod
     def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
         """Units must be there, and enough of them."""
-        num_units, shared = _num_units(geometry, options), _shared(options)
+        given = [name for name in ("shared", "num_shared", "shared_groups") if getattr(options, name)]
+        if len(given) > 1:
+            return f"give {given[0]} or {given[1]}, not both"
+        groups = options.shared_groups or []
+        if isinstance(groups, dict):
+            return "shared_groups by importance is for the rules of a recipe; give numbers of KV heads"
+        beyond = [group for group in groups if not 0 <= group < geometry.num_kv_heads]
+        if beyond:
+            count = geometry.num_kv_heads
+            return f"shared_groups names the KV head {beyond[0]}, but the layer has {count}, numbered from 0"
+        num_units, shared = _num_units(geometry, options), _shared(geometry, options)
         units = "heads" if options.unit == "head" else "KV heads"
         missing = [unit for unit in shared if not 0 <= unit < num_units]
         routed = num_units - len(shared)
-        if options.shared is not None and options.num_shared:
-            return "give shared or num_shared, not both"
         if missing:
             return f"shared names the unit {missing[0]}, but the layer has {num_units} {units}, numbered from 0"
         if len(set(shared)) < len(shared):
@@ -98,21 +109,21 @@ class MohAttention(HeadGate):
             return "form: paper is about routers that are learned, and router: query_norm has gates of 1"
         return super().why_unsupported(geometry, options) if options.router == "linear" else None
 
+    @property
+    def observed_units(self) -> int | None:
+        return None if self.routed_router is None else self.num_units
+
     @torch.no_grad()
-    def start_from(self, contributions: Tensor, moments: Tensor) -> None:
+    def start_from(self, use: HeadUse) -> None:
         """Start the router from what foretells how much each unit contributes.
 
         Only differences between units count, and their size says by how much gates differ from 1; it is chosen small,
         so that fitted gates choose units and hardly weigh them.
-
-        Args:
-            contributions: `[units, hidden]`, weights of the layer's input.
-            moments: `[hidden, hidden]`, products of that input with itself, mean over tokens.
         """
         assert self.routed_router is not None
-        weights = contributions[self.routed_units]
+        weights = use.foretold[self.routed_units]
         weights = weights - weights.mean(0)
-        squares = ((weights @ moments) * weights).sum(-1).mean()
+        squares = ((weights @ use.moments) * weights).sum(-1).mean()
         size = SPREAD / squares.sqrt().clamp_min(torch.finfo(weights.dtype).tiny)
         self.routed_router.copy_((weights * size).to(self.routed_router.dtype))
 
@@ -181,7 +192,10 @@ def _num_units(geometry: Geometry, options: MohOptions) -> int:
     return geometry.num_heads if options.unit == "head" else geometry.num_kv_heads
 
 
-def _shared(options: MohOptions) -> list[int]:
+def _shared(geometry: Geometry, options: MohOptions) -> list[int]:
+    if isinstance(options.shared_groups, list):
+        each = geometry.num_groups if options.unit == "head" else 1
+        return [group * each + number for group in sorted(options.shared_groups) for number in range(each)]
     return list(range(options.num_shared)) if options.shared is None else sorted(options.shared)
 
 

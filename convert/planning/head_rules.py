@@ -69,7 +69,7 @@ def choose_rules(
         DataError: the file of importance cannot be read.
     """
     named = {
-        position: _named(position, rule, selector, matching, layers)
+        position: _named(position, rule, selector, [i for i, those in enumerate(matching) if position in those], layers)
         for position, rule in enumerate(rules)
         if (selector := heads_of(rule)) is not None
     }
@@ -91,11 +91,28 @@ def choose_rules(
     return chosen
 
 
+def resolved_options(position: int, rule: Rule, index: int, layers: Sequence[ProbedModule]) -> dict[str, Any]:
+    """A rule's options for one layer, with the numbers of its own KV heads where an option says `importance`.
+
+    Args:
+        position: the rule's place in the recipe.
+        rule: the rule.
+        index: the layer's place.
+        layers: the self-attention layers.
+
+    Raises:
+        PlanError: the importance is about another model, or more heads are wanted than there are.
+        DataError: the file of importance cannot be read.
+    """
+    named: dict[str, HeadChoice] = getattr(rule, "head_options", {})
+    found = {name: _named(position, rule, choice, [index], layers)[index] for name, choice in named.items()}
+    return {**rule.options, **{name: list(heads) for name, heads in found.items()}}
+
+
 def _named(
-    position: int, rule: Rule, selector: HeadChoice, matching: Sequence[Sequence[int]], layers: Sequence[ProbedModule]
+    position: int, rule: Rule, selector: HeadChoice, own: Sequence[int], layers: Sequence[ProbedModule]
 ) -> dict[int, tuple[int, ...]]:
-    """The KV heads that a rule names, by the number of the layer."""
-    own = [index for index, positions in enumerate(matching) if position in positions]
+    """The KV heads that a rule names in its own layers, by the number of the layer."""
     numbers = selector.numbers
     if numbers is not None:
         for index in own:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create, get_method
 from ...errors import PlanError
-from .head_rules import Rule, choose_rules
+from .head_rules import Rule, choose_rules, resolved_options
 from .probe import ProbedModule
 from .section import SECTION_VERSION, core_problem, read_section, sealed
 
@@ -186,7 +186,13 @@ def make_plan(
     matching = _matching(rules, layers)
     takers = choose_rules(rules, matching, layers)
     chosen = {module.name: own for module, own in zip(layers, takers, strict=True)}
-    plan = Plan(tuple(_entry(module, rules, chosen.get(module.name, [])) for module in probed))
+    places = {module.name: index for index, module in enumerate(layers)}
+    plan = Plan(
+        tuple(
+            _entry(module, _for_layer(rules, matching, places.get(module.name), layers), chosen.get(module.name, []))
+            for module in probed
+        )
+    )
     if check:
         for sentence in unmatched_rules(rules, probed):
             raise PlanError(sentence)
@@ -224,13 +230,35 @@ def _matching(rules: Sequence[Rule], layers: Sequence[ProbedModule]) -> list[lis
     ]
 
 
+@dataclass(frozen=True)
+class _LayerRule:
+    """What a rule makes of one layer."""
+
+    method: str
+    options: dict[str, Any]
+
+
+def _for_layer(
+    rules: Sequence[Rule], matching: Sequence[Sequence[int]], index: int | None, layers: Sequence[ProbedModule]
+) -> list[_LayerRule]:
+    """The rules with the options that they have for a layer, as far as they match it."""
+    own = () if index is None else matching[index]
+    return [
+        _LayerRule(
+            rule.method,
+            rule.options if index is None or position not in own else resolved_options(position, rule, index, layers),
+        )
+        for position, rule in enumerate(rules)
+    ]
+
+
 def _called(position: int, rule: Rule) -> str:
     heads = getattr(rule, "heads", None)
     which = f"layers: {getattr(rule, 'layers', 'all')}" + ("" if heads is None else f", heads: {heads}")
     return f"attention rule {position + 1} ({which}, method: {rule.method})"
 
 
-def _entry(module: ProbedModule, rules: Sequence[Rule], takers: Sequence[int | None]) -> PlanEntry:
+def _entry(module: ProbedModule, rules: Sequence[_LayerRule], takers: Sequence[int | None]) -> PlanEntry:
     """What becomes of a module whose KV heads go by these rules."""
     method, options = _method(rules, takers)
     if method == "softmax":
@@ -259,7 +287,7 @@ def _entry(module: ProbedModule, rules: Sequence[Rule], takers: Sequence[int | N
     return PlanEntry(module.name, module.layer_idx, method, options, module.geometry, lossy, refused)
 
 
-def _method(rules: Sequence[Rule], takers: Sequence[int | None]) -> tuple[str, dict[str, Any]]:
+def _method(rules: Sequence[_LayerRule], takers: Sequence[int | None]) -> tuple[str, dict[str, Any]]:
     """Method and options of a layer: those of its rule, or of parts where its KV heads differ."""
     # What no rule takes stays softmax.
     parts: list[tuple[list[int], str, dict[str, Any]]] = []

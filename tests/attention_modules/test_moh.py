@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules.heads.gate import HeadUse
 
 GEOMETRY = Geometry(6, 3, 8, 8, hidden_size=12)
 
@@ -93,7 +94,7 @@ def test_query_norm_takes_the_longest_queries_with_gates_of_one_and_their_gradie
 def test_a_fitted_router_prefers_what_contributes_and_hardly_weighs_it() -> None:
     core = moh(active=3)
     contributions, hidden = torch.randn(6, 12, dtype=torch.float64), torch.randn(4000, 12, dtype=torch.float64)
-    core.start_from(contributions, hidden.T @ hidden / len(hidden))
+    core.start_from(HeadUse(contributions, hidden.T @ hidden / len(hidden), torch.ones(6), torch.ones(6)))
     scores = hidden @ core.routed_router.detach().double().T
     assert torch.equal(scores.topk(3, -1).indices, (hidden @ contributions.T).topk(3, -1).indices)
     assert float(scores.square().mean().sqrt()) == pytest.approx(0.03, rel=1e-3)

@@ -155,6 +155,23 @@ def test_the_heads_that_matter_most_are_those_of_the_file(importance: Path) -> N
     assert read_importance(importance).scores(None)[1] == [0.3, float("-inf")]
 
 
+def test_options_name_heads_by_importance_in_each_layer(importance: Path) -> None:
+    """The heads of `moh` that are always on, for which each layer has numbers of its own."""
+    named = {"importance": str(importance), "top": 1}
+    for unit, shared in (("group", [[1], [0]]), ("head", [[2, 3], [0, 1]])):
+        model = convert_model(
+            tiny_llama(), recipe({"method": "moh", "options": {"unit": unit, "shared_groups": named}})
+        )
+        cores = [module.attnconv for module in converted_modules(model).values()]
+        assert [core.shared_units for core in cores] == shared
+    with pytest.raises(PlanError, match="all 2 KV heads are shared"):
+        plan_of({"method": "moh", "options": {"unit": "group", "shared_groups": {**named, "top": 2}}})
+    with pytest.raises(PlanError, match="is about another model"):
+        plan_of({"method": "moh", "options": {"shared_groups": named}}, num_hidden_layers=3)
+    with pytest.raises(RecipeError, match="did you mean 'top'"):
+        recipe({"method": "moh", "options": {"shared_groups": {"importance": "a", "topp": 1}}})
+
+
 def test_a_file_keeps_the_measures_it_has(importance: Path) -> None:
     base = tiny_llama()
     found = write_importance(
