@@ -18,6 +18,7 @@ SHIPPED = [
     "bam",
     "bigbird",
     "btx",
+    "calibrate-heads",
     "cast-bf16",
     "cca",
     "delta",
@@ -43,11 +44,14 @@ SHIPPED = [
     "moba",
     "moh",
     "moh-groups",
+    "ntk-prefix",
     "pool-heads",
     "power",
     "quest",
     "quickstart",
+    "rcmha",
     "retrieval-heads",
+    "shrp",
     "sliding-window",
     "spans",
     "sparse",
@@ -129,7 +133,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
         f"stages.{kind}.{key}"
-        for kind in ("attention_transfer", "balance", "calibrate", "lora", "logits", "roles")
+        for kind in ("attention_transfer", "balance", "calibrate", "features", "lora", "logits", "roles")
         for key in ("steps", "data")
     }
     if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):
