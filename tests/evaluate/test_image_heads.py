@@ -1,5 +1,6 @@
 """How much each head of a vision model matters, and how far it looks."""
 
+import copy
 import io
 import math
 
@@ -10,9 +11,11 @@ from PIL import Image as Picture
 from transformers import BertConfig, Dinov2Config, Dinov2Model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from attnconv.convert import convert_model
 from attnconv.convert.planning.importance import read_importance
+from attnconv.convert.planning.probe import probe
 from attnconv.errors import CheckpointError
-from attnconv.evaluate.diagnose.image_heads import patch_distance, patch_grid
+from attnconv.evaluate.diagnose.image_heads import image_measures, patch_distance, patch_grid
 from attnconv.packaged.model import embedded_model_path
 from attnconv.recipes import parse_recipe
 from attnconv.runs import run_conversion
@@ -41,6 +44,30 @@ def test_distances_are_between_patches() -> None:
     config = Dinov2Config(patch_size=4)
     assert patch_grid(config, torch.zeros(1, 3, 24, 12)) == (6, 3)
     assert patch_grid(BertConfig(), torch.zeros(1, 3, 24, 12)) is None
+
+
+def test_what_is_lost_is_what_the_features_lose() -> None:
+    """A head whose queries are zero looks at everything alike."""
+    model = tiny_vision()
+    modules = [module for module in probe(model.config, type(model)) if module.self_attention]
+    pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        base = model(pixels).last_hidden_state
+        attention = model.get_submodule(modules[1].name)
+        # Releases of transformers name it in one way or the other.
+        query = getattr(attention, "q_proj", None) or attention.query
+        kept = copy.deepcopy(query.state_dict())
+        query.weight[16:24] = 0
+        query.bias[16:24] = 0
+        changed = model(pixels).last_hidden_state
+        query.load_state_dict(kept)
+    convert_model(model, "head_roles")
+    said: list[tuple[int, int, str]] = []
+    found = image_measures(model, modules, [pixels], lambda *now: said.append(now))
+    expected = float((changed - base).square().mean() / base.square().mean())
+    assert found["ablation"][1][2] == pytest.approx(expected, rel=1e-3)
+    assert said[-1][:2] == (8, 8)
+    assert all(0 < value < 7 for row in found["distance"] for value in row)
 
 
 def test_a_file_of_images_gives_one_of_importance(tmp_path) -> None:
