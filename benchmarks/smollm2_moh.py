@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="of moh alone")
     parser.add_argument("--tokens", type=int, default=TUNING["tokens"], help="of distillation, and of tuning")
     parser.add_argument("--rate", type=float, default=TUNING["learning_rate"], help="peak rate of LoRA, of all models")
+    parser.add_argument("--without-tuned", action="store_true", help="compare with the model as it is")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = find_model(arguments.model)
@@ -60,11 +61,13 @@ def main() -> None:
         for active in arguments.active:
             changes = [f"attention.0.options.active={active}", *arguments.changes]
             results[str(active)] = healed(model, folder / f"moh-{active}", [calibrate, logits], changes)
-        # All heads on and routers of zero are the model itself, bit for bit.
-        results["tuned"] = healed(model, folder / "tuned", [{"kind": "lora", **tuning, **LORA}], ())
+        if not arguments.without_tuned:
+            # All heads on and routers of zero are the model itself, bit for bit.
+            results["tuned"] = healed(model, folder / "tuned", [{"kind": "lora", **tuning, **LORA}], ())
         results["teacher"] = measured(model, folder / "teacher-results")
+    other = results["teacher" if arguments.without_tuned else "tuned"]
     for active in arguments.active:
-        ratio = results[str(active)]["perplexity"] / results["tuned"]["perplexity"]
+        ratio = results[str(active)]["perplexity"] / other["perplexity"]
         results[str(active)] |= {"ratio": ratio, "bound": BOUNDS.get(active)}
     write_result(
         "smollm2_moh",
