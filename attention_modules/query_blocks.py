@@ -9,7 +9,7 @@ from .tokens import Call
 from .window import window_mask
 
 # Queries whose weights exist at once.
-BLOCK = 128
+QUERIES_AT_ONCE = 128
 
 
 def in_query_blocks(call: Call, attend: Callable[[Call], Tensor], *, causal: bool) -> Tensor:
@@ -20,11 +20,11 @@ def in_query_blocks(call: Call, attend: Callable[[Call], Tensor], *, causal: boo
         attend: from a call to `[batch, num_heads, T, any]`, each query by itself.
         causal: whether queries see nothing behind them, which is then not looked at.
     """
-    if call.length <= BLOCK:
+    if call.length <= QUERIES_AT_ONCE:
         return attend(call)
     outs = []
-    for start in range(0, call.length, BLOCK):
-        stop = min(start + BLOCK, call.length)
+    for start in range(0, call.length, QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, call.length)
         query, past = call.query[:, :, start:stop], call.past
         # With the block's queries last, as calls have them.
         outs.append(

@@ -90,7 +90,7 @@ def read_document(kind: type[FileKind], path: Path, *, remedy: str) -> FileKind 
         raise DataError(f"{str(error).rstrip('.')}: {remedy}") from error
     wanted = kind.model_fields["kind"].default if "kind" in kind.model_fields else None
     if value.get("tool") != TOOL or value.get("kind") != wanted:
-        raise DataError(f"{path} was not written by {TOOL}: give another folder")
+        raise DataError(f"{path} is no such file by {TOOL}: {remedy}")
     version = value.get("version", 0)
     if isinstance(version, int) and version > kind.NEWEST:
         raise DataError(f"{path} was written by a newer version of {TOOL}: update it, or {remedy}")

@@ -16,7 +16,7 @@ from ..state import AttentionState
 from ..tokens import Call
 from ..window import LOG2E, MASKED
 
-OFF = {"cap": 1.0, "scale": 1.0, "identity": 0.0}
+OPERATORS_OFF = {"cap": 1.0, "scale": 1.0, "identity": 0.0}
 
 
 class CalibrateHeadsOptions(AttentionOptions):
@@ -32,10 +32,10 @@ class CalibrateHeadsOptions(AttentionOptions):
     """
 
     heads: list[int] | None = None
-    cap: float = Field(OFF["cap"], gt=0.0, le=1.0)
+    cap: float = Field(OPERATORS_OFF["cap"], gt=0.0, le=1.0)
     num_sinks: int = Field(1, ge=1, le=1024)
-    scale: float = Field(OFF["scale"], ge=0.0, le=100.0)
-    identity: float = Field(OFF["identity"], ge=0.0, lt=1.0)
+    scale: float = Field(OPERATORS_OFF["scale"], ge=0.0, le=100.0)
+    identity: float = Field(OPERATORS_OFF["identity"], ge=0.0, lt=1.0)
 
 
 @register(
@@ -79,7 +79,7 @@ class CalibratedHeads(SoftmaxAttention):
     def reset_parameters(self) -> None:
         """Off, but for the heads that the options name."""
         heads = range(self.geometry.num_heads) if self.options.heads is None else self.options.heads
-        for name, off in OFF.items():
+        for name, off in OPERATORS_OFF.items():
             parameter = self.get_parameter(name)
             parameter.fill_(off)
             parameter[list(heads)] = getattr(self.options, name)
@@ -96,8 +96,8 @@ class CalibratedHeads(SoftmaxAttention):
 
     def _calibrated(self, call: Call, plain: Tensor, capped: Callable[[Call], Tensor]) -> Tensor:
         """What heads give with their operators; `plain` is what they give without."""
-        values = {name: self.get_parameter(name) for name in OFF}
-        is_on = torch.stack([values[name] != off for name, off in OFF.items()]).any(0)
+        values = {name: self.get_parameter(name) for name in OPERATORS_OFF}
+        is_on = torch.stack([values[name] != off for name, off in OPERATORS_OFF.items()]).any(0)
         scale, identity = (values[name].to(call.query.dtype)[:, None, None] for name in ("scale", "identity"))
         own = grouped_values(call)[:, :, call.past :]
         mixed = capped(call)

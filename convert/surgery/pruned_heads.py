@@ -15,25 +15,25 @@ from .attention_function import core_of
 from .swap import build_core, converted_modules, note_plan, put_core
 
 # What the projections to heads, and from them, are called in transformers.
-INSIDE = {
+INSIDE_ATTENTION = {
     "query": ("q_proj", "query", "q_lin"),
     "key": ("k_proj", "key", "k_lin"),
     "value": ("v_proj", "value", "v_lin"),
     "output": ("o_proj", "out_proj", "out_lin"),
 }
 # Of the module around it, where attention gives heads and that module puts them together.
-OUTSIDE = "output.dense"
+OUTSIDE_ATTENTION = "output.dense"
 
 
-Place = tuple[nn.Module, str, nn.Linear]
+ProjectionPlace = tuple[nn.Module, str, nn.Linear]
 
 
 def prune_plan(plan: Plan) -> Plan:
     """A plan for layers without the KV heads that their methods leave out."""
-    return replace(plan, entries=tuple(_pruned(entry) for entry in plan.entries))
+    return replace(plan, entries=tuple(_pruned_entry(entry) for entry in plan.entries))
 
 
-def _pruned(entry: PlanEntry) -> PlanEntry:
+def _pruned_entry(entry: PlanEntry) -> PlanEntry:
     if not entry.converted:
         return entry
     info, geometry = get_method(entry.method), entry.geometry
@@ -53,7 +53,7 @@ def check_prunable(model: PreTrainedModel, plan: Plan) -> None:
         PlanError: a layer has no projections that could be made narrower.
     """
     for name, (core, narrow) in _narrower(model, plan).items():
-        _projections(model, name, core.geometry, narrow.geometry)
+        _fitting_projections(model, name, core.geometry, narrow.geometry)
 
 
 @torch.no_grad()
@@ -69,12 +69,12 @@ def take_heads_out(model: PreTrainedModel, plan: Plan) -> None:
     """
     for name, (core, narrow) in _narrower(model, plan).items():
         kept, wide = core.kept_heads, core.geometry
-        for what, place in _projections(model, name, wide, narrow.geometry).items():
-            each = _width(what, wide) // wide.num_kv_heads
-            _replace(place, what, torch.cat([torch.arange(head * each, (head + 1) * each) for head in kept]))
+        for what, place in _fitting_projections(model, name, wide, narrow.geometry).items():
+            each = _projection_width(what, wide) // wide.num_kv_heads
+            _replace_linear(place, what, torch.cat([torch.arange(head * each, (head + 1) * each) for head in kept]))
         with torch.device(next(core.parameters()).device):
             new = build_core(narrow)
-        _take_over(new, core, kept)
+        _take_core_over(new, core, kept)
         put_core(model.get_submodule(name), new.train(core.training))
     note_plan(model, plan)
 
@@ -89,10 +89,10 @@ def narrow_to(model: PreTrainedModel, plan: Plan) -> None:
     for entry in plan.converted:
         if not get_method(entry.method).module_class.prunes_heads:
             continue
-        for what, place in _found(model, entry.name).items():
-            width = _width(what, entry.geometry)
-            if _size(what, place) > width:
-                _replace(place, what, torch.arange(width))
+        for what, place in _found_projections(model, entry.name).items():
+            width = _projection_width(what, entry.geometry)
+            if _projection_size(what, place) > width:
+                _replace_linear(place, what, torch.arange(width))
 
 
 def _narrower(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[AttentionModule, PlanEntry]]:
@@ -102,15 +102,15 @@ def _narrower(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[AttentionMo
     return {entry.name: (core, entry) for core, entry in cores if core.geometry != entry.geometry}
 
 
-def _found(model: nn.Module, name: str) -> dict[str, Place]:
+def _found_projections(model: nn.Module, name: str) -> dict[str, ProjectionPlace]:
     """A layer's projections by what they are: the module that has each, its name there, and itself."""
     module = model.get_submodule(name)
-    path, _, last = OUTSIDE.rpartition(".")
+    path, _, last = OUTSIDE_ATTENTION.rpartition(".")
     around = getattr(model.get_submodule(name.rpartition(".")[0]), path, None)
     candidates: list[tuple[str, nn.Module | None, str]]
-    candidates = [(what, module, attribute) for what, names in INSIDE.items() for attribute in names]
+    candidates = [(what, module, attribute) for what, names in INSIDE_ATTENTION.items() for attribute in names]
     candidates.append(("output", around, last))
-    found: dict[str, Place] = {}
+    found: dict[str, ProjectionPlace] = {}
     for what, owner, attribute in candidates:
         linear = getattr(owner, attribute, None)
         if isinstance(owner, nn.Module) and isinstance(linear, nn.Linear):
@@ -118,28 +118,28 @@ def _found(model: nn.Module, name: str) -> dict[str, Place]:
     return found
 
 
-def _width(what: str, geometry: Geometry) -> int:
+def _projection_width(what: str, geometry: Geometry) -> int:
     heads = geometry.num_heads if what in ("query", "output") else geometry.num_kv_heads
     return heads * (geometry.head_dim if what in ("query", "key") else geometry.value_dim)
 
 
-def _size(what: str, place: Place) -> int:
+def _projection_size(what: str, place: ProjectionPlace) -> int:
     return place[2].in_features if what == "output" else place[2].out_features
 
 
-def _projections(model: nn.Module, name: str, wide: Geometry, narrow: Geometry) -> dict[str, Place]:
+def _fitting_projections(model: nn.Module, name: str, wide: Geometry, narrow: Geometry) -> dict[str, ProjectionPlace]:
     """The projections of a layer, each with as many heads as it has.
 
     Raises:
         PlanError: they are not four linear modules of its heads and nothing else.
     """
-    found, module = _found(model, name), model.get_submodule(name)
-    fitting = {what for what, place in found.items() if _size(what, place) == _width(what, wide)}
+    found, module = _found_projections(model, name), model.get_submodule(name)
+    fitting = {what for what, place in found.items() if _projection_size(what, place) == _projection_width(what, wide)}
     known = {id(parameter) for _, _, linear in found.values() for parameter in linear.parameters()}
     known |= {id(parameter) for parameter in core_of(module).parameters()}
     others = [other for other, parameter in module.named_parameters() if id(parameter) not in known]
-    others = [other for other in others if _width("query", wide) in module.get_parameter(other).shape]
-    if fitting == INSIDE.keys() and not others:
+    others = [other for other in others if _projection_width("query", wide) in module.get_parameter(other).shape]
+    if fitting == INSIDE_ATTENTION.keys() and not others:
         return found
     why = f"its {others[0]} is of all heads" if others else "it has no linear layers of its own for each of q, k, v, o"
     raise PlanError(
@@ -148,7 +148,7 @@ def _projections(model: nn.Module, name: str, wide: Geometry, narrow: Geometry) 
     )
 
 
-def _replace(place: Place, what: str, rows: Tensor) -> None:
+def _replace_linear(place: ProjectionPlace, what: str, rows: Tensor) -> None:
     """Put a linear module of some outputs, or inputs, of another in its place."""
     owner, attribute, linear = place
     axis, rows = int(what == "output"), rows.to(linear.weight.device)
@@ -161,7 +161,7 @@ def _replace(place: Place, what: str, rows: Tensor) -> None:
     setattr(owner, attribute, made.train(linear.training))
 
 
-def _take_over(new: AttentionModule, old: AttentionModule, kept: list[int]) -> None:
+def _take_core_over(new: AttentionModule, old: AttentionModule, kept: list[int]) -> None:
     """Give a core what another has of the heads that it serves."""
     theirs = dict(old.named_parameters())
     for name, parameter in new.named_parameters():

@@ -208,6 +208,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(case: str, importance: Path) ->
         plan_of(*rules)
 
 
+def test_another_file_says_how_to_come_by_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"kind": "head_importance"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"is no such file by attnconv: write it again by `attnconv diagnose"):
+        read_importance(path)
+
+
 def test_importance_of_another_model_is_refused(importance: Path) -> None:
     rule = {"heads": {"importance": str(importance), "top": 1}, **SOFTMAX}
     with pytest.raises(PlanError, match=r"is about another model: tiny has 2 layers of 2 KV heads .* has 3 layers"):
