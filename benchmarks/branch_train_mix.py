@@ -32,6 +32,7 @@ SUBJECTS = {
 CHARACTERS = 1200
 """Of one piece of text, so that all subjects have as much of it; shorter documents are joined."""
 HELD_OUT = 60
+MIXTURES = ("btx", "bam", "btx-centroids")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = PROJECTIONS[:4]
 CONTEXT = 512
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models are kept between runs; default: nowhere")
     parser.add_argument("--branch-tokens", type=int, default=40_960, help="of each branch")
     parser.add_argument("--joint-tokens", type=int, default=20_480, help="of the joint training")
+    parser.add_argument("--without", nargs="+", default=[], choices=MIXTURES, help="mixtures to leave out")
     parser.add_argument("--held-out-tokens", type=int, default=4096, help="of each subject")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
@@ -222,6 +224,8 @@ def measure(arguments: argparse.Namespace, model: Path, folder: Path) -> None:
     results: dict[str, Any] = {"base": perplexities(base, folder, arguments.held_out_tokens)}
     budgets = arguments.branch_tokens, arguments.joint_tokens, arguments.held_out_tokens
     for name, given in recipes(folder, *budgets).items():
+        if name in arguments.without:
+            continue
         make(base, name, given, folder)
         results[name] = perplexities(folder / name, folder, arguments.held_out_tokens)
         if "evaluate" in given:
