@@ -192,7 +192,7 @@ def run_child(arguments: argparse.Namespace, model: Path) -> None:
     elif arguments.compare:
         print(json.dumps(compare(model, arguments.child)))
     else:
-        print(json.dumps(rewrite(model, arguments.kind, arguments.child)))
+        print(json.dumps(rewrite(model, arguments.kind[0], arguments.child)))
 
 
 def main() -> None:
@@ -200,7 +200,7 @@ def main() -> None:
     parser = parser_of(__doc__, model="smollm2-135m-instruct")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
-    parser.add_argument("--kind", choices=KINDS, help="measure this kind alone")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="measure these alone")
     parser.add_argument("--child", type=Path, help="rewrite to this folder, in this process, and print the figures")
     parser.add_argument("--compare", action="store_true", help="compare the model with this folder instead")
     parser.add_argument("--biased", action="store_true", help="write the model with biases to this folder instead")
@@ -210,11 +210,10 @@ def main() -> None:
     if arguments.child is not None:
         run_child(arguments, model)
         return
-    kinds = [arguments.kind] if arguments.kind else list(KINDS)
     rows = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as room:
         scratch = Path(room)
-        for kind in kinds:
+        for kind in arguments.kind:
             source = model
             if QWEN2_MOE["target"] in {step.get("target") for step in KINDS[kind]}:
                 source = scratch / "qwen2"
@@ -223,7 +222,11 @@ def main() -> None:
             rows[kind] = measure(source, kind, scratch, arguments.repeats)
     write_result(
         "rewrites",
-        settings={"model": model.name, "repeats": arguments.repeats, "rewrites": {kind: KINDS[kind] for kind in kinds}},
+        settings={
+            "model": model.name,
+            "repeats": arguments.repeats,
+            "rewrites": {kind: KINDS[kind] for kind in arguments.kind},
+        },
         results=rows,
         label=arguments.label,
     )
