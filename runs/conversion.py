@@ -115,8 +115,8 @@ def run_conversion(
         overwrite: replace an earlier result, and give up an unfinished one unless it is resumed.
         allow_lossy: accept that a method leaves out soft caps, sinks or biases of the model.
         allow_inexact: write the result of a rewrite that does not keep what it promised.
-        compare_on: a text on which a rewritten model is compared with its source, both whole and in float32; None
-            compares models that are cut to a few layers and words.
+        compare_on: a text on which a rewritten model is compared with its source, both whole, in float32, where twice
+            the source's own rounding counts as none; None compares models that are cut to a few layers and words.
         trust_remote_code: let the checkpoint's own Python code define the model.
         self_contained: write a modeling file that loads the result without attnconv.
         device: where to compute, as torch names it; None means the accelerator if there is one.

@@ -270,6 +270,15 @@ def test_a_text_reaches_words_that_no_cut_model_has(tmp_path: Path, monkeypatch:
         check_exactness(plan, text=torch.arange(30, 50))
 
 
+def test_on_a_text_rounding_is_measured(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, text = plan_of(base, Experts(num_experts=3, active=2)), torch.arange(60)
+    monkeypatch.setattr(exactness, "BOUND", 0.0)
+    assert check_exactness(plan, text=text).objection is None
+    assert check_exactness(plan, allow_inexact=True).objection is not None
+    with pytest.raises(PlanError, match="logits are .* off"):
+        check_exactness(plan_of(base, Change("layers.2.mlp.up_proj", scaled)), text=text)
+
+
 def with_doubled_row(row: int) -> Callable[[Target], Target]:
     """What doubles a row of a matrix."""
 
