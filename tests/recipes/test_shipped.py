@@ -24,6 +24,7 @@ SHIPPED = [
     "delta",
     "drop-upcycle",
     "duo",
+    "flexprefill",
     "gated",
     "gated-delta",
     "head-roles",
@@ -59,6 +60,7 @@ SHIPPED = [
     "upcycle-granular",
     "upcycle-mixtral",
     "upcycle-qwen3",
+    "vertical-slash",
     "window-native",
     "xattention",
 ]
