@@ -5,7 +5,9 @@ import gc
 import os
 import platform
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -126,6 +128,20 @@ def _keep_the_package_alone(items: list[pytest.Item]) -> None:
     for node in {node for item in items for node in item.listchain()}:
         if isinstance(node, pytest.Package) and node.path == REPOSITORY:
             node.setup = lambda: None  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_draw_nothing() -> Iterator[None]:
+    """Leave out the pictures of healed runs, which take longer to draw than tiny models to heal.
+
+    A file that begins like a PNG stands in for each. Tests that look at pictures put the functions back.
+    """
+    # Whoever does not import runs does none.
+    runs = sys.modules.get("attnconv.runs.figures")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_losses", "plot_layers") if runs is not None else ():
+            patch.setattr(runs, name, lambda found, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
+        yield
 
 
 @pytest.fixture(scope="session")

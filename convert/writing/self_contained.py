@@ -226,6 +226,7 @@ def _packages(node: ast.AST) -> Iterator[str]:
         yield from (alias.name.split(".")[0] for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         yield str(node.module).split(".")[0]
-    elif not isinstance(node, ast.Try):
+    # Nothing is imported inside an expression, of which most of a tree consists.
+    elif not isinstance(node, ast.Try | ast.expr):
         for child in ast.iter_child_nodes(node):
             yield from _packages(child)

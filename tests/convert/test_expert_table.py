@@ -43,7 +43,8 @@ def test_every_pair_of_the_table_is_here() -> None:
 
 
 @pytest.mark.parametrize(("kind", "target", "settings", "shared"), ROWS)
-@pytest.mark.parametrize("granularity", [1, 2])
+# How finely experts are cut does not depend on the classes; the tests below cut them finely in every run.
+@pytest.mark.parametrize("granularity", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_row_is_exact_and_keeps_its_names(
     tmp_path: Path, kind: str, target: str, settings: dict[str, Any], shared: str, granularity: int
 ) -> None:

@@ -16,22 +16,23 @@ from attnconv.files.json_files import read_json
 from attnconv.recipes import Recipe, load_recipe, parse_recipe
 from attnconv.runs import run_conversion
 
+MIXTURES: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {}, "Mixtral"),
+    ("llama", {"tie_word_embeddings": True}, "Mixtral"),
+    ("llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "Mixtral"),
+    ("mistral", {"sliding_window": 8, "head_dim": 16}, "Mixtral"),
+    ("mistral", {"sliding_window": None}, "Mixtral"),
+    ("qwen2", {}, "Qwen2Moe"),
+    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 3}, "Qwen2Moe"),
+    ("qwen3", {"head_dim": 16}, "Qwen3Moe"),
+    ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, "Qwen3Moe"),
+]
+# What routers start as does not depend on the class: zeros are tried with each of them in the long tests.
+ROUTED = [pytest.param(*row, "random") for row in MIXTURES] + [pytest.param(*MIXTURES[0], "zero")]
+ROUTED += [pytest.param(*row, "zero", marks=pytest.mark.slow) for row in MIXTURES[1:]]
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "model"),
-    [
-        ("llama", {}, "Mixtral"),
-        ("llama", {"tie_word_embeddings": True}, "Mixtral"),
-        ("llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "Mixtral"),
-        ("mistral", {"sliding_window": 8, "head_dim": 16}, "Mixtral"),
-        ("mistral", {"sliding_window": None}, "Mixtral"),
-        ("qwen2", {}, "Qwen2Moe"),
-        ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 3}, "Qwen2Moe"),
-        ("qwen3", {"head_dim": 16}, "Qwen3Moe"),
-        ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, "Qwen3Moe"),
-    ],
-)
-@pytest.mark.parametrize("router", ["random", "zero"])
+
+@pytest.mark.parametrize(("kind", "settings", "model", "router"), ROUTED)
 def test_the_mixture_computes_what_the_dense_model_does(
     tmp_path: Path, kind: str, settings: dict[str, Any], model: str, router: str
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from attnconv.attention_modules.paths import leaving_out
 from attnconv.commands.tables import show_conversion
 from attnconv.distill.metrics import MetricsFile
+from attnconv.distill.plots import plot_layers, plot_losses
 from attnconv.errors import AttnConvError, DataError, OutputError, PlanError, TrainingError
 from attnconv.evaluate import perplexity
 from attnconv.evaluate.report.gathering import gather
@@ -46,9 +47,12 @@ def make_recipe(*stages, method="lolcats", options=None, **sections):
 
 @pytest.fixture(scope="module")
 def healed(tmp_path_factory):
-    """A conversion through all three kinds of stage, and its folder."""
+    """A conversion through all three kinds of stage, and its folder, with its pictures."""
     recipe = make_recipe(TRANSFER, LORA, LOGITS)
-    return run_conversion(embedded_model_path(), recipe, tmp_path_factory.mktemp("healed") / "model", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in (plot_losses, plot_layers):
+            patch.setattr(f"attnconv.runs.figures.{draw.__name__}", draw)
+        return run_conversion(embedded_model_path(), recipe, tmp_path_factory.mktemp("healed") / "model", device="cpu")
 
 
 def logits_of(model):
@@ -120,7 +124,10 @@ def test_the_folder_is_complete_and_nothing_is_left_beside_it(healed):
     told = {"recipe.yaml", "receipt.json", "README.md", "metrics.jsonl", "losses.png", "layer_errors.png"}
     assert names >= {"config.json", FIRST_SHARD, "tokenizer.json"} | told
     assert [path.name for path in healed.output.parent.iterdir()] == ["model"]
-    assert (healed.output / "losses.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("losses.png", "layer_errors.png"):
+        content = (healed.output / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
     receipt = json.loads((healed.output / "receipt.json").read_text())
     assert [row["stage"] for row in receipt["metrics"]] == [row["stage"] for row in healed.metrics]
     assert receipt["start_distance"] == healed.start_distance

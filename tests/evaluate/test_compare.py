@@ -270,8 +270,7 @@ def test_names_beside_points_do_not_overlap():
 LOOK = "return {width: document.documentElement.scrollWidth, window: innerWidth};"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(360, 800), (1280, 900)])
+@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 800, "dark"), (1280, 900, "light")])
 def test_a_browser_shows_it_on_phones_and_desks(found, tmp_path, width, height, scheme):
     seen = visit(found.files[0], LOOK, width=width, height=height, scheme=scheme, profile=tmp_path)
     assert seen.console == []

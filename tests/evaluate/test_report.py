@@ -194,7 +194,8 @@ def test_the_card_gets_a_summary_and_nothing_else_changes(measured):
     assert after.index("## Measured against the base") < after.index("## How it was made")
 
 
-def test_a_second_report_is_the_same_to_the_byte(measured):
+# The page's pictures are among its bytes.
+def test_a_second_report_is_the_same_to_the_byte(measured, no_png):
     files, folder = measured
     before = {path: path.read_bytes() for path in (files.html, files.markdown, files.card)}
     assert write_report(folder) == files
@@ -227,8 +228,8 @@ return {before, up, down, state, names: read(1), cleared: buttons[3].parentEleme
 """
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(360, 800), (1280, 900)])
+# Colours do not depend on the width, nor does the layout on colours; each start of a browser takes a second.
+@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 800, "dark"), (1280, 900, "light")])
 def test_a_browser_shows_it_on_phones_and_desks(measured, tmp_path, width, height, scheme):
     found = visit(measured[0].html, LOOK, width=width, height=height, scheme=scheme, profile=tmp_path)
     assert found.console == []
