@@ -36,7 +36,7 @@ class FlexPrefillOptions(SegmentOptions):
     summary="blocks by their means where those tell the attention, else columns and diagonals, by mass; training-free",
 )
 class FlexPrefillAttention(SegmentAttention):
-    """`√JSD(softmax(s q̄ K̄ᵀ), Σ softmax(s q Kᵀ)) < τ` of a few queries: blocks by means; else the lines that these saw.
+    """`√JSD(softmax(s q̄ K̄ᵀ), Σ softmax(s q Kᵀ)) < τ` of a few queries: blocks by means; else lines that they saw.
 
     As published (`query: prompt`) the end of a prompt tells it for the whole, and `decode: dense` goes with it. Heads
     that share keys choose together, and each block of queries by a mass of its own.
