@@ -21,7 +21,9 @@ class MohOptions(AttentionOptions):
     Attributes:
         unit: what is switched on and off: single query heads, or KV heads with all query heads that share them.
         active: how many of the routed units a token uses; null = all.
-        num_shared: units that are always on, the first ones.
+        num_shared: units that are always on, those that `shared_by` says.
+        shared_by: `index` are the first ones, `contribution` those that contribute most in the layer, which the stage
+            `calibrate` finds out; until then the first ones too.
         shared: numbers of the units that are always on, instead of `num_shared`.
         shared_groups: numbers of the KV heads that are always on, with all query heads that share them, instead; in a
             recipe `{importance: FILE, top: 1}` too, those that matter most in each layer.
@@ -34,6 +36,7 @@ class MohOptions(AttentionOptions):
     unit: Literal["head", "group"] = "head"
     active: int | None = Field(None, ge=1)
     num_shared: int = Field(0, ge=0)
+    shared_by: Literal["index", "contribution"] = "index"
     shared: list[int] | None = None
     shared_groups: list[int] | dict[str, Any] | None = None
     router: Literal["linear", "query_norm"] = "linear"
@@ -62,22 +65,26 @@ class MohAttention(HeadGate):
     def __init__(self, geometry: Geometry, options: MohOptions, implementation: str = "auto") -> None:
         super().__init__(geometry, options, implementation)
         self.num_units = num_units = _num_units(geometry, options)
-        self.shared_units = _shared(geometry, options)
-        self.routed_units = [unit for unit in range(num_units) if unit not in self.shared_units]
+        shared = _shared(geometry, options)
+        self.num_shared, num_routed = len(shared), num_units - len(shared)
         self.heads_per_unit = geometry.num_heads // num_units
-        self.num_active = options.active or len(self.routed_units)
-        # The place of each unit among the shared and then the routed ones.
-        together = [*self.shared_units, *self.routed_units]
-        self.order = [together.index(unit) for unit in range(num_units)]
+        self.num_active = options.active or num_routed
+        # The units, the shared and then the routed ones, and the place of each among them.
+        self.together = [*shared, *(unit for unit in range(num_units) if unit not in shared)]
+        self.order = [self.together.index(unit) for unit in range(num_units)]
+        # What each contributes, where that decides; not trained, a parameter so that it is kept wherever weights are.
+        self.contribution: nn.Parameter | None = None
+        if options.shared_by == "contribution":
+            self.contribution = nn.Parameter(torch.zeros(num_units))
         self.routed_router: nn.Parameter | None = None
         self.shared_router: nn.Parameter | None = None
         self.balance: nn.Parameter | None = None
         if options.router == "linear":
             hidden = int(geometry.hidden_size or 0)
-            self.routed_router = nn.Parameter(torch.zeros(len(self.routed_units), hidden))
-            if len(self.shared_units) > 1:
-                self.shared_router = nn.Parameter(torch.zeros(len(self.shared_units), hidden))
-            if self.shared_units:
+            self.routed_router = nn.Parameter(torch.zeros(num_routed, hidden))
+            if self.num_shared > 1:
+                self.shared_router = nn.Parameter(torch.zeros(self.num_shared, hidden))
+            if self.num_shared:
                 self.balance = nn.Parameter(torch.zeros(2, hidden))
 
     @classmethod
@@ -86,6 +93,8 @@ class MohAttention(HeadGate):
         given = [name for name in ("shared", "num_shared", "shared_groups") if getattr(options, name)]
         if len(given) > 1:
             return f"give {given[0]} or {given[1]}, not both"
+        if options.shared_by == "contribution" and not options.num_shared:
+            return "shared_by: contribution chooses num_shared units: say how many"
         groups = options.shared_groups or []
         if isinstance(groups, dict):
             return "shared_groups by importance is for the rules of a recipe; give numbers of KV heads"
@@ -110,8 +119,27 @@ class MohAttention(HeadGate):
         return super().why_unsupported(geometry, options) if options.router == "linear" else None
 
     @property
+    def shared_units(self) -> list[int]:
+        """Numbers of the units that are always on."""
+        return sorted(self._places()[: self.num_shared])
+
+    @property
+    def routed_units(self) -> list[int]:
+        """Numbers of those that a router chooses among."""
+        return sorted(self._places()[self.num_shared :])
+
+    def _places(self) -> list[int]:
+        return self.together if self.contribution is None else self._by_contribution(self.contribution).tolist()
+
+    def _by_contribution(self, contribution: Tensor) -> Tensor:
+        """`[units]` int64: the numbers of the units, the shared and then the routed ones, each in their order."""
+        index = torch.arange(self.num_units, device=contribution.device)
+        rank = contribution.detach().argsort(descending=True, stable=True).argsort()
+        return (index + self.num_units * (rank >= self.num_shared)).argsort()
+
+    @property
     def observed_units(self) -> int | None:
-        return None if self.routed_router is None else self.num_units
+        return None if self.routed_router is None and self.contribution is None else self.num_units
 
     @torch.no_grad()
     def start_from(self, use: HeadUse) -> None:
@@ -120,7 +148,10 @@ class MohAttention(HeadGate):
         Only differences between units count, and their size says by how much gates differ from 1; it is chosen small,
         so that fitted gates choose units and hardly weigh them.
         """
-        assert self.routed_router is not None
+        if self.contribution is not None:
+            self.contribution.copy_(use.contribution.to(self.contribution.dtype))
+        if self.routed_router is None:
+            return
         weights = use.foretold[self.routed_units]
         weights = weights - weights.mean(0)
         squares = ((weights @ use.moments) * weights).sum(-1).mean()
@@ -139,7 +170,7 @@ class MohAttention(HeadGate):
     @property
     def tie(self) -> str | None:
         router = self.routed_router
-        if router is None or self.num_active == len(self.routed_units) or bool((router != router[0]).any()):
+        if router is None or self.num_active == self.num_units - self.num_shared or bool((router != router[0]).any()):
             return None
         return "the rows of its router are equal, so the same heads would be dropped for every token"
 
@@ -158,12 +189,14 @@ class MohAttention(HeadGate):
         if self.routed_router is None:
             # Gates of 1, with the gradient of the scores.
             routed = routing.chosen * (1 + (routing.scores - routing.scores.detach()))
-            shared = torch.ones_like(routed[..., :1]).expand(-1, -1, len(self.shared_units))
+            shared = torch.ones_like(routed[..., :1]).expand(-1, -1, self.num_shared)
         else:
             assert hidden_states is not None
             shared, routed = self._learned(routing, hidden_states)
         both = torch.cat([shared, routed], -1)
-        if self.order != sorted(self.order):
+        if self.contribution is not None:
+            both = both.index_select(-1, self._by_contribution(self.contribution).argsort())
+        elif self.order != sorted(self.order):
             both = torch.stack([both[..., place] for place in self.order], -1)
         return both.repeat_interleave(self.heads_per_unit, -1).transpose(1, 2)
 
@@ -177,15 +210,17 @@ class MohAttention(HeadGate):
         parts = shares.factors() if is_code else shares.shares()
         shared = torch.ones_like(parts[..., :1])
         if self.shared_router is not None:
-            among = Routing.of(_linear(hidden_states, self.shared_router), len(self.shared_units))
+            among = Routing.of(_linear(hidden_states, self.shared_router), self.num_shared)
             shared = among.factors() if is_code else among.shares()
         return parts[..., :1] * shared, parts[..., 1:] * routed
 
     def _split(self, of_units: Tensor) -> Tensor:
         """The routed ones of `[batch, T, units]`."""
-        if not self.shared_units:
+        if not self.num_shared:
             return of_units
-        return torch.stack([of_units[..., unit] for unit in self.routed_units], -1)
+        if self.contribution is not None:
+            return of_units.index_select(-1, self._by_contribution(self.contribution)[self.num_shared :])
+        return torch.stack([of_units[..., unit] for unit in self.together[self.num_shared :]], -1)
 
 
 def _num_units(geometry: Geometry, options: MohOptions) -> int:

@@ -103,6 +103,24 @@ def test_a_fitted_router_prefers_what_contributes_and_hardly_weighs_it() -> None
     assert "the same heads would be dropped" in core.tie
 
 
+@pytest.mark.parametrize("router", ["linear", "query_norm"])
+@pytest.mark.parametrize(("unit", "contribution"), [("head", [1, 5, 2, 6, 3, 4]), ("group", [1, 3, 2])])
+def test_units_that_contribute_most_are_shared(router: str, unit: str, contribution: list[int]) -> None:
+    """The same as naming them."""
+    options = {"router": router, "unit": unit, "active": 1}
+    best = sorted(range(len(contribution)), key=lambda number: -contribution[number])[:2]
+    units = len(contribution)
+    core, named = moh(num_shared=2, shared_by="contribution", **options), moh(shared=best, **options)
+    assert core.observed_units == units
+    use = HeadUse(torch.randn(units, 12), torch.eye(12), torch.tensor(contribution).float(), torch.ones(units))
+    core.start_from(use)
+    named.start_from(use)
+    assert core.shared_units == named.shared_units == sorted(best)
+    for name, parameter in named.named_parameters():
+        parameter.data.copy_(core.get_parameter(name).data)
+    assert torch.equal(gates(core), gates(named))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -112,6 +130,7 @@ def test_a_fitted_router_prefers_what_contributes_and_hardly_weighs_it() -> None
         ({"shared": [1, 1]}, "shared names a unit twice"),
         ({"shared": [1], "num_shared": 1}, "give shared or num_shared, not both"),
         ({"num_shared": 6}, "all 6 heads are shared"),
+        ({"shared_by": "contribution"}, "say how many"),
         ({"router": "query_norm", "form": "paper"}, "query_norm has gates of 1"),
     ],
 )
