@@ -1,5 +1,6 @@
 """What must hold for the states of every method that has one."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from invariants import (
     HIDDEN_SIZE,
+    ROWS,
     Row,
     attend,
     build,
@@ -28,12 +30,30 @@ TURNS = [("torch", cuts, grad) for cuts in ("sevens", "mixed", "one") for grad i
 TURNS += [("torch", "tokens", False), ("torch", "edge", True)]
 # The oracle does the same with gradients and without, and is slow for token after token.
 TURNS += [("naive", "few", False), ("naive", "sevens", False), ("naive", "mixed", True), ("naive", "one", True)]
+# In every run, of further options of a method; their other turns are in the long tests.
+FEWER_TURNS = [
+    ("torch", "sevens", False),
+    ("torch", "tokens", False),
+    ("torch", "mixed", True),
+    ("naive", "few", False),
+]
 
 
-@causal_rows
-@pytest.mark.parametrize(
-    ("implementation", "turns", "grad"), TURNS, ids=["-".join([i, t, "grad" if g else "no-grad"]) for i, t, g in TURNS]
-)
+def rows_and_turns() -> Iterator[Any]:
+    """Every causal row with every kind of turns."""
+    methods: set[str] = set()
+    for row in ROWS:
+        if not row.causal:
+            continue
+        for turn in TURNS:
+            implementation, turns, grad = turn
+            is_long = row.method in methods and turn not in FEWER_TURNS
+            name = "-".join([implementation, turns, "grad" if grad else "no-grad", row.id])
+            yield pytest.param(row, *turn, id=name, marks=[pytest.mark.slow] if is_long else [])
+        methods.add(row.method)
+
+
+@pytest.mark.parametrize(("row", "implementation", "turns", "grad"), [*rows_and_turns()])
 def test_prefill_chunks_and_decode_agree(row: Row, implementation: str, turns: str, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         prefill_and_decode(row, implementation, CUTS[turns])
