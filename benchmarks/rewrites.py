@@ -9,7 +9,8 @@ whole, by transformers in float32, and compared: logits, and greedy text. Their 
 rounding, and `rounding` is how far the source itself is from those in float32.
 
 The kinds for `qwen2_moe` are made of the same weights written as a Qwen2, whose projections of queries, keys and values
-have biases: drawn, as large as what each projection gives on the prompt. Its text is no language, only the same twice.
+have biases: drawn, a tenth as large as what each projection gives on the prompt. With larger ones rounding alone moves
+logits by more than the bound. Its text is no language, only the same twice.
 """
 
 import argparse
@@ -40,6 +41,7 @@ KINDS: Mapping[str, list[dict[str, Any]]] = {
     "biased, no shared expert": [{**QWEN2_MOE, "shared": "none"}],
     "biased, zero router": [{**QWEN2_MOE, "router": "zero"}],
 }
+BIAS = 0.1
 BIASED = ("q_proj", "k_proj", "v_proj")
 PROMPT = (
     "The river had risen in the night. When they came down to the bridge in the morning, the old man was there, "
@@ -95,7 +97,7 @@ def write_biased(model: Path, output: Path) -> None:
 
     def draw(name: str) -> Any:
         def bias(_module: Any, _inputs: Any, out: Any) -> None:
-            drawn = torch.randn(out.shape[-1], generator=generator) * out.float().std()
+            drawn = torch.randn(out.shape[-1], generator=generator) * BIAS * out.float().std()
             weights[f"{name}.bias"] = drawn.to(out.dtype)
 
         return bias
