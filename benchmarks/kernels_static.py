@@ -20,7 +20,7 @@ from common import RESULTS, commit_state, parser_of, set_threads, write_result
 # Shared memory that one block of threads may ask for, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPERATORS = ["linear", "gated", "packed", "vector", "delta", "hybrid", "fused", "decode", "blocks", "blocks-decode"]
-OPERATORS += ["hybrid-absolute", "fused-absolute", "decode-absolute"]
+OPERATORS += ["hybrid-absolute", "fused-absolute", "decode-absolute", "pooled-largest", "pooled-mass", "pooled-each"]
 DTYPES = ("bfloat16", "float16", "float32")
 HEADS, KV_HEADS, TOKENS, WINDOW, BLOCK = 4, 2, 256, 64, 64
 
@@ -31,7 +31,8 @@ class Case:
 
     `linear` is hedgehog's, `gated` has a gate per token, `packed` several such sequences in one row, `vector` a gate
     for each channel, `delta` is the gated delta rule, `blocks` softmax over chosen blocks of keys, of sequences and of
-    one token; the others are those of LoLCATs, with softmax terms relative to the largest of each window or absolute.
+    one token; `pooled` is attention pooled over blocks, of a block of queries or of each; the others are those of
+    LoLCATs, with softmax terms relative to the largest of each window or absolute.
     """
 
     operator: str
@@ -52,6 +53,7 @@ def record(case: Case, target: int):
     from attnconv.attention_modules.kernels.decode_step import decode
     from attnconv.attention_modules.kernels.delta_rule import backward as delta_rule_backward
     from attnconv.attention_modules.kernels.delta_rule import forward as delta_rule
+    from attnconv.attention_modules.kernels.pooled_map import pooled
     from attnconv.attention_modules.kernels.window_linear import fused, hybrid
 
     launches = []
@@ -60,7 +62,7 @@ def record(case: Case, target: int):
         launches.append((kernel, dict(arguments), dict(constants), num_warps, num_stages))
 
     linear = chunk_linear, chunk_linear_backward, delta_rule, delta_rule_backward, layout
-    for module in (*linear, decode, fused, hybrid, gather, decode_gather):
+    for module in (*linear, decode, fused, hybrid, gather, decode_gather, pooled):
         module.launch = keep
     dtype, head_dim = getattr(torch, case.dtype), case.head_dim
     query, key = (torch.zeros(1, heads, TOKENS, head_dim, dtype=dtype) for heads in (HEADS, KV_HEADS))
@@ -97,6 +99,10 @@ def record(case: Case, target: int):
         shared, sizes = (query, key, key, indices, start), (1.0, BLOCK)
         out, level = torch.ops.attnconv.block_gather(*shared, *sizes)
         torch.ops.attnconv.block_gather_gradients(*shared, level, out, level, *sizes)
+    elif operator == "pooled":
+        together = 1 if terms == "each" else BLOCK
+        sizes = 1.0, BLOCK, pooled._tile(together, dtype), 0, terms == "largest"
+        torch.ops.attnconv.pooled_map(query, key, *sizes)
     elif case.operator == "delta":
         shared = query, key, key, gates, gates, start, memory[0]
         out, last = torch.ops.attnconv.delta_rule(*shared, chunk)

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 FORMS = {"linear": 5, "hybrid": 3, "fused": 2, "decode": 1}
 GATES = {"packed": 5, "vector": 6, "delta": 7}
 BLOCKS = {"blocks": 3, "blocks-decode": 2}
+POOLS = {"pooled-largest": 1, "pooled-mass": 1, "pooled-each": 1}
 
 
 # Compiling takes seconds a kernel: each of them for one target here, for the others and wider in the long tests.
@@ -27,6 +28,8 @@ BLOCKS = {"blocks": 3, "blocks-decode": 2}
         pytest.param(128, [80, 90, 100], GATES, marks=pytest.mark.slow),
         pytest.param(64, [80, 100], BLOCKS, marks=pytest.mark.slow),
         pytest.param(128, [80, 90, 100], BLOCKS, marks=pytest.mark.slow),
+        (64, [90], POOLS),
+        pytest.param(128, [80, 90, 100], POOLS, marks=pytest.mark.slow),
         (256, [90], {"fused": 2, "decode": 1}),
         pytest.param(256, [80, 100], {"decode": 1}, marks=pytest.mark.slow),
     ],
@@ -40,6 +43,8 @@ BLOCKS = {"blocks": 3, "blocks-decode": 2}
         "128-gates",
         "64-blocks-all",
         "128-blocks",
+        "64-pools",
+        "128-pools",
         "256",
         "256-decode",
     ],

@@ -1,0 +1,1 @@
+"""Attention pooled over blocks of keys, which gates of sparse attention learn from."""
