@@ -22,13 +22,13 @@ from ..recipes import DataSection, Recipe, StageBase, TrainingStage
 from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
+from .fit import Fit, run_fit
 from .health import check_perplexity, warn_if_beyond_positions, warn_if_worse
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile
 from .objective import Objective
 from .packing import Position
 from .progress import Progress
-from .routers import RouterFit, run_fit
 from .targets import find_targets
 from .team import Team
 from .trainee import Trainee
@@ -373,7 +373,7 @@ def _run(
     if isinstance(stage, TrainingStage) and isinstance(objective, Objective):
         job = StageJob(state.stage, stage, objective, trainee, stream, run.team, run.work, run.progress)
         return run_stage(job, state, moments)
-    assert isinstance(objective, RouterFit)
+    assert isinstance(objective, Fit)
     run.progress.phase(f"{stage_name(state.stage, stage)}: observing")
     state = run_fit(objective, state, stream, run.team)
     run.progress.end()

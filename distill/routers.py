@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ from ..convert.surgery.attention_function import AttentionCall, attention_hook
 from ..convert.surgery.head import evaluating
 from ..errors import TrainingError
 from ..recipes.stages.calibrate import CalibrateStage
-from .batches import Batch, step_data
-from .data import TokenStream
+from .batches import Batch
+from .fit import Fit
 from .head import run_layers
-from .images import ImageStream
 from .team import Team
 from .trainee import Trainee
-from .work_folder import StageState
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Sums:
         return [self.inputs, self.products, self.lengths, self.first, self.count]
 
 
-class RouterFit:
+class RouterFit(Fit):
     """Ridge regression of each unit's contribution to a layer's output on the layer's input.
 
     What a unit (a head, or the heads of a KV head) contributes of a token is the length of its part of the output
@@ -165,33 +163,3 @@ def _before_projections(model: nn.Module, look: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def run_fit(fit: RouterFit, state: StageState, stream: TokenStream | ImageStream, team: Team) -> StageState:
-    """Observe a stage's tokens and settle what follows from them.
-
-    It takes seconds, so one that was interrupted begins anew.
-
-    Args:
-        fit: what to observe and settle.
-        state: where the stage stands: at its beginning or at its end.
-        stream: its data.
-        team: the processes that share it.
-
-    Returns:
-        where it ended.
-    """
-    stage = fit.stage
-    num_steps = max(1, stage.num_steps // team.size) if stage.steps is None else stage.steps
-    if state.step >= num_steps:
-        return state
-    sequences = stream.sequences(stage.sequence_length, state.position)
-    steps = step_data(sequences, batch_size=stage.batch_size, accumulation=1, team=team, collate=stream.collate)
-    for _ in range(num_steps):
-        data = next(steps)
-        for batch in data.batches:
-            fit.observe(batch)
-        tokens = state.tokens + stage.tokens_per_step * team.size
-        state = replace(state, step=state.step + 1, tokens=tokens, position=data.end)
-    fit.settle(team)
-    return state

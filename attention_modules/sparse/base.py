@@ -295,15 +295,19 @@ class SparseAttention(AttentionModule):
     def _visible(self, call: Call, canvas: Canvas, keep: Tensor, start: int, stop: int) -> Tensor:
         """`[B, KV, stop - start, S]` bool: which tokens the queries from one to another attend."""
         kept = keep if self.slots.by == "token" else canvas.spread(keep, call.length)
-        kept, position = kept[:, :, start:stop], canvas.positions(call.length)[:, start:stop]
+        return self._seen(call, canvas, kept[:, :, start:stop], start, stop)
+
+    def _seen(self, call: Call, canvas: Canvas, kept: Tensor, start: int, stop: int) -> Tensor:
+        """The same of the blocks `kept` `[B, KV, stop - start, N]` of those queries."""
+        position = canvas.positions(call.length)[:, start:stop]
         total = call.tokens.length
-        place = torch.arange(total, device=keep.device) - (total - canvas.count)[:, None]
+        place = torch.arange(total, device=kept.device) - (total - canvas.count)[:, None]
         block = (place // self.slots.block).clamp_min(0)[:, None, None]
         seen = kept.gather(-1, block.expand(-1, kept.shape[1], kept.shape[2], -1))
         seen = seen & (place[:, None] <= position[..., None])[:, None] & (place >= 0)[:, None, None]
         # Rows of padding look at themselves, so that no kernel divides zero by zero.
-        own = torch.arange(call.past + start, call.past + stop, device=keep.device)[:, None]
-        itself = torch.arange(total, device=keep.device) == own
+        own = torch.arange(call.past + start, call.past + stop, device=kept.device)[:, None]
+        itself = torch.arange(total, device=kept.device) == own
         return seen | (itself & (position < 0)[..., None])[:, None]
 
     @torch.no_grad()

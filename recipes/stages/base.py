@@ -12,8 +12,8 @@ from ..fields import Count, CountOrZero, NotNegative, Positive, Section, Text, e
 from ..kinds import Kinds
 
 if TYPE_CHECKING:
+    from ...distill.fit import Fit
     from ...distill.objective import Objective
-    from ...distill.routers import RouterFit
     from ...distill.trainee import Trainee
 
 LearningRate = Annotated[float, Field(ge=1e-12, le=1000)]
@@ -69,7 +69,7 @@ class StageBase(Section, ABC):
         return False
 
     @abstractmethod
-    def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective | RouterFit":
+    def objective(self, trainee: "Trainee", adapter: str | None) -> "Objective | Fit":
         """What the stage trains and on which loss, or what it settles; this is where torch is imported.
 
         Args:

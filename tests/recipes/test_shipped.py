@@ -23,6 +23,7 @@ SHIPPED = [
     "cca",
     "delta",
     "drop-upcycle",
+    "dsa",
     "duo",
     "flexprefill",
     "gated",
@@ -52,6 +53,7 @@ SHIPPED = [
     "quickstart",
     "rcmha",
     "retrieval-heads",
+    "seer",
     "shrp",
     "sliding-window",
     "spans",
@@ -135,7 +137,7 @@ def test_what_it_leaves_out_is_only_what_does_not_concern_it(name):
     alternatives |= {"data.image_field", "evaluate.path", "evaluate.field", "rewrite"}
     alternatives |= {
         f"stages.{kind}.{key}"
-        for kind in ("attention_transfer", "balance", "calibrate", "features", "lora", "logits", "roles")
+        for kind in ("attention_transfer", "balance", "calibrate", "features", "gate", "lora", "logits", "roles")
         for key in ("steps", "data")
     }
     if not any(issubclass(get_method(rule.method).module_class, HeadGate) for rule in recipe.attention):

@@ -99,10 +99,12 @@ class TopBlocks:
         visible = column <= number[:, None, :, None]
         # Forced ones first, whatever their shares, which are at most 1.
         ranked = shares.masked_fill(forced, 2.0).masked_fill(~visible, -1.0)
-        order = ranked.topk(self.most(num_blocks), -1).indices
-        place = torch.arange(order.shape[-1], device=shares.device)
-        chosen = (place < self.number_at(number)[:, None, :, None]).expand(order.shape)
-        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, order, chosen)
+        best = ranked.topk(self.most(num_blocks), -1).values
+        wanted = self.number_at(number)[:, None, :, None].clamp_max(best.shape[-1])
+        least = best.gather(-1, (wanted - 1).expand(-1, best.shape[1], -1, -1))
+        # Of equal ones the first, whatever stands behind them.
+        above, equal = ranked > least, ranked == least
+        kept = above | equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True))
         return kept & visible | forced
 
 
