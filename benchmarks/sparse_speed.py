@@ -6,7 +6,7 @@ python benchmarks/sparse_speed.py --threads 1
 from collections.abc import Callable
 from typing import Any
 
-from common import alternate, parser_of, set_threads, write_result
+from common import alternate, in_a_row, parser_of, set_threads, write_result
 
 GEOMETRY = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "value_dim": 64}
 SCALING = GEOMETRY["head_dim"] ** -0.5
@@ -122,9 +122,11 @@ def token(length: int, repeats: int) -> dict[str, Any]:
                 near = query[:, :, -core.earlier_queries :]
                 state.queries.append(Tokens(near, near[..., :0]))
             cases[name] = lambda core=core, state=state: core(*new, scaling=SCALING, state=state)
-        seconds = alternate(cases, repeats=repeats, warmup=2)
-    row = {"tokens": length, "seconds": seconds}
-    row["times_as_fast"] = {name: seconds["dense"] / seconds[name] for name in DECODING}
+        turns = {"in_turns": alternate(cases, repeats=repeats, warmup=2), "in_a_row": in_a_row(cases, repeats=repeats)}
+    row: dict[str, Any] = {"tokens": length, "seconds": turns}
+    row["times_as_fast"] = {
+        turn: {name: seconds["dense"] / seconds[name] for name in DECODING} for turn, seconds in turns.items()
+    }
     print(row)
     return row
 
