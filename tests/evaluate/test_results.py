@@ -51,8 +51,8 @@ def test_writing_and_reading(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "measure again"),
-        ('{"tool": "other"}', "not written by attnconv"),
-        ('{"tool": "attnconv", "kind": "bench"}', "not written by attnconv"),
+        ('{"tool": "other"}', "no such file by attnconv"),
+        ('{"tool": "attnconv", "kind": "bench"}', "no such file by attnconv"),
         ('{"tool": "attnconv", "kind": "eval", "version": 99}', "newer version"),
     ],
 )
