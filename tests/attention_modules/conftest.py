@@ -4,7 +4,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from invariants import LONG, with_segments
+from invariants import LONG, ROWS, Row, with_segments
+
+FIRST = {row.method: row for row in reversed(ROWS)}
+# What further options of a method leave to the long tests: parameters of tests by name, and the values meant.
+LONG_TESTS: dict[str, tuple[object, ...]] = {"grad_mode": (True,), "dtype": (torch.float32,), "seed": (1, 2)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them before those that are not asked for are left out."""
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        row = given.get("row")
+        is_long = any(name in given and given[name] in values for name, values in LONG_TESTS.items())
+        if is_long and isinstance(row, Row) and row is not FIRST[row.method]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -155,6 +155,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_kernels_hand_over_their_sums() -> None:
     pytest.importorskip("triton")
     for method, dtype, count, error, dtypes in json.loads(interpreted("-c", KERNELS)):

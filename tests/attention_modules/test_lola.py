@@ -161,6 +161,7 @@ def test_it_refuses_to_look_both_ways() -> None:
         create("lola", Geometry(4, 2, 16, 24, causal=False))
 
 
+@pytest.mark.slow
 def test_the_recipe_heals_as_lolcats_plus_does_and_its_weights_serve_both(tmp_path) -> None:
     lola, plus = load_recipe("lola"), load_recipe("lolcats-plus")
     assert {*lola.attention[0].options, "num_sinks"} == {*plus.attention[0].options, "cache_size"}

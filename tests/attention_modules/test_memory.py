@@ -58,6 +58,7 @@ def measured() -> list[list[int]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resettable high-water mark")
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, [m, *o.values()])) for m, o in CASES])
 def test_training_memory_is_linear_in_length(case: int) -> None:

@@ -128,6 +128,7 @@ print(json.dumps([*rows, kernels_check.check("lolcats", "float32", 16, 5, "cpu")
 """
 
 
+@pytest.mark.slow
 def test_checks_pass_for_what_is_right_and_fail_for_what_is_wrong(repository: Path) -> None:
     pytest.importorskip("triton")
     rows = json.loads(interpreted("-c", CHECK, repository / "benchmarks"))

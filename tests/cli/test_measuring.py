@@ -76,6 +76,7 @@ def test_bench_as_json(run: Run, teacher: str, tmp_path: Path) -> None:
     assert {case["measure"] for case in document["cases"]} == {"prefill", "decode"}
 
 
+@pytest.mark.slow
 def test_diagnosing(run: Run, teacher: str, tmp_path: Path) -> None:
     recipe, picture = tmp_path / "advised.yaml", tmp_path / "heads.png"
     done = run("diagnose", teacher, "--tokens", "512", "-o", recipe, "--picture", picture)

@@ -226,8 +226,8 @@ def test_several_turns(decoder: PreTrainedModel, padded: bool) -> None:
         tokens, cache = answer.sequences, cache_of(answer)
 
 
-@pytest.mark.parametrize("kind", ["plain", "converted", "itself"])
-@pytest.mark.parametrize("layers", ["all", "0,2"])
+@pytest.mark.parametrize("kind", ["plain", "converted", pytest.param("itself", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", ["all", pytest.param("0,2", marks=pytest.mark.slow)])
 def test_assisted_decoding(layers: str, kind: str) -> None:
     config = LlamaConfig(**SMALL)
     model = decoder_of("llama, all layers" if layers == "all" else "llama, every second layer")

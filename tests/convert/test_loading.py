@@ -205,7 +205,9 @@ def test_without_attnconv_trust_leads_to_its_installation(folder: Path, process:
     assert "pip install attnconv" not in error
 
 
-@pytest.mark.parametrize(("trust", "first"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("trust", "first"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 def test_with_attnconv_it_loads_exactly(folder: Path, process: Process, trust: bool, first: bool) -> None:
     results, modules = process.results(folder, trust=trust, first=first)
     check(folder, results)
@@ -230,7 +232,9 @@ def test_self_contained_file_needs_neither_attnconv_nor_pydantic(flat: Path, pro
     check(flat, results)
 
 
-@pytest.mark.parametrize(("trust", "first"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("trust", "first"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 def test_self_contained_file_leaves_the_work_to_an_installed_attnconv(
     flat: Path, process: Process, trust: bool, first: bool
 ) -> None:

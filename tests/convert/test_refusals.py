@@ -135,6 +135,7 @@ def test_continuous_batching_answers_nothing(converted: PreTrainedModel) -> None
     assert not result.generated_tokens
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_sequences_in_a_graph() -> None:
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])

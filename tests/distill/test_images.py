@@ -164,7 +164,9 @@ def check_healed(result, inputs):
         assert model(**inputs).last_hidden_state.isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["hedgehog", "linear", "lolcats"])
+@pytest.mark.parametrize(
+    "method", ["lolcats", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hedgehog", "linear"))]
+)
 def test_dinov2_is_converted_whole(tmp_path, sources, capsys, method):
     folder = save_vision(tmp_path / "dinov2", Dinov2Model, Dinov2Config(**VISION))
     options = {"window": 3} if method == "lolcats" else {}

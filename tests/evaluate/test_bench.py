@@ -202,7 +202,15 @@ class TestInterruption:
         assert len(result.document["cases"]) == 8
         assert not (tmp_path / "bench.partial").exists()
 
-    @pytest.mark.parametrize("change", [{"restart": True}, {"repeats": 1}, {"dtype": "bfloat16"}, {"source": BASE}])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"restart": True},
+            {"repeats": 1},
+            pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+            pytest.param({"source": BASE}, marks=pytest.mark.slow),
+        ],
+    )
     def test_what_does_not_count_any_more(self, converted, tmp_path, change, caplog) -> None:
         def interrupt(done, total, text):
             if done == 1:

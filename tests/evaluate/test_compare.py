@@ -270,7 +270,9 @@ def test_names_beside_points_do_not_overlap():
 LOOK = "return {width: document.documentElement.scrollWidth, window: innerWidth};"
 
 
-@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 800, "dark"), (1280, 900, "light")])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(360, 800, "dark"), pytest.param(1280, 900, "light", marks=pytest.mark.slow)]
+)
 def test_a_browser_shows_it_on_phones_and_desks(found, tmp_path, width, height, scheme):
     seen = visit(found.files[0], LOOK, width=width, height=height, scheme=scheme, profile=tmp_path)
     assert seen.console == []

@@ -231,7 +231,13 @@ def check(repository: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("name", "converted"), [("piqa", False), ("openbookqa", True), ("commonsenseqa", False), ("boolq", True)]
+    ("name", "converted"),
+    [
+        ("piqa", False),
+        ("boolq", True),
+        pytest.param("openbookqa", True, marks=pytest.mark.slow),
+        pytest.param("commonsenseqa", False, marks=pytest.mark.slow),
+    ],
 )
 def test_scores_are_those_of_lm_eval(name: str, converted: bool, check: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")

@@ -229,7 +229,9 @@ return {before, up, down, state, names: read(1), cleared: buttons[3].parentEleme
 
 
 # Colours do not depend on the width, nor does the layout on colours; each start of a browser takes a second.
-@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 800, "dark"), (1280, 900, "light")])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"), [(360, 800, "dark"), pytest.param(1280, 900, "light", marks=pytest.mark.slow)]
+)
 def test_a_browser_shows_it_on_phones_and_desks(measured, tmp_path, width, height, scheme):
     found = visit(measured[0].html, LOOK, width=width, height=height, scheme=scheme, profile=tmp_path)
     assert found.console == []

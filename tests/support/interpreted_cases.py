@@ -4,15 +4,19 @@ import functools
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import fresh_process
+import pytest
 
 
-def cases_of(script: Path) -> list[str]:
-    """Names of the cases that a script defines, without running it."""
-    return re.findall(r'^    "([\w-]+)":', script.read_text(encoding="utf-8"), re.MULTILINE)
+def cases_of(script: Path, *, long: Collection[str] = ()) -> list[Any]:
+    """Names of the cases that a script defines, without running it; those that take long are left to the long tests."""
+    names = re.findall(r'^    "([\w-]+)":', script.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(long) <= set(names)
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in long else []) for name in names]
 
 
 def check(script: Path, case: str) -> None:

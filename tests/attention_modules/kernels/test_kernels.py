@@ -16,7 +16,12 @@ from attnconv.attention_modules.kernels.delta_rule.forward import delta_rule
 SCRIPT = Path(__file__).with_name("interpreted.py")
 
 
-@pytest.mark.parametrize("case", cases_of(SCRIPT))
+# A second or two each.
+LONG = {"fused-37-padded", "hybrid-features-512", "hybrid-memory-bf16", "module-lolcats-long-window"}
+LONG |= {"module-lolcats-absolute"}
+
+
+@pytest.mark.parametrize("case", cases_of(SCRIPT, long=LONG))
 def test_outputs_and_gradients(case: str) -> None:
     check(SCRIPT, case)
 

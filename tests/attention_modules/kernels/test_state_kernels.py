@@ -11,11 +11,24 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("interpreted_states.py")
 
 
-@pytest.mark.parametrize("case", cases_of(SCRIPT))
+# A second or two each.
+LONG = {
+    "delta-cuts",
+    "delta-packed",
+    "linear-packed-gates",
+    "module-gated-delta",
+    "module-gated-vector",
+    "vector-packed",
+}
+LONG |= {"module-liger-vector", "vector-37-padded", "vector-123"}
+
+
+@pytest.mark.parametrize("case", cases_of(SCRIPT, long=LONG))
 def test_outputs_and_gradients(case: str) -> None:
     check(SCRIPT, case)
 
 
+@pytest.mark.slow
 def test_a_training_step_leaves_no_tensor_behind() -> None:
     left: dict[str, int] = json.loads(interpreted(SCRIPT.with_name("leaking.py")))
     assert len(left) > 5

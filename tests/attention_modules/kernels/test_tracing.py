@@ -45,6 +45,7 @@ print(json.dumps([float((a - b).detach().abs().max()) for a, b in pairs]))
 """
 
 
+@pytest.mark.slow
 def test_one_graph_forward_backward_and_decoding() -> None:
     errors = json.loads(interpreted("-c", SCRIPT))
     assert len(errors) == 4 + 3 + 3
