@@ -51,7 +51,7 @@ newest: $(INSTALLED_NEWEST)
 oldest: $(INSTALLED_OLDEST)
 
 test-slow: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

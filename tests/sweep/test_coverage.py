@@ -14,15 +14,15 @@ Verdicts = dict[str, dict[str, Verdict]]
 
 FAST = {
     "causal_lm": (
-        *("llama", "qwen3", "gemma2", "gpt2"),
+        *("llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"),
         # Mixtures of experts, latent attention, recurrent layers beside attention, layers that share keys.
-        *("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma3n_text"),
+        *("mixtral", "gpt_oss", "deepseek_v3", "deepseek_v32", "qwen3_next", "falcon_h1", "gemma3n_text", "gemma3"),
         # Rotary positions from a table of sines instead of frequencies.
         "gptj",
     ),
-    "masked_lm": ("modernbert",),
-    "seq2seq": ("t5", "whisper"),
-    "vision": ("dinov2", "clip"),
+    "masked_lm": ("bert", "modernbert"),
+    "seq2seq": ("t5", "bart", "whisper"),
+    "vision": ("vit", "dinov2", "clip"),
 }
 REFUSED = {"causal_lm": ("bloom", "mamba", "doge")}
 # Types that must never be lost, beside the numbers of all.
