@@ -30,7 +30,13 @@ class AttentionModule(AttentionContract):
         tail = length if self.tail_tokens is None else min(length, self.tail_tokens)
         exact = tail * geometry.num_kv_heads * (geometry.head_dim + geometry.value_dim) * dtype.itemsize
         folded = sum(4 * int(torch.Size(shape).numel()) for shape in self.memory_shapes().values())
-        return batch * (exact + folded)
+        return batch * (exact + folded + self._projection_bytes(length, dtype))
+
+    def _projection_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Of a row's newest projections, where a method works on those: queries and keys are turned back in fp32."""
+        geometry, held = self.geometry, min(length, self.projected_tokens)
+        turned = 4 * (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim
+        return held * (turned + dtype.itemsize * geometry.num_kv_heads * geometry.value_dim)
 
     def forward(
         self,

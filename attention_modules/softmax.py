@@ -9,7 +9,7 @@ from .contract import AttentionOptions, Memory
 from .registry import register
 from .state import AttentionState
 from .tokens import Call
-from .window import LOG2E, softmax_terms, window_mask
+from .window import LOG2E, divide, softmax_terms, window_mask
 
 
 class SoftmaxOptions(AttentionOptions):
@@ -41,8 +41,7 @@ def attend_dense_naive(call: Call, *, causal: bool) -> Tensor:
     keys, values = (t.repeat_interleave(groups, 1) for t in (call.tokens.keys, call.tokens.values))
     logits = call.query @ keys.transpose(-1, -2) * (call.scaling * LOG2E)
     numerator, denominator, _ = softmax_terms(logits, _visible(call, causal=causal), values)
-    empty = denominator == 0
-    return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    return divide(numerator, denominator)
 
 
 def attend_dense(call: Call, *, causal: bool) -> Tensor:

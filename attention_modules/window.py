@@ -80,6 +80,12 @@ def softmax_terms(logits: Tensor, visible: Tensor, values: Tensor) -> SoftmaxTer
     return SoftmaxTerms(weights @ values, weights.sum(-1, keepdim=True), peak)
 
 
+def divide(numerator: Tensor, denominator: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Numerator over denominator, zero where a row has nothing to see."""
+    empty = denominator == 0
+    return (numerator / (denominator + epsilon).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+
+
 def absolute_factors(gamma: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
     """What absolute softmax terms, kept relative to their peak, and linear terms are multiplied by, `[..., T]`.
 

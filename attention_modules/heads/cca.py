@@ -88,13 +88,6 @@ class ConvolutionalAttention(SoftmaxAttention):
     def _reach(self) -> int:
         return self.options.depthwise_kernel + self.options.grouped_kernel - 2
 
-    def state_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
-        geometry = self.geometry
-        # Queries and keys are turned back in fp32.
-        of_token = 4 * (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim
-        of_token += dtype.itemsize * geometry.num_kv_heads * geometry.value_dim
-        return super().state_bytes(batch, length, dtype) + batch * min(length, self.projected_tokens) * of_token
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for parameter in self.parameters():

@@ -13,7 +13,7 @@ from ..registry import register
 from ..softmax import SoftmaxAttention
 from ..state import AttentionState
 from ..tokens import Call
-from ..window import LEAST_LEVEL, LOG2E, softmax_terms
+from ..window import LEAST_LEVEL, LOG2E, divide, softmax_terms
 
 
 class NtkPrefixOptions(AttentionOptions):
@@ -71,9 +71,7 @@ class NtkPrefixAttention(SoftmaxAttention):
         level = terms.peak.clamp_min(LEAST_LEVEL)
         own, other = (terms.peak - level).exp2(), (-level).exp2()
         denominator = own * terms.denominator + other * mass
-        empty = denominator == 0
-        out = (own * terms.numerator + other * prefix) / denominator.masked_fill(empty, 1.0)
-        return out.masked_fill(empty, 0.0)
+        return divide(own * terms.numerator + other * prefix, denominator)
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         return in_query_blocks(call, lambda part: self.attend_naive(part, {}), causal=self.geometry.causal)

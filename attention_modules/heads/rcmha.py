@@ -14,7 +14,7 @@ from ..registry import register
 from ..softmax import SoftmaxAttention
 from ..state import AttentionState
 from ..tokens import Call
-from ..window import LOG2E, softmax_terms
+from ..window import LOG2E, divide, softmax_terms
 
 
 class RcmhaOptions(AttentionOptions):
@@ -70,13 +70,6 @@ class RelativeConvolutionalAttention(SoftmaxAttention):
     def projected_tokens(self) -> int:
         return self.options.kernel - 1
 
-    def state_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
-        geometry = self.geometry
-        # Queries and keys are turned back in fp32.
-        of_token = 4 * (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim
-        of_token += dtype.itemsize * geometry.num_kv_heads * geometry.value_dim
-        return super().state_bytes(batch, length, dtype) + batch * min(length, self.projected_tokens) * of_token
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
@@ -102,8 +95,7 @@ class RelativeConvolutionalAttention(SoftmaxAttention):
         logits = logits + of_distance.gather(-1, far.expand(*of_distance.shape[:2], -1, -1))
         visible = visible_keys(call, causal=True)
         numerator, denominator, _ = softmax_terms(logits * LOG2E, visible, grouped_values(call))
-        empty = denominator == 0
-        return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+        return divide(numerator, denominator)
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         return in_query_blocks(call, lambda part: self.attend_naive(part, {}), causal=True)

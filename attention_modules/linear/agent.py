@@ -15,8 +15,7 @@ from ..geometry import Geometry
 from ..paths import leaving_out
 from ..registry import register
 from ..tokens import Call
-from ..window import LOG2E, softmax_terms
-from .base import divide
+from ..window import LOG2E, divide, softmax_terms
 
 
 class AgentOptions(AttentionOptions):

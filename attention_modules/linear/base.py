@@ -134,12 +134,6 @@ class LinearAttentionModule(AttentionModule):
         return values.repeat_interleave(self.geometry.num_groups, 1)
 
 
-def divide(numerator: Tensor, denominator: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Numerator over denominator, zero where a row has nothing to see."""
-    empty = denominator == 0
-    return (numerator / (denominator + epsilon).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
-
-
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """`[num_queries, num_keys]` bool, queries standing at the right end of the keys."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..geometry import Geometry
 from ..registry import register
-from .base import divide
+from ..window import divide
 from .output import LowRankLinear
 from .recurrent import RecurrentModule, RecurrentOptions, decay_slopes
 

@@ -5,7 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from ..registry import register
-from .base import LinearOptions, divide
+from ..window import divide
+from .base import LinearOptions
 from .pure import PureLinearModule
 
 # The same in every path: prefill and decode must divide alike.

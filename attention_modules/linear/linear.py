@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from ..registry import register
-from .base import LinearOptions, divide
+from ..window import divide
+from .base import LinearOptions
 from .output import HeadNorm
 from .pure import PureLinearModule
 

@@ -16,8 +16,7 @@ from ..registry import register
 from ..state import Mixed
 from ..tokens import Call, Surroundings, Tokens
 from ..weights import Statistic
-from ..window import LOG2E, SoftmaxTerms, softmax_terms
-from .base import divide
+from ..window import LOG2E, SoftmaxTerms, divide, softmax_terms
 from .chunked import Terms, causal_linear, linear_sums, memory_terms
 from .lolcats import HybridOptions, LolcatsAttention
 from .recall import Pool, folding_steps

@@ -26,12 +26,13 @@ from ..window import (
     LOG2E,
     SoftmaxTerms,
     absolute_factors,
+    divide,
     softmax_terms,
     tokens_in_window,
     window_mask,
     windowed_softmax,
 )
-from .base import LinearAttentionModule, LinearOptions, causal_mask, divide
+from .base import LinearAttentionModule, LinearOptions, causal_mask
 from .chunked import SEGMENT, Terms, causal_linear, memory_terms
 
 # Absolute terms span many orders of magnitude: their factor is learned as its logarithm, in steps ten times as large

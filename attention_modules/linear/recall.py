@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Memory
-from .base import divide
+from ..window import divide
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,29 @@ class BlockOptions(AttentionOptions):
         )
 
 
+class BudgetOptions(BlockOptions):
+    """Options of methods whose tokens attend so many others each.
+
+    Attributes:
+        budget: tokens that each token attends, in whole blocks; null where `density` or `mass` says it.
+        density: share of the tokens before it that each token attends, instead of `budget`.
+        mass: share of the attention that the chosen blocks are thought to hold, instead of `budget`.
+    """
+
+    budget: int | None = Field(1024, ge=1)
+    density: float | None = Field(None, gt=0, le=1)
+    mass: float | None = Field(None, gt=0, le=1)
+
+    @property
+    def selector(self) -> Selector:
+        """What chooses."""
+        if self.mass is not None:
+            return TopMass(self.mass)
+        if self.density is not None:
+            return TopBlocks(density=self.density)
+        return TopBlocks(blocks=max(1, (self.budget or 1) // self.block))
+
+
 class ChoosingOptions(BlockOptions):
     """Options of methods that choose blocks by what they are thought to hold.
 

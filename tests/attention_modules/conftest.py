@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from invariants import LONG, ROWS, Row, with_segments
+from invariants import LONG, Row, leads, with_segments
 
-FIRST = {row.method: row for row in reversed(ROWS)}
 # What further options of a method leave to the long tests: parameters of tests by name, and the values meant.
 LONG_TESTS: dict[str, tuple[object, ...]] = {"grad_mode": (True,), "dtype": (torch.float32,), "seed": (1, 2)}
 
@@ -18,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         row = given.get("row")
         is_long = any(name in given and given[name] in values for name, values in LONG_TESTS.items())
-        if is_long and isinstance(row, Row) and row is not FIRST[row.method]:
+        if is_long and isinstance(row, Row) and not leads(row):
             item.add_marker(pytest.mark.slow)
 
 

@@ -15,6 +15,7 @@ from invariants import (
     causal_rows,
     close,
     is_first,
+    leads,
     part,
     tokens,
     with_and_without_gradients,
@@ -41,16 +42,12 @@ FEWER_TURNS = [
 
 def rows_and_turns() -> Iterator[Any]:
     """Every causal row with every kind of turns."""
-    methods: set[str] = set()
-    for row in ROWS:
-        if not row.causal:
-            continue
+    for row in [row for row in ROWS if row.causal]:
         for turn in TURNS:
             implementation, turns, grad = turn
-            is_long = row.method in methods and turn not in FEWER_TURNS
+            is_long = turn not in FEWER_TURNS and not leads(row)
             name = "-".join([implementation, turns, "grad" if grad else "no-grad", row.id])
             yield pytest.param(row, *turn, id=name, marks=[pytest.mark.slow] if is_long else [])
-        methods.add(row.method)
 
 
 @pytest.mark.parametrize(("row", "implementation", "turns", "grad"), [*rows_and_turns()])

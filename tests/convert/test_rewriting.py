@@ -365,31 +365,6 @@ def test_a_native_result_is_published_by_its_receipt(base: Path, tmp_path: Path)
         published_files(tmp_path / "converted")
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "nothing to do: give attention rules, or a rewrite"),
-        ("rewrite: []\nattention: []", "nothing to do"),
-        ("rewrite: [{kind: cats, dtype: bfloat16}]", "did you mean 'cast'"),
-        ("rewrite: [{kind: cast, dtype: bf16}]", "did you mean 'bfloat16'"),
-        ("rewrite: [{kind: cast, dtypes: bfloat16}]", "did you mean 'dtype'"),
-        (
-            "rewrite: [{kind: cast, dtype: bfloat16}]\noutput: {dtype: float16}",
-            "output.dtype is about models",
-        ),
-        (
-            "rewrite: [{kind: cast, dtype: bfloat16}]\nevaluate: {embedded: true}",
-            "evaluate is about models",
-        ),
-    ],
-)
-def test_a_recipe_says_what_is_wrong_with_its_rewrite(text: str, said: str) -> None:
-    from attnconv.errors import RecipeError
-
-    with pytest.raises(RecipeError, match=said):
-        parse_recipe(f"name: a\n{text}")
-
-
 def test_a_model_in_memory_cannot_be_rewritten() -> None:
     from attnconv.convert import convert_model
 

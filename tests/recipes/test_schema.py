@@ -173,3 +173,26 @@ def test_a_recipe_stays_as_it_was_read():
     recipe = Recipe(name="x", attention=[{"layers": "all", "method": "softmax"}])
     with pytest.raises(ValidationError, match="frozen"):
         recipe.name = "y"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "nothing to do: give attention rules, or a rewrite"),
+        ("rewrite: []\nattention: []", "nothing to do"),
+        ("rewrite: [{kind: cats, dtype: bfloat16}]", "did you mean 'cast'"),
+        ("rewrite: [{kind: cast, dtype: bf16}]", "did you mean 'bfloat16'"),
+        ("rewrite: [{kind: cast, dtypes: bfloat16}]", "did you mean 'dtype'"),
+        (
+            "rewrite: [{kind: cast, dtype: bfloat16}]\noutput: {dtype: float16}",
+            "output.dtype is about models",
+        ),
+        (
+            "rewrite: [{kind: cast, dtype: bfloat16}]\nevaluate: {embedded: true}",
+            "evaluate is about models",
+        ),
+    ],
+)
+def test_a_recipe_says_what_is_wrong_with_its_rewrite(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(f"name: a\n{text}")

@@ -108,6 +108,11 @@ def is_first(row: Row) -> bool:
     return FIRST_ROWS.get(row.method) is row
 
 
+def leads(row: Row) -> bool:
+    """Whether a row is the first of its method, which has all of its cases in every run."""
+    return next(other for other in ROWS if other.method == row.method) is row
+
+
 def with_segments() -> list[Any]:
     """Modules that name how many tokens they handle at a time."""
     linear = [module for name, module in sys.modules.items() if name.startswith("attnconv.attention_modules.linear.")]

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from ...geometry import Geometry
 from ...registry import register
 from ..learned import LearnedChoice
-from ..options import BlockOptions
-from ..slots.selectors import TopBlocks, TopMass
+from ..options import BudgetOptions
 from ..slots.slots import Slots
 
 
-class DsaOptions(BlockOptions):
+class DsaOptions(BudgetOptions):
     """Options of `dsa`.
 
     Attributes:
@@ -31,8 +30,6 @@ class DsaOptions(BlockOptions):
     block: int = Field(1, ge=1)
     index_dim: int = Field(16, ge=1)
     budget: int | None = Field(2048, ge=1)
-    density: float | None = Field(None, gt=0, le=1)
-    mass: float | None = Field(None, gt=0, le=1)
 
 
 @register(
@@ -69,15 +66,7 @@ class DeepSeekSparseAttention(LearnedChoice):
         return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:
-        options = self.options
-        selector: TopBlocks | TopMass
-        if options.mass is not None:
-            selector = TopMass(options.mass)
-        elif options.density is not None:
-            selector = TopBlocks(density=options.density)
-        else:
-            selector = TopBlocks(blocks=max(1, (options.budget or 1) // options.block))
-        return options.slots(selector=selector, by="token")
+        return self.options.slots(selector=self.options.selector, by="token")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

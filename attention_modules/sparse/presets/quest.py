@@ -4,13 +4,12 @@ from pydantic import Field
 
 from ...registry import register
 from ..base import SparseAttention
-from ..options import BlockOptions
+from ..options import BudgetOptions
 from ..slots.scorers import Boxes
-from ..slots.selectors import TopBlocks, TopMass
 from ..slots.slots import Slots
 
 
-class QuestOptions(BlockOptions):
+class QuestOptions(BudgetOptions):
     """Options of `quest`.
 
     Attributes:
@@ -21,9 +20,6 @@ class QuestOptions(BlockOptions):
     """
 
     block: int = Field(16, ge=1)
-    budget: int | None = Field(1024, ge=1)
-    density: float | None = Field(None, gt=0, le=1)
-    mass: float | None = Field(None, gt=0, le=1)
 
 
 @register(
@@ -44,12 +40,4 @@ class QuestAttention(SparseAttention):
     options: QuestOptions
 
     def make_slots(self) -> Slots:
-        options = self.options
-        selector: TopBlocks | TopMass
-        if options.mass is not None:
-            selector = TopMass(options.mass)
-        elif options.density is not None:
-            selector = TopBlocks(density=options.density)
-        else:
-            selector = TopBlocks(blocks=max(1, (options.budget or 1) // options.block))
-        return options.slots(scorer=Boxes(), selector=selector, by="token")
+        return self.options.slots(scorer=Boxes(), selector=self.options.selector, by="token")
