@@ -4,6 +4,8 @@ PYTHON ?= python3
 OUTPUT ?= out/demo
 # Each worker takes whole files, so that what a file prepares is prepared once.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# The tests start dozens of processes, and each would compile the whole package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
