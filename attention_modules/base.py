@@ -1,10 +1,12 @@
 """How attention methods are run: padding, dtypes, states and the choice of implementation, the same for all."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from .bf16_products import bf16_products
 from .calls import check_shapes, exact_tokens, layer_input, new_tokens
 from .contract import AttentionContract, Memory
 from .counting import current_counter
@@ -176,7 +178,9 @@ class AttentionModule(AttentionContract):
         if mixed is None:
             attend: Callable[[Call, Memory], Tensor | Mixed]
             attend = self.attend_naive if self.implementation == "naive" else self.attend_torch
-            mixed = attend(call.to(dtype), memory)
+            may_round = self.rounds_products and self.implementation != "naive"
+            with bf16_products(call.query.dtype, call.query.device) if may_round else nullcontext():
+                mixed = attend(call.to(dtype), memory)
         return mixed if isinstance(mixed, Mixed) else Mixed(mixed, memory, 0)
 
     def _layer_input(

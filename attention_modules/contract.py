@@ -56,6 +56,9 @@ class AttentionContract(nn.Module, ABC):
     reads_board: bool = False
     # Whether it makes queries, keys and values of its own out of those of the module's projections; see `project`.
     reprojects: ClassVar[bool] = False
+    # Whether bfloat16 is enough for the factors of its products where tokens came in that, see `bf16_products`: not
+    # where what they come to is compared, and another choice made, nor where it is divided by its own size.
+    rounds_products: ClassVar[bool] = False
     # Names of the parts that the numerator and the normaliser are sums of; see `leaving_out`.
     paths: ClassVar[tuple[str, ...]] = ()
     # Those of them that are left out at present.

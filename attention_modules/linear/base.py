@@ -39,6 +39,8 @@ class LinearOptions(AttentionOptions):
 class LinearAttentionModule(AttentionModule):
     """Base of the methods that keep `Σ φ(k) vᵀ` and `Σ φ(k)`."""
 
+    rounds_products = True
+
     def __init__(
         self, geometry: Geometry, options: LinearOptions, implementation: str = "auto", *, projected: bool = True
     ) -> None:

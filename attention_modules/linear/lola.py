@@ -61,6 +61,8 @@ class LolaAttention(LolcatsAttention):
     implementations = ("auto", "naive", "torch")
     paths = ("window", "linear", "cache")
 
+    # What is recalled is compared.
+    rounds_products = False
     options: LolaOptions
 
     @classmethod

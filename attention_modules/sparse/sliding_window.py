@@ -39,6 +39,7 @@ class SlidingWindowAttention(AttentionModule):
     Paper: https://arxiv.org/abs/2309.17453
     """
 
+    rounds_products = True
     options: SlidingWindowOptions
 
     @property
