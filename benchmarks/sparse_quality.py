@@ -26,7 +26,10 @@ CASES: dict[str, list[Case]] = {
     "vertical and slash lines, by the block before 1,024": [
         ("vertical_slash", {"columns": number, "diagonals": number // 2}) for number in (16, 8)
     ],
-    "flexprefill, by mass": [("flexprefill", {"mass": mass}) for mass in (0.95, 0.9, 0.8)],
+    "flexprefill, by mass": [("flexprefill", {"mass": mass}) for mass in (0.9, 0.8)],
+    "hip, by the block before": [("hip", {"blocks": number}) for number in (32, 16)],
+    "recycled, every 50 tokens": [("recycled", {"budget": 512})],
+    "lserve, every 4 tokens": [("lserve", {"budget": 512})],
     "quest, each token, top-k": [("quest", {"density": share, "budget": None}) for share in (0.5, 0.25, 0.1)],
     "quest, each token, by mass": [("quest", {"mass": mass, "budget": None}) for mass in (0.9, 0.8, 0.6)],
     "sinks and window": [("spans", {"base": 0.0, "growth": share}) for share in (0.3, 0.14)],
