@@ -38,6 +38,7 @@ SHIPPED = [
     "liger",
     "lightning",
     "linear",
+    "linear-and-sparse",
     "lola",
     "lolcats",
     "lolcats-plus",
