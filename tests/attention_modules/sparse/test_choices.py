@@ -273,3 +273,19 @@ def test_heads_of_a_layer_may_choose_in_unlike_ways() -> None:
     assert module.earlier_queries == 15
     with pytest.raises(ValueError, match="can be taken back exactly"):
         state.crop(40)
+
+
+def test_of_a_strip_of_queries_the_tokens_that_one_of_them_sees_are_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, *args: object, **kwargs: object) -> Tensor:
+        read.append(key.shape[-2])
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    query, key, value = drawn(600)
+    # All tokens look to one side, so that they choose like blocks.
+    query, key = query * 0.01 + 1, key + torch.linspace(0, 1, 600, dtype=torch.float64)[:, None]
+    create("moba", GEOMETRY, block=20, top_k=2).double()(query, key, value, scaling=0.25)
+    # Two KV heads, strips of 256 queries: from the block before that of the first query on.
+    assert read == [256, 256, 292, 292, 120, 120]
