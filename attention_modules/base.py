@@ -22,6 +22,11 @@ NOTHING = Surroundings()
 class AttentionModule(AttentionContract):
     """A method with what runs it; every method derives from this class."""
 
+    @property
+    def chooser(self) -> "AttentionModule | None":
+        """What chooses for this module in a layer before it, as one of its own; None where it needs nobody."""
+        return None
+
     def new_state(self) -> AttentionState:
         """An empty state, which makes calls incremental."""
         return AttentionState(grows=self.tail_tokens is None)

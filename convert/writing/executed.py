@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...attention_modules.base import AttentionModule
+from ...attention_modules.calls import new_tokens
 from ...attention_modules.counting import counting
 from ...attention_modules.counts import AttentionCounts, Counts
-from ...attention_modules.tokens import Surroundings
+from ...attention_modules.tokens import Surroundings, Tokens
 from ...errors import PlanError
 from ...files.own_files import SECTION
 from ..planning.plan import Plan
@@ -108,11 +109,16 @@ def computes_dense(
     given: dict[str, Any] = {"scaling": scaling, "around": around}
     outs = []
     if "prefill" not in core.dense_in:
+        if core.chooser is not None:
+            core.chooser(query, key, value, hidden_states=hidden, **given)
         outs.append(core(query, key, value, hidden_states=hidden, **given))
         # What follows the mixture, such as a norm, would hide that the mixture is dense.
         outs.append(core._run(query, key, value, scaling, None, None, hidden, around, finish=False))
-    if geometry.causal and queries == length and "decode" not in core.dense_in:
-        outs.append(_last_token(core, query, key, value, hidden, given))
+    if geometry.causal and "decode" not in core.dense_in:
+        if queries == length:
+            outs.append(_last_token(core, query, key, value, hidden, given))
+        elif core.tail_tokens is None and not core.reprojects:
+            outs.append(_last_of_many(core, query, key, value, given))
     dense = _dense(query, key, value, scaling, causal=geometry.causal)
     noise = max(NOISE, 4 * torch.finfo(dtype).eps) * float(dense.abs().max())
     for out in outs:
@@ -126,7 +132,8 @@ def _last_token(
     core: AttentionModule, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, given: Mapping[str, Any]
 ) -> Tensor:
     """`[1, num_heads, 1, value_dim]` of the last token after a state of those before it."""
-    state = core.new_state()
+    cores = _choosing_first(core)
+    states = [one.new_state() for one in cores]
     around: Surroundings = given["around"]
     for part in (slice(None, -1), slice(-1, None)):
         near = replace(
@@ -135,10 +142,32 @@ def _last_token(
             unrotated=(query[:, :, part], key[:, :, part]),
             board={},
         )
-        tensors = (tensor[:, :, part] for tensor in (query, key, value))
+        tensors = [tensor[:, :, part] for tensor in (query, key, value)]
         own = None if hidden is None else hidden[:, part]
-        out: Tensor = core(*tensors, hidden_states=own, state=state, **{**given, "around": near})
+        for one, state in zip(cores, states, strict=True):
+            out: Tensor = one(*tensors, hidden_states=own, state=state, **{**given, "around": near})
     return out
+
+
+def _last_of_many(core: AttentionModule, query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """The same for methods whose states are the tokens themselves, which are put there without their queries."""
+    around: Surroundings = given["around"]
+    assert around.positions is not None
+    board: dict[str, Tensor] = {}
+    for one in _choosing_first(core):
+        state = one.new_state()
+        before = Surroundings(around.positions[:, :-1], (query[:, :, :0], key[:, :, :-1]), board={})
+        state.append(new_tokens(one, Tokens(key[:, :, :-1], value[:, :, :-1]), None, before))
+        near = Surroundings(around.positions[:, -1:], (query[:, :, -1:], key[:, :, -1:]), board=board)
+        tensors = (tensor[:, :, -1:] for tensor in (query, key, value))
+        out: Tensor = one(*tensors, state=state, **{**given, "around": near})
+    return out
+
+
+def _choosing_first(core: AttentionModule) -> list[AttentionModule]:
+    """A module behind the one that chooses for it, if another does."""
+    chooser = core.chooser
+    return [core] if chooser is None else [chooser, core]
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool) -> Tensor:

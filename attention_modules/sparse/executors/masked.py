@@ -61,4 +61,5 @@ def _attend_seen(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scali
         near, mixed = key.index_select(0, at), value.index_select(0, at)
         own = seen.index_select(1, at).repeat(len(query) // len(seen), 1)
         outs.append(F.scaled_dot_product_attention(query[None], near[None], mixed[None], own, scale=scaling)[0])
-    return torch.stack(outs).unflatten(0, rows.shape[:2])
+    together: Tensor = torch.stack(outs).unflatten(0, rows.shape[:2])
+    return together

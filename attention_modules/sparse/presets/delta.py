@@ -65,9 +65,16 @@ class DeltaAttention(SparseAttention):
         """Whether the layer attends to all tokens and chooses."""
         return self.options.role == "select"
 
+    @property
+    def chooser(self) -> "DeltaAttention | None":
+        """One that selects, for a layer that reuses."""
+        if self.selects:
+            return None
+        return DeltaAttention(self.geometry, self.options.model_copy(update={"role": "select"}), self.implementation)
+
     def tokens_attended(self, rank: Tensor, total: Tensor) -> Tensor:
-        """All of them as far as one layer can tell: what is reused is another's choice."""
-        return rank
+        """All of them where pages are selected, those of the pages where they are reused."""
+        return rank if self.selects else super().tokens_attended(rank, total)
 
     def attend_naive(self, call: Call, memory: Memory) -> Tensor:
         if not self.selects:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from attnconv.attention_modules import Geometry, create
 from attnconv.attention_modules.counting import counting
+from attnconv.attention_modules.softmax import decode_dense
 from attnconv.attention_modules.sparse.slots.canvas import Canvas
 from attnconv.attention_modules.sparse.slots.selectors import Forced, TopBlocks, TopMass, indices_of
 from attnconv.attention_modules.tokens import Call, Tokens
@@ -242,6 +243,21 @@ def test_sparse_attention_that_was_made_dense_is_noticed(options: dict) -> None:
     assert computes_dense(module)
     quest = create("quest", Geometry(2, 1, 16, 16), budget=64, prefill="dense")
     assert not computes_dense(quest)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("quest", {"budget": 1024}),
+        ("delta", {"role": "reuse", "budget": 1024}),
+        ("delta", {"role": "reuse", "budget": 64}),
+    ],
+)
+def test_decoding_that_was_made_dense_is_noticed_where_prompts_are_by_choice(method: str, options: dict) -> None:
+    module = create(method, Geometry(2, 1, 16, 16), prefill="dense", **options)
+    assert not computes_dense(module)
+    module.decode_torch = lambda call, state: decode_dense(call.over(call.query, state.append(call.tokens)))
+    assert computes_dense(module)
 
 
 def test_queries_of_earlier_tokens_must_be_known() -> None:
