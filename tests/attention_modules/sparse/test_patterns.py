@@ -51,6 +51,16 @@ def test_spans_grow_with_the_text_and_differ_by_head() -> None:
     assert spans.share_at(160) == pytest.approx(float(kept(spans).sum()) / (2 * 40 * 41 / 2))
 
 
+def test_neighbours_stand_at_their_distances_and_are_counted() -> None:
+    drawn = {heads: torch.randn(1, heads, 60, 16, dtype=torch.float64) for heads in (4, 2)}
+    rank = torch.arange(1, 61)[None]
+    for causal, last in ((True, 40), (False, 52)):
+        module = create("neighborhood", Geometry(4, 2, 16, 16, causal=causal), window=5, dilation=3).double()
+        seen = module.attention_weights(drawn[4], drawn[2], scaling=0.25)[0, 0] > 0
+        assert seen[40].nonzero().flatten().tolist() == list(range(28, last + 1, 3))
+        assert torch.equal(module.tokens_attended(rank, rank[:, -1:])[0], seen.sum(-1))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
