@@ -28,7 +28,7 @@ class NeighborhoodOptions(AttentionOptions):
     name="neighborhood",
     options=NeighborhoodOptions,
     paper="https://arxiv.org/abs/2209.15001",
-    summary="a sliding window that sees every so manieth token, exact softmax inside; training-free",
+    summary="a sliding window that sees every n-th token, exact softmax inside; training-free",
 )
 class NeighborhoodAttention(AttentionModule):
     """Softmax over the tokens `i - dilation·n`, `0 ≤ n < window`, and those ahead where a layer looks both ways.

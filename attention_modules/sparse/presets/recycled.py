@@ -31,12 +31,12 @@ class RecycledOptions(LeaderOptions):
     name="recycled",
     options=RecycledOptions,
     paper="https://arxiv.org/abs/2411.05787",
-    summary="each so manieth token attends to all, those until the next one to what it looked at most; training-free",
+    summary="every n-th token attends to all, those until the next one to what it looked at most; training-free",
 )
 class RecycledAttention(LeaderAttention):
     """Between tokens `n·interval`, which attend to all: the largest of `Σ_heads softmax(s q Kᵀ)` of the last of those.
 
-    Decoding reads the chosen tokens alone but for each so manieth step; a prompt is computed under a mask, which is no
+    Decoding reads the chosen tokens alone but for every n-th step; a prompt is computed under a mask, which is no
     faster than dense attention. Published with `prefill: dense`, for decoding.
 
     Paper: https://arxiv.org/abs/2411.05787
