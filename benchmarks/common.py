@@ -31,6 +31,13 @@ def parser_of(description: str | None, *, model: str | None = None) -> argparse.
     return parser
 
 
+def add_rows_option(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks that run so long that they may be stopped."""
+    parser.add_argument(
+        "--rows", type=Path, help="file of rows that are there already and of new ones; see common.Rows"
+    )
+
+
 def find_model(given: Path | None, name: str = SMOLLM2) -> Path:
     """The folder of a model: the one given, else `$ATTNCONV_MODELS/NAME`, else `../models/NAME`."""
     folder = given or Path(os.environ.get("ATTNCONV_MODELS") or REPOSITORY.parent / "models") / name
@@ -82,6 +89,33 @@ def write_result(name: str, *, settings: Mapping[str, Any], results: Mapping[str
     print(json.dumps(document["results"], indent=2))
     print(f"written to {path}")
     return path
+
+
+class Rows:
+    """Rows of a long run, each written as soon as it is there: a run that was stopped goes on behind them.
+
+    Args:
+        path: a file of JSON lines, which need not exist; None to keep nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        self._kept: dict[str, dict[str, Any]] = {_key(row["of"]): row for row in map(json.loads, lines)}
+
+    def row(self, of: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured of this before, else what `measure` gives now."""
+        key = _key(of)
+        if key not in self._kept:
+            self._kept[key] = {"of": dict(of), **measure()}
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(self._kept[key]) + "\n")
+        return {name: value for name, value in self._kept[key].items() if name != "of"}
+
+
+def _key(of: Mapping[str, Any]) -> str:
+    return json.dumps(dict(of), sort_keys=True)
 
 
 def commit_state() -> dict[str, Any]:
