@@ -14,9 +14,9 @@ from attnconv.attention_modules.linear.base import STRETCH, LinearAttentionModul
 from attnconv.attention_modules.linear.recurrent import RecurrentModule
 
 LENGTH = 90
-# `sliding_window` and methods that keep all tokens map and fold nothing.
+# Windows and methods that keep all tokens map and fold nothing.
 # So do parts of heads, which have rows of their own.
-OTHERS = ("sliding_window", "by_head")
+OTHERS = ("sliding_window", "neighborhood", "by_head")
 FOLDING_ROWS = [row for row in ROWS if row.causal and row.method not in OTHERS and build(row).tail_tokens is not None]
 
 

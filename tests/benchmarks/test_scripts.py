@@ -26,6 +26,7 @@ SCRIPTS = [
     "smollm2_lolcats",
     "smollm2_moh",
     "smollm2_passkeys",
+    "sparse_passkeys",
     "sparse_quality",
     "sparse_speed",
     "stream_memory",
@@ -42,6 +43,7 @@ NEEDING_DATA = [
     "native_attention",
     "smollm2_lolcats",
     "smollm2_moh",
+    "sparse_passkeys",
     "sparse_quality",
     "transfer_speed",
 ]
