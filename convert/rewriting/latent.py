@@ -150,9 +150,7 @@ class Latent(AttentionStep):
         theta = full["rope_parameters"]["rope_theta"]
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         if self.constant:
-            steps = torch.arange(sizes.rotary // 2, dtype=torch.float64) * 2 / sizes.rotary
-            wanted = self._frequencies.repeat_interleave(sizes.kept)
-            factors = (theta**-steps / wanted).tolist()
+            factors = _factors(theta, self._frequencies.repeat_interleave(sizes.kept))
             rope |= {
                 "rope_type": "longrope",
                 "factor": 1.0,
@@ -261,5 +259,22 @@ def _frequencies(config: Mapping[str, Any], kind: str) -> Tensor:
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](read, torch.device("cpu"))[0].double()
     dim = read.head_dim or read.hidden_size // read.num_attention_heads
-    steps = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    return torch.as_tensor(float(read.rope_parameters["rope_theta"]) ** -steps)
+    return (1 / _powers(float(read.rope_parameters["rope_theta"]), dim)).double()
+
+
+def _powers(theta: float, dim: int) -> Tensor:
+    """`[dim / 2]`: what a rotary embedding without factors divides 1 by, in float32 as classes compute it."""
+    return torch.as_tensor(theta ** (torch.arange(0, dim, 2).float() / dim))
+
+
+def _factors(theta: float, wanted: Tensor) -> list[float]:
+    """What longrope is to divide its frequencies by, so that those wanted come out of its float32.
+
+    At distant positions the least difference between frequencies would be larger than all that rounding does.
+    """
+    powers = _powers(theta, 2 * len(wanted))
+    nearest = (1 / (wanted * powers)).float()
+    up, down = (nearest.nextafter(torch.tensor(end)) for end in (torch.inf, 0.0))
+    around = torch.stack([nearest, up, down])
+    off = (1 / (around * powers) - wanted).abs()
+    return [float(factor) for factor in around.gather(0, off.argmin(0)[None])[0]]

@@ -56,6 +56,11 @@ class LatentSizes:
         """Numbers of the latent, the constant one included."""
         return self.rank + self.constant
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out: all keys are rotary, and all values latent."""
+        return self.rotary == self.rank == self.kv * self.dim and bool((self.kept == self.kv).all())
+
 
 def rotary_components(energies: Tensor, frequencies: Tensor, pairs: int) -> Tensor:
     """`[pairs]`: how many components of each frequency to keep rotary, those that would lose most without.
@@ -91,6 +96,8 @@ def latent_layer(
         key_weight: how much heavier an error in keys weighs than one in values.
     """
     query, key, value, output = (weight.double() for weight in weights)
+    if sizes.whole:
+        return _tensors(query, *_copied(query, key, value, sizes), _length(value, second), sizes)
     found = layer_components(query, key, (sizes.query, sizes.kv), second)
     stays = torch.arange(sizes.kv)[None] < sizes.kept[:, None]
     rotary_key, rotary_query = _rotary(query, found, stays, sizes)
@@ -105,8 +112,34 @@ def latent_layer(
     expansion = _expansion(found, (frequency, component), values, basis, float(weight), sizes)
     scale = meeting(expansion.square().mean((0, 1)), latent.square().mean(1))
     latent, expansion = latent * scale[:, None], expansion / scale
-    length = float(energy(latent, second).sum().sqrt())
-    down, bias, norm = _held(latent, length, sizes)
+    return _tensors(query, (rotary_key, rotary_query), (latent, expansion), _length(latent, second), sizes)
+
+
+def _copied(query: Tensor, key: Tensor, value: Tensor, sizes: LatentSizes) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What `_rotary` and `_expansion` make, of the projections' own rows where nothing is left out.
+
+    Every product with a row is then the one that it was, and the others are with zeros, so nothing is rounded twice.
+    """
+    own = torch.eye(sizes.kv, dtype=torch.float64).repeat_interleave(sizes.query // sizes.kv, 0)
+    keys = complex_pairs(key, sizes.kv).transpose(0, 1).flatten(0, 1)
+    queries = (complex_pairs(query, sizes.query)[:, :, None] * own[:, None, :, None]).flatten(1, 2)
+    values = torch.kron(own[:, None], torch.eye(sizes.dim, dtype=torch.float64))
+    rotary_key, rotary_query = (_as_rotary(each, sizes) for each in (keys, queries))
+    expansion = torch.cat([torch.zeros_like(values), values], 1)
+    return (rotary_key, rotary_query), (value, expansion)
+
+
+def _length(latent: Tensor, second: Tensor) -> float:
+    """The root of the latent's mean square."""
+    return float(energy(latent, second).sum().sqrt())
+
+
+def _tensors(
+    query: Tensor, rotary: tuple[Tensor, Tensor], latent: tuple[Tensor, Tensor], length: float, sizes: LatentSizes
+) -> dict[str, Tensor]:
+    """The layer, of its rotary key and the queries that meet it, and of its latent and what each head makes of it."""
+    rotary_key, rotary_query = rotary
+    down, bias, norm = _held(latent[0], length, sizes)
     nope = query.view(sizes.query, sizes.dim, -1)
     # The class divides by the root of how many numbers a query has, of which there are more now.
     longer = math.sqrt((sizes.dim + sizes.rotary) / sizes.dim)
@@ -114,7 +147,7 @@ def latent_layer(
         "q_proj.weight": torch.cat([nope, rotary_query], 1).flatten(0, 1) * longer,
         "kv_a_proj_with_mqa.weight": torch.cat([down, rotary_key]),
         "kv_a_layernorm.weight": norm,
-        "kv_b_proj.weight": torch.nn.functional.pad(expansion, (int(sizes.constant), 0)).flatten(0, 1),
+        "kv_b_proj.weight": torch.nn.functional.pad(latent[1], (int(sizes.constant), 0)).flatten(0, 1),
     }
     if sizes.constant:
         tensors["kv_a_proj_with_mqa.bias"] = torch.nn.functional.pad(bias, (0, sizes.rotary))
@@ -129,9 +162,13 @@ def _rotary(query: Tensor, found: KeyComponents, stays: Tensor, sizes: LatentSiz
     queries = torch.stack([found.queries(pairs[head], head // group)[stays] for head in range(sizes.query)])
     scale = meeting(queries.abs().square().mean((0, 2)), key.abs().square().mean(1))[:, None]
     key, queries = key * scale, queries / scale
+    return _as_rotary(key, sizes), _as_rotary(queries, sizes)
+
+
+def _as_rotary(pairs: Tensor, sizes: LatentSizes) -> Tensor:
+    """`[..., pairs, hidden]` complex as `[..., rotary, hidden]`, in the order that the class rotates."""
     # `[..., pairs, 2, hidden]` beside each other, or `[..., 2, pairs, hidden]` in halves.
-    place = -2 if sizes.interleaved else -3
-    return tuple(torch.stack([each.real, each.imag], place).flatten(-3, -2) for each in (key, queries))  # type: ignore[return-value]
+    return torch.stack([pairs.real, pairs.imag], -2 if sizes.interleaved else -3).flatten(-3, -2)
 
 
 def _expansion(
@@ -173,5 +210,12 @@ def _held(latent: Tensor, length: float, sizes: LatentSizes) -> tuple[Tensor, Te
     # Else the constant would multiply the first step of a training.
     norm[0] = 0
     bias = torch.zeros(sizes.latent, dtype=torch.float64)
-    bias[0] = gain * math.sqrt(sizes.latent)
+    bias[0] = _constant(gain, sizes.latent)
     return torch.nn.functional.pad(latent, (0, 0, 1, 0)), bias, norm
+
+
+def _constant(gain: float, count: int) -> float:
+    """What the norm of `count` numbers, computed in float32, has to find for it to divide by just `gain`."""
+    nearest = torch.tensor(gain * math.sqrt(count))
+    candidates = [nearest, *(nearest.nextafter(torch.tensor(end)) for end in (math.inf, 0.0))]
+    return float(min(candidates, key=lambda found: abs(float((found.square() / count).rsqrt()) * gain - 1)))

@@ -18,6 +18,7 @@ from rewritten import (
     word_tokenizer,
 )
 from safetensors.torch import load_file
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from attnconv.convert.rewriting.checkpoint import rewrite_checkpoint
 from attnconv.convert.rewriting.latent import Latent
@@ -64,6 +65,38 @@ def test_nothing_is_lost_where_nothing_is_left_out(tmp_path: Path, kind: str, se
     assert model.config.kv_lora_rank + model.config.qk_rope_head_dim == 2 * heads * 8 + 1
     assert_same(loaded(base), model)
     assert_saved_alike(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 1e5}, LLAMA3])
+def test_where_nothing_is_left_out_weights_and_frequencies_are_the_models_own(
+    tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    """A rotary pair that is off by the last bit of its frequency is off by more with each position."""
+    base = dense("llama", tmp_path / "base", rope_parameters=rope, **MILD)
+    run_conversion(base, rewriting({"kind": "latent"}), tmp_path / "out")
+    old, new = loaded(base).model, loaded(tmp_path / "out").model
+    assert torch.equal(new.rotary_emb.inv_freq, old.rotary_emb.inv_freq.repeat_interleave(3))
+    for before, after in zip(old.layers, new.layers, strict=True):
+        _, values, keys = after.self_attn.kv_a_proj_with_mqa.weight.split([1, 24, 24])
+        assert torch.equal(values, before.self_attn.v_proj.weight)
+        # Frequency by frequency, real parts first.
+        assert torch.equal(keys.view(2, 4, 3, -1).permute(2, 0, 1, 3).flatten(0, 2), before.self_attn.k_proj.weight)
+        expansion = after.self_attn.kv_b_proj.weight
+        assert set(expansion.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_norm_passes_latents_on_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, output, inputs = (
+        torch.randn(*shape, generator=draw) for shape in [(192, 20), (192, 20), (192, 20), (20, 192), (20, 50)]
+    )
+    sizes = LatentSizes(3, 3, 64, torch.full((32,), 3), 192, True, False)
+    made = latent_layer((query, key, value, output), torch.eye(20, dtype=torch.float64), sizes, 3.0)
+    down, bias = made["kv_a_proj_with_mqa.weight"].float(), made["kv_a_proj_with_mqa.bias"].float()
+    norm = DeepseekV3RMSNorm(193)
+    norm.weight.data = made["kv_a_layernorm.weight"].float()
+    latents = (down @ inputs).T[:, :193] + bias[:193]
+    assert torch.equal(norm(latents)[:, 1:], latents[:, 1:])
 
 
 def test_a_fresh_process_needs_transformers_alone(tmp_path: Path) -> None:
@@ -135,7 +168,7 @@ def test_those_keys_stay_rotary_that_would_lose_most_without() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("kept", [[1, 1, 0, 0], [2, 1, 0, 3]])
+@pytest.mark.parametrize("kept", [[1, 1, 0, 0], [2, 1, 0, 3], [3, 3, 3, 3]])
 def test_with_all_its_numbers_a_layer_gives_keys_and_values_back(kept: list[int], interleaved: bool) -> None:
     """Where nothing is rotated, whether a component is in the rotary key or in the latent makes no difference."""
     draw = torch.Generator().manual_seed(0)
