@@ -97,7 +97,8 @@ def latent_layer(
     """
     query, key, value, output = (weight.double() for weight in weights)
     if sizes.whole:
-        return _tensors(query, *_copied(query, key, value, sizes), _length(value, second), sizes)
+        turned, kept = _copied(query, key, value, sizes)
+        return _tensors(query, turned, kept, _length(value, second), sizes)
     found = layer_components(query, key, (sizes.query, sizes.kv), second)
     stays = torch.arange(sizes.kv)[None] < sizes.kept[:, None]
     rotary_key, rotary_query = _rotary(query, found, stays, sizes)
@@ -115,7 +116,9 @@ def latent_layer(
     return _tensors(query, (rotary_key, rotary_query), (latent, expansion), _length(latent, second), sizes)
 
 
-def _copied(query: Tensor, key: Tensor, value: Tensor, sizes: LatentSizes) -> tuple[tuple[Tensor, Tensor], ...]:
+def _copied(
+    query: Tensor, key: Tensor, value: Tensor, sizes: LatentSizes
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What `_rotary` and `_expansion` make, of the projections' own rows where nothing is left out.
 
     Every product with a row is then the one that it was, and the others are with zeros, so nothing is rounded twice.
