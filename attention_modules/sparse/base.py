@@ -96,11 +96,27 @@ class SparseAttention(AttentionModule):
         canvas = Canvas.of(call, self.slots.block)
         keep = self._choice(call, canvas)
         if self.slots.by == "token" or call.query.device.type != "cpu":
-            return attend_masked(call, lambda start, stop: self._visible(call, canvas, keep, start, stop))
+            out = attend_masked(call, lambda start, stop: self._visible(call, canvas, keep, start, stop))
+            return self.with_rest(out, call, canvas, keep)
         indices = indices_of(keep, canvas.number, _width(keep))
         queries = canvas.query_blocks(call.query)
-        out = attend_gathered(queries, canvas.keys, canvas.values, indices, scaling=call.scaling)
-        return canvas.unblock(out, call.length)
+        blocks = attend_gathered(queries, canvas.keys, canvas.values, indices, scaling=call.scaling)
+        return self.with_rest(canvas.unblock(blocks, call.length), call, canvas, keep)
+
+    def with_rest(self, out: Tensor, call: Call, canvas: Canvas, keep: Tensor) -> Tensor:
+        """What becomes of the outputs by way of the blocks that were not chosen: nothing, unless a method says so.
+
+        Args:
+            out: `[B, heads, T, V]`.
+            call: queries and tokens.
+            canvas: the same in blocks.
+            keep: what was chosen, see `_choice`.
+        """
+        return out
+
+    def one_with_rest(self, out: Tensor, call: Call, state: AttentionState) -> Tensor:
+        """The same for one token, whose choice `_choice_of_one` has made."""
+        return out
 
     @needs_package
     def attend_triton(self, call: Call, memory: Memory) -> Tensor | None:
@@ -117,20 +133,21 @@ class SparseAttention(AttentionModule):
             return None
         # As in the torch form.
         memory.pop(CHOSEN, None)
-        indices, start = self._exact_choice(call), padding_before(call.tokens.valid)
-        return block_gather(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)[0]
+        canvas, keep = self._exact_choice(call)
+        indices, start = indices_of(keep, canvas.number, _width(keep)), padding_before(call.tokens.valid)
+        out = block_gather(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)[0]
+        return self.with_rest(out, call, canvas, keep)
 
     @needs_package
     @torch.no_grad()
-    def _exact_choice(self, call: Call) -> Tensor:
-        """`[B, KV, R, K]`: chosen blocks, by queries and keys in full precision, as the torch form chooses."""
+    def _exact_choice(self, call: Call) -> tuple[Canvas, Tensor]:
+        """What `_choice` gives by queries and keys in full precision, as the torch form chooses, and its canvas."""
         dtype, tokens = torch.promote_types(call.query.dtype, torch.float32), call.tokens
         # No choice looks at values, which need not be laid out again.
         seen = Tokens(tokens.keys.to(dtype), tokens.values[..., :0], tokens.valid, tokens.positions, tokens.signals)
         call = call.over(call.query.to(dtype), seen)
         canvas = Canvas.of(call, self.slots.block)
-        keep = self._choice(call, canvas)
-        return indices_of(keep, canvas.number, _width(keep))
+        return canvas, self._choice(call, canvas)
 
     def decode_torch(self, call: Call, state: AttentionState) -> Tensor:
         """The chosen blocks alone are read; a choice is made where a block begins, or for each token."""
@@ -142,7 +159,8 @@ class SparseAttention(AttentionModule):
         if (most := self._most_pages(call)) is not None:
             return self._attend_pages(call, state, most)
         indices, count = self._choice_kept(call, state)
-        return attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
+        out = attend_one(call.query, tokens, indices, count, block=self.slots.block, scaling=call.scaling)
+        return self.one_with_rest(out, call, state)
 
     @needs_package
     def decode_triton(self, call: Call, state: AttentionState) -> Tensor | None:
@@ -159,7 +177,8 @@ class SparseAttention(AttentionModule):
         call = call.over(call.query, state.append(call.tokens))
         indices, _ = self._choice_kept(call, state)
         tensors, start = (call.query, call.tokens.keys, call.tokens.values), padding_before(call.tokens.valid)
-        return decode_blocks(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)
+        out = decode_blocks(*tensors, indices, scaling=call.scaling, block=self.slots.block, start=start)
+        return self.one_with_rest(out, call, state)
 
     def _choice_kept(self, call: Call, state: AttentionState) -> tuple[Tensor, Tensor]:
         """What the token of a call attends, `[B, KV, 1, K]`, kept where it holds for a block; `[B]` real tokens."""
