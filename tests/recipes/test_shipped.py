@@ -63,6 +63,7 @@ SHIPPED = [
     "sliding-window",
     "spans",
     "sparse",
+    "sparse-linear",
     "strided",
     "upcycle-granular",
     "upcycle-mixtral",
