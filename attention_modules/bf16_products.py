@@ -7,19 +7,38 @@ of the time; results, sums and states stay fp32. Other processors are left alone
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch.backends import mkldnn
 
-# An attribute that type checkers do not see, for it is put there at import.
-_products = cast("Any", mkldnn).matmul
-_lock = threading.Lock()
-# Calls that are at work now, in whatever thread, and the setting that was found by the first of them.
-_calls = 0
-_found = "none"
+
+class RoundedProducts:
+    """Has products round their factors while any call is at work, in whatever thread."""
+
+    def __init__(self) -> None:
+        # An attribute that type checkers do not see, for it is put there at import.
+        self._setting = cast("Any", mkldnn).matmul
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._found = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._calls:
+                self._found = self._setting.fp32_precision
+                self._setting.fp32_precision = "bf16"
+            self._calls += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._calls -= 1
+            if not self._calls:
+                self._setting.fp32_precision = self._found
+
+
+ROUNDED_PRODUCTS = RoundedProducts()
 
 
 @functools.cache
@@ -28,8 +47,7 @@ def multiplies_bf16() -> bool:
     return mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-@contextmanager
-def bf16_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def bf16_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Inside, fp32 products on the CPU may round their factors to bfloat16, if the tokens came in that.
 
     torch keeps the setting for the process, so products of other threads meet it as well while a call is at work.
@@ -40,28 +58,4 @@ def bf16_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """
     # A compiled graph cannot change settings, and need not: inductor has its own products.
     wanted = dtype == torch.bfloat16 and device.type == "cpu" and not torch.compiler.is_compiling()
-    if not wanted or not multiplies_bf16():
-        yield
-        return
-    _enter()
-    try:
-        yield
-    finally:
-        _leave()
-
-
-def _enter() -> None:
-    global _calls, _found
-    with _lock:
-        if not _calls:
-            _found = _products.fp32_precision
-            _products.fp32_precision = "bf16"
-        _calls += 1
-
-
-def _leave() -> None:
-    global _calls
-    with _lock:
-        _calls -= 1
-        if not _calls:
-            _products.fp32_precision = _found
+    return ROUNDED_PRODUCTS if wanted and multiplies_bf16() else nullcontext()

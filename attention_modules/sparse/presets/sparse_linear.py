@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...contract import Memory
 from ...geometry import Geometry
+from ...linear.base import STRETCH
 from ...linear.chunked import add_memory, linear_sums, memory_terms
 from ...linear.feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName
 from ...registry import register
@@ -22,8 +23,6 @@ from ..slots.slots import Slots
 
 # What a state calls the sums over the tokens that were not chosen.
 REST = {"key_values": "rest_key_values", "normalizer": "rest_normalizer"}
-# Tokens whose features are there together.
-STRETCH = 4096
 
 
 class SparseLinearOptions(ChoosingOptions):
@@ -54,7 +53,7 @@ class SparseLinearAttention(SparseAttention):
 
     Blocks are chosen by the product of the means of queries and keys. The share `m = sigmoid(mixing)` of each head is
     that of SLA2 (https://arxiv.org/abs/2602.12675) instead of the projection behind the linear part of SLA, so that the
-    output stays a mean of the values; no block is left out of both parts, as in SPLA (https://arxiv.org/abs/2601.22379).
+    output stays a mean of the values. As in SPLA (https://arxiv.org/abs/2601.22379) no block is left out of both parts.
     A query all of whose blocks were chosen has the exact part alone.
 
     Paper: https://arxiv.org/abs/2509.24006
