@@ -121,7 +121,8 @@ class AttentionModule(AttentionContract):
             if order is not None and unrotated is not None:
                 unrotated = take_tokens(unrotated, order)
             board = around.board if self.reads_board else None
-            call = Call(query, new, scaling, hidden, unrotated, board, queries)
+            seen = hidden if order is None or hidden is None else take_tokens(hidden.unsqueeze(1), order).squeeze(1)
+            call = Call(query, new, scaling, seen, unrotated, board, queries)
             out = None if state is None else self._decode(call, state, dtype)
             if out is None:
                 call = call.over(query, exact_tokens(new, state))

@@ -277,6 +277,10 @@ class AttentionContract(nn.Module, ABC):
         """
         return 0
 
+    def summary_multiply_adds(self) -> float:
+        """Multiply-adds of a query, all heads, for each token that it sees through summaries that grow in number."""
+        return 0.0
+
     def statistics(
         self,
         query: Tensor,

@@ -97,15 +97,16 @@ def _served(core: AttentionContract, places: "Places", seen: Tensor, hidden_stat
     if attended is None:
         attended = core.tokens_attended(places.rank, places.total)
     rest, through_state = (seen - attended)[at], core.state_multiply_adds()
+    through_summaries = core.summary_multiply_adds()
     # One number for all queries or one for each.
     heads = torch.as_tensor(core.heads_used(hidden_states), device=attended.device).expand_as(attended)
     products = int((attended * heads)[at].sum()) * (geometry.head_dim + geometry.value_dim)
     return _Served(
         share=geometry.num_heads,
         exact=round(float(attended[at].sum())),
-        summarized=int(rest.sum()) if through_state else 0,
+        summarized=int(rest.sum()) if through_state or through_summaries else 0,
         heads=int(heads[at].sum()),
-        multiply_adds=products + int((rest > 0).sum()) * through_state,
+        multiply_adds=products + int((rest > 0).sum()) * through_state + int(rest.sum() * through_summaries),
     )
 
 

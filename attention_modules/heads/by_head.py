@@ -159,6 +159,9 @@ class ByHeadAttention(AttentionModule):
     def state_multiply_adds(self) -> int:
         return sum(core.state_multiply_adds() for core in self.parts)
 
+    def summary_multiply_adds(self) -> float:
+        return sum(core.summary_multiply_adds() for core in self.parts)
+
     def _run(
         self,
         query: Tensor,

@@ -50,6 +50,7 @@ SHIPPED = [
     "moh",
     "moh-groups",
     "neighborhood",
+    "native",
     "ntk-prefix",
     "pool-heads",
     "power",

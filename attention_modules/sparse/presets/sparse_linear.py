@@ -17,7 +17,7 @@ from ...state import AttentionState
 from ...tokens import Call
 from ..base import SparseAttention
 from ..options import ChoosingOptions
-from ..slots.canvas import Canvas
+from ..slots.canvas import Canvas, with_values
 from ..slots.scorers import Means
 from ..slots.slots import Slots
 
@@ -115,10 +115,7 @@ class SparseLinearAttention(SparseAttention):
 
     def with_rest(self, out: Tensor, call: Call, canvas: Canvas, keep: Tensor) -> Tensor:
         """By sums of each block; letters: those of `canvas`, and `F` features."""
-        if not canvas.values.shape[-1]:
-            # That of a kernel's call, whose choice looked at no values.
-            call = call.to(torch.float32)
-            canvas = Canvas.of(call, self.slots.block)
+        call, canvas = with_values(call, canvas)
         column = torch.arange(canvas.num_blocks, device=keep.device)
         rest = ((column < canvas.number[..., None])[:, None] & ~keep).to(call.query.dtype)
         # `[B, KV, N, F, V]` and `[B, KV, N, F]`; only whole blocks are before that of a query.

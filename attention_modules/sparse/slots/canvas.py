@@ -96,6 +96,14 @@ class Canvas:
         return take_tokens(of_blocks, row.clamp(0, self.num_rows - 1))
 
 
+def with_values(call: Call, canvas: Canvas) -> tuple[Call, Canvas]:
+    """A call and its canvas in full precision and with values, which a choice behind a kernel does without."""
+    if canvas.values.shape[-1]:
+        return call, canvas
+    call = call.to(torch.promote_types(call.query.dtype, torch.float32))
+    return call, Canvas.of(call, canvas.block)
+
+
 def in_blocks(tensor: Tensor, valid: Tensor | None, block: int) -> Tensor:
     """What is known of all tokens of a call, `[B, heads, S, D]`, in blocks that begin at each row's first real token.
 
