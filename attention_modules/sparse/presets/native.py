@@ -16,13 +16,11 @@ from ...tokens import Call
 from ...window import LOG2E, divide, softmax_terms, window_mask, windowed_softmax
 from ..base import CHOSEN, SparseAttention
 from ..executors.masked import STRIP, attend_masked_naive
+from ..learned import MOST_LOGITS
 from ..options import ChoosingOptions
 from ..slots.canvas import Canvas, with_values
 from ..slots.scorers import Means
 from ..slots.slots import By, Slots
-
-# Logits of what stands for blocks that are held at a time: 64 MiB in fp32.
-MOST_LOGITS = 1 << 24
 
 
 class NativeOptions(ChoosingOptions):
