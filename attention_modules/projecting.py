@@ -11,9 +11,17 @@ from torch import Tensor
 
 from .calls import exact_tokens
 from .contract import AttentionContract
+from .geometry import Geometry
 from .padding import restore_tokens, right_align_order
 from .state import AttentionState
 from .tokens import Surroundings, Tokens
+
+
+def why_no_convolution(geometry: Geometry) -> str | None:
+    """Why a method that convolves projections over the tokens before cannot serve a layer, None if it can."""
+    if geometry.causal:
+        return None
+    return "its convolutions run from left to right, which a bidirectional layer does not"
 
 
 def reproject(

@@ -9,24 +9,21 @@ import typer
 from .options import Device, TrustRemoteCode
 from .session import AsJson, HelpfulGroup, examples, print_json, session_of
 
+# `score` is all there is, so the group shows what its one command shows.
+EXAMPLES = examples(
+    "attnconv data score texts.jsonl.gz --model org/model -o kept.jsonl.gz",
+    "attnconv data score a.txt --model ./model -o kept.jsonl --keep 5000",
+)
 data_app = typer.Typer(
     cls=HelpfulGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Choose training texts by what a model makes of them.",
-    epilog=examples(
-        "attnconv data score texts.jsonl.gz --model org/model -o kept.jsonl.gz",
-        "attnconv data score a.txt --model ./model -o kept.jsonl --keep 5000",
-    ),
+    epilog=EXAMPLES,
 )
 
 
-@data_app.command(
-    epilog=examples(
-        "attnconv data score texts.jsonl.gz --model org/model -o kept.jsonl.gz",
-        "attnconv data score a.txt --model ./model -o kept.jsonl --keep 5000",
-    )
-)
+@data_app.command(epilog=EXAMPLES)
 def score(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A jsonl, parquet or txt file (also .gz).")],

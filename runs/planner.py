@@ -138,7 +138,7 @@ def plan_model(
     softmax = Choice("softmax", {})
     dense = sum(cost_of(settings.budget.kind, softmax, geometry, settings.length, dtype) for geometry in geometries)
     most = settings.budget.share * dense
-    _pick(settings, costs, [[0.0] * len(row) for row in costs], most)
+    _pick(settings, costs, [[0.0] * len(row) for row in costs], dense)
     if settings.measure == "trained":
         keep = _affordable(costs, most)
         losses = _trained(roles, text, settings, keep, progress)
@@ -154,7 +154,7 @@ def plan_model(
             measure=settings.measure,
             settings={settings.measure: {"window": settings.judged_window, "num_sinks": settings.num_sinks}},
         )
-    full = _pick(settings, costs, losses, most)
+    full = _pick(settings, costs, losses, dense)
     pairs = [
         (cost, loss, is_full)
         for row in zip(costs, losses, full, strict=True)
@@ -193,15 +193,15 @@ def _affordable(costs: Sequence[Sequence[tuple[int, int]]], most: float) -> floa
 
 
 def _pick(
-    settings: PlanSettings, costs: Sequence[Sequence[tuple[int, int]]], losses: Sequence[Sequence[float]], most: float
+    settings: PlanSettings, costs: Sequence[Sequence[tuple[int, int]]], losses: Sequence[Sequence[float]], dense: int
 ) -> list[list[bool]]:
     """Which KV heads stay full."""
     if settings.unit == "layer":
-        whole = [[sum(cost[at] for cost in row) for at in (0, 1)] for row in costs]
-        chosen = choose(whole, [[0.0, sum(row)] for row in losses], most)
+        layers = [[sum(cost[at] for cost in row) for at in (0, 1)] for row in costs]
+        chosen = choose(layers, [[0.0, sum(row)] for row in losses], settings.budget, dense)
         return [[one == 0] * len(row) for one, row in zip(chosen, costs, strict=True)]
-    flat = choose([list(cost) for row in costs for cost in row], [[0.0, loss] for row in losses for loss in row], most)
-    left = iter(flat)
+    heads = [list(cost) for row in costs for cost in row]
+    left = iter(choose(heads, [[0.0, loss] for row in losses for loss in row], settings.budget, dense))
     return [[next(left) == 0 for _ in row] for row in costs]
 
 
@@ -288,8 +288,7 @@ def plan_yaml(plan: ModelPlan, *, name: str) -> str:
         if kept:
             same[kept].append(layer)
     lines = [
-        f"# Made for {plan.source} with a budget of {settings.budget.kind}={percent(settings.budget.share, 0)}: "
-        f"{plan.kept} of {plan.heads} KV heads stay full,",
+        f"# Made for {plan.source} with a budget of {settings.budget}: {plan.kept} of {plan.heads} KV heads stay full,",
         f"# the others see {settings.num_sinks} first tokens and the {settings.window} newest. It costs "
         f"{percent(plan.cost)} at {settings.length:,} tokens; on a text that",
         f"# decided nothing it is {number(plan.hidden)} nats from the model where something hidden is asked for, and "

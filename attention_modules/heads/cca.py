@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..contract import AttentionOptions
 from ..geometry import Geometry
+from ..projecting import why_no_convolution
 from ..registry import register
 from ..softmax import SoftmaxAttention
 
@@ -75,9 +76,7 @@ class ConvolutionalAttention(SoftmaxAttention):
 
     @classmethod
     def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        if not geometry.causal:
-            return "its convolutions run from left to right, which a bidirectional layer does not"
-        return None
+        return why_no_convolution(geometry)
 
     @property
     def projected_tokens(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
+from ..projecting import why_no_convolution
 from ..query_blocks import grouped_logits, grouped_values, in_query_blocks, visible_keys
 from ..registry import register
 from ..softmax import SoftmaxAttention
@@ -62,9 +63,7 @@ class RelativeConvolutionalAttention(SoftmaxAttention):
 
     @classmethod
     def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        if not geometry.causal:
-            return "its convolutions run from left to right, which a bidirectional layer does not"
-        return None
+        return why_no_convolution(geometry)
 
     @property
     def projected_tokens(self) -> int:

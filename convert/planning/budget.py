@@ -1,5 +1,6 @@
 """Which method each unit of a model gets so that the least is lost within a budget: costs, and the choice by `milp`."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from scipy.sparse import csr_array
 from ...attention_modules.geometry import Geometry
 from ...attention_modules.registry import create
 from ...errors import PlanError
-from ...formats import percent
 
 Kind = Literal["kv_bytes", "flops"]
 KINDS: tuple[Kind, ...] = ("kv_bytes", "flops")
@@ -44,6 +44,9 @@ class Budget:
         if found is None or found[1] not in KINDS or not 0 < float(found[2]) <= 100:
             raise PlanError(f"a budget is kv_bytes=25% or flops=25%, above 0% and up to 100%, got {text!r}")
         return cls("kv_bytes" if found[1] == "kv_bytes" else "flops", float(found[2]) / 100)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={100 * self.share:.10g}%"
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ def cost_of(kind: Kind, choice: Choice, geometry: Geometry, length: int, dtype: 
     return products + (core.state_multiply_adds() if attended < length else 0)
 
 
-def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], most: float) -> list[int]:
+def choose(
+    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: Budget, whole: float
+) -> list[int]:
     """One choice for each unit, with the least loss that fits.
 
     Args:
         costs: of each unit, one for each of its choices.
         losses: likewise; what several units lose is taken for the sum.
-        most: what all may cost together.
+        budget: what all may cost together.
+        whole: what the model itself costs.
 
     Returns:
         the number of each unit's choice.
@@ -96,12 +102,13 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], mo
     Raises:
         PlanError: even the cheapest choices cost more.
     """
-    least = sum(min(row) for row in costs)
+    least, most = sum(min(row) for row in costs), budget.share * whole
     if least > most:
-        dense = sum(max(row) for row in costs)
+        # Rounded up, so that what is said to be the least can be asked for.
+        percents = math.ceil(1000 * least / whole) / 10
         raise PlanError(
-            f"the budget of {percent(most / dense)} cannot be met: with the cheapest choice everywhere it is "
-            f"{percent(least / dense)}; give a larger budget, a smaller window, or count at a greater length"
+            f"the budget of {budget} cannot be met: with the cheapest choice everywhere it is {percents}%; give a "
+            "larger budget, a smaller window, or count at a greater length"
         )
     rows = [unit for unit, row in enumerate(costs) for _ in row]
     flat = np.array([cost for row in costs for cost in row], dtype=float)

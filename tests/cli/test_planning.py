@@ -34,13 +34,15 @@ def test_costs_are_those_of_the_methods() -> None:
 
 def test_the_least_is_lost_within_the_budget() -> None:
     costs, losses = [[10, 1], [10, 1], [30, 1]], [[0.0, 2.0], [0.0, 1.0], [0.0, 2.5]]
-    assert choose(costs, losses, 50) == [0, 0, 0]
+    whole = Budget("kv_bytes", 1.0)
+    assert choose(costs, losses, whole, 50) == [0, 0, 0]
     # The first two are worth more than the third and cost less, if all three are not to be had.
-    assert choose(costs, losses, 40) == [0, 0, 1]
-    assert choose([*costs, [1]], [*losses, [0.5]], 23) == [0, 0, 1, 0]
-    assert choose(costs, losses, 3) == [1, 1, 1]
-    with pytest.raises(PlanError, match=r"budget of 4.0% cannot be met: with the cheapest .* it is 6.0%"):
-        choose(costs, losses, 2)
+    assert choose(costs, losses, whole, 40) == [0, 0, 1]
+    assert choose([*costs, [1]], [*losses, [0.5]], whole, 23) == [0, 0, 1, 0]
+    assert choose(costs, losses, Budget("kv_bytes", 0.06), 50) == [1, 1, 1]
+    # What states hold besides may cost more than the model itself, whose part the budget is.
+    with pytest.raises(PlanError, match=r"budget of flops=4.25% cannot be met: with the cheapest .* it is 6.7%;"):
+        choose(costs, losses, Budget("flops", 0.0425), 45)
 
 
 @pytest.mark.parametrize("text", ["kv_bytes", "kv_bytes=0%", "flops=101%", "heads=25%", "kv_bytes=0.25"])
@@ -48,6 +50,11 @@ def test_budgets_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match=r"a budget is kv_bytes=25% or flops=25%"):
         Budget.parse(text)
     assert Budget.parse(" flops = 12.5 % ") == Budget("flops", 0.125)
+
+
+@pytest.mark.parametrize("text", ["kv_bytes=1%", "flops=12.5%", "kv_bytes=0.07%", "kv_bytes=100%"])
+def test_budgets_are_echoed_as_given(text: str) -> None:
+    assert str(Budget.parse(text)) == text
 
 
 def plan(full: list[list[bool]]) -> ModelPlan:
@@ -101,7 +108,7 @@ def test_the_command_writes_recipe_and_picture(run: Run, teacher: str, tmp_path:
     assert set(read_importance(tmp_path / "heads.json").measures) == {"trained", "ablation"}
     made = run("plan", teacher, "--budget", "kv_bytes=0.1%", "--calibrate", "book", *settings)
     assert made.exit_code == 1
-    assert "the budget of 0.1% cannot be met" in made.stderr
+    assert "the budget of kv_bytes=0.1% cannot be met" in made.stderr
 
 
 def test_layers_of_different_numbers_of_heads_are_drawn(tmp_path: Path) -> None:
