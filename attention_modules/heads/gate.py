@@ -23,30 +23,58 @@ class Routing(NamedTuple):
 
     Attributes:
         scores: `[batch, T, choices]`.
-        chosen: `[batch, T, choices]` bool, those of the highest scores that are used.
+        places: `[batch, T, active]` int64, which of them are used; None = all.
     """
 
     scores: Tensor
-    chosen: Tensor
+    places: Tensor | None = None
 
     @classmethod
     def of(cls, scores: Tensor, active: int) -> "Routing":
         """The `active` highest scores of each token, of equal ones any."""
         if active == scores.shape[-1]:
-            return cls(scores, torch.ones_like(scores, dtype=torch.bool))
-        best = scores.detach().topk(active, -1).indices
-        return cls(scores, torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True))
+            return cls(scores)
+        return cls(scores, scores.detach().topk(active, -1).indices)
+
+    @property
+    def chosen(self) -> Tensor:
+        """`[batch, T, choices]` bool."""
+        if self.places is None:
+            return torch.ones_like(self.scores, dtype=torch.bool)
+        return torch.zeros_like(self.scores, dtype=torch.bool).scatter(-1, self.places, True)
 
     def shares(self) -> Tensor:
         """Softmax over the chosen scores, 0 for all others."""
-        return self.scores.masked_fill(~self.chosen, float("-inf")).softmax(-1)
+        return self._among_all(self._used().softmax(-1))
 
     def factors(self) -> Tensor:
         """The same times the number of those chosen: exactly 1 where their scores are equal."""
-        logits = self.scores.masked_fill(~self.chosen, float("-inf"))
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        used = self._used()
+        weights = (used - used.amax(-1, keepdim=True)).exp()
         # In this order, for 1 / n * n is not 1 for every n.
-        return weights * self.chosen.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+        return self._among_all(weights * used.shape[-1] / weights.sum(-1, keepdim=True))
+
+    # A token at a time these are the smallest of operations, so their number is what they cost.
+    def _used(self) -> Tensor:
+        return self.scores if self.places is None else self.scores.gather(-1, self.places)
+
+    def _among_all(self, used: Tensor) -> Tensor:
+        if self.places is None:
+            return used
+        return torch.zeros_like(self.scores).scatter(-1, self.places, used)
+
+
+class ChosenHeads(NamedTuple):
+    """The heads that serve each token.
+
+    Attributes:
+        gates: `[batch, num_heads, T]`, the factors on them.
+        mixed: `[batch, num_heads, T, value_dim]`, what their attention gives, 0 where a head does not serve; None where
+            computing all of them takes no longer.
+    """
+
+    gates: Tensor
+    mixed: Tensor | None
 
 
 class HeadUse(NamedTuple):
@@ -139,9 +167,10 @@ class HeadGate(SoftmaxAttention):
             a scalar: `choices * sum(share of all choices made * mean share of the scores)`.
         """
         with torch.autocast(query.device.type, enabled=False):
-            scores, chosen = self.routing(*self._inputs(query, hidden_states, valid))
+            routing = self.routing(*self._inputs(query, hidden_states, valid))
+        scores = routing.scores
         keep = torch.ones_like(scores[..., 0], dtype=torch.bool) if valid is None else valid
-        wanted, made = scores[keep].softmax(-1), chosen[keep].to(scores.dtype)
+        wanted, made = scores[keep].softmax(-1), routing.chosen[keep].to(scores.dtype)
         made = made / made.sum(-1, keepdim=True)
         return scores.shape[-1] * (made.mean(0) * wanted.mean(0)).sum()
 
@@ -157,6 +186,7 @@ class HeadGate(SoftmaxAttention):
         hidden_states: Tensor | None = None,
         around: Surroundings = NOTHING,
         mixed: Tensor | None = None,
+        gates: Tensor | None = None,
         seen: Tensor | None = None,
         held: int = 0,
     ) -> Tensor:
@@ -172,6 +202,7 @@ class HeadGate(SoftmaxAttention):
             hidden_states: as for every method.
             around: as for every method.
             mixed: `[batch, num_heads, T, value_dim]`, the values as the model has mixed them; None to do it here.
+            gates: `[batch, num_heads, T]`, as `chosen_heads` gave them; None to compute them here.
             seen: `[batch, T]` int64, tokens that each query saw in `mixed`, 0 for padding; for `counting`.
             held: bytes of the model's cache of this layer; likewise.
         """
@@ -183,7 +214,8 @@ class HeadGate(SoftmaxAttention):
         elif counter is not None and seen is not None and counter.counts(self):
             places = Places(seen, seen, seen > 0)
         valid = None if padding_mask is None else padding_mask[:, -query.shape[2] :]
-        gates = self._gates(query, hidden_states, valid)
+        if gates is None:
+            gates = self._gates(query, hidden_states, valid)
         # Products with factors of exactly 1 change no bit, whatever the dtype.
         with torch.autocast(query.device.type, enabled=False):
             out = self.refine(mixed.to(gates.dtype)) * gates[..., None]
@@ -193,10 +225,10 @@ class HeadGate(SoftmaxAttention):
             counter.add(self, places, state, serving=gates != 0, held=held)
         return out.to(value.dtype)
 
-    def mixed_where_chosen(
+    def chosen_heads(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, hidden_states: Tensor | None
-    ) -> Tensor | None:
-        """Plain causal attention of the heads that serve each token; None where all of them take no longer.
+    ) -> ChosenHeads | None:
+        """Plain causal attention of the heads that serve each token; None where it never saves time to leave any out.
 
         Args:
             query: `[batch, num_heads, T, head_dim]`, none of which is padding.
@@ -204,13 +236,11 @@ class HeadGate(SoftmaxAttention):
             value: `[batch, num_kv_heads, S, value_dim]`.
             scaling: factor on query-key products.
             hidden_states: `[batch, T, hidden]`, the layer's input.
-
-        Returns:
-            `[batch, num_heads, T, value_dim]`, 0 where a head does not serve.
         """
         if not gathering_pays(query, key):
             return None
-        return gathered_attention(query, key, value, self._gates(query, hidden_states, None) != 0, scaling)
+        gates = self._gates(query, hidden_states, None)
+        return ChosenHeads(gates, gathered_attention(query, key, value, gates != 0, scaling))
 
     def _gates(self, query: Tensor, hidden_states: Tensor | None, valid: Tensor | None) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Share of all pairs of tokens and heads up to which gathering pays, and tokens from which on it was measured to.
-GATHERED_SHARE, LEAST_QUERIES, LEAST_KEYS = 0.5, 1024, 8192
+GATHERED_SHARE, LEAST_QUERIES, LEAST_KEYS = 0.5, 1024, 2048
 # Queries at a time, against the keys up to the last of them.
 GATHERED_BLOCK = 128
 
@@ -46,26 +46,17 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
     Returns:
         `[batch, H, T, value_dim]`, 0 where nothing is chosen; None where so much is that all heads take no longer.
     """
+    if query.shape[2] == 1:
+        return _attend_one_token(query, key, value, chosen, scaling)
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     # `[batch, K, group, T]`
     wanted = chosen.unflatten(1, (kv_heads, group))
-    is_single = query.shape[2] == 1
-    if is_single and bool(wanted.any(2).all()):
-        return None
-    if not is_single and float(wanted.float().mean()) > GATHERED_SHARE:
+    if float(wanted.float().mean()) > GATHERED_SHARE:
         return None
     out = value.new_zeros(*query.shape[:3], value.shape[-1])
     for row in range(query.shape[0]):
         for head in range(kv_heads):
-            own, heads = wanted[row, head], slice(head * group, (head + 1) * group)
-            keys, values = key[row, head], value[row, head]
-            if is_single:
-                if bool(own.any()):
-                    # Query heads that share keys are the rows of one product.
-                    rows = query[row, heads, 0][None, None]
-                    mixed = F.scaled_dot_product_attention(rows, keys[None, None], values[None, None], scale=scaling)
-                    out[row, heads, 0] = mixed[0, 0]
-                continue
+            own, keys, values = wanted[row, head], key[row, head], value[row, head]
             together = bool((own == own[:1]).all())
             for first in range(0, group, group if together else 1):
                 places = own[first].nonzero()[:, 0]
@@ -75,6 +66,23 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
                         query[row, at].index_select(1, places), keys, values, places, scaling
                     )
     return out
+
+
+def _attend_one_token(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scaling: float) -> Tensor | None:
+    """The same for the newest token of one sequence: KV heads none of whose query heads is chosen are not read."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    # On a CPU one list is read faster than many small tensors.
+    flags: list[bool] = chosen.flatten().tolist()
+    wanted = [head for head in range(kv_heads) if any(flags[head * group : (head + 1) * group])]
+    if len(wanted) == kv_heads:
+        return None
+    # `[1, K, group, head_dim]`: query heads that share keys are the rows of one product.
+    rows = query.unflatten(1, (kv_heads, group)).squeeze(3)
+    out = value.new_zeros(1, kv_heads, group, value.shape[-1])
+    for head in wanted:
+        at = slice(head, head + 1)
+        out[:, at] = F.scaled_dot_product_attention(rows[:, at], key[:, at], value[:, at], scale=scaling)
+    return out.flatten(1, 2).unsqueeze(2)
 
 
 def _attend_places(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scaling: float) -> Tensor:

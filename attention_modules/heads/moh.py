@@ -193,12 +193,14 @@ class MohAttention(HeadGate):
         else:
             assert hidden_states is not None
             shared, routed = self._learned(routing, hidden_states)
-        both = torch.cat([shared, routed], -1)
+        both = torch.cat([shared, routed], -1) if self.num_shared else routed
         if self.contribution is not None:
             both = both.index_select(-1, self._by_contribution(self.contribution).argsort())
         elif self.order != sorted(self.order):
             both = torch.stack([both[..., place] for place in self.order], -1)
-        return both.repeat_interleave(self.heads_per_unit, -1).transpose(1, 2)
+        if self.heads_per_unit > 1:
+            both = both.repeat_interleave(self.heads_per_unit, -1)
+        return both.transpose(1, 2)
 
     def _learned(self, routing: Routing, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of the shared units and of the routed ones, `[batch, T, units]`."""

@@ -120,7 +120,7 @@ class ShrpAttention(HeadGate):
         """The same choice for every token."""
         shape = query.shape[0], query.shape[2], len(self.usage)
         scores = self.usage.detach().to(query.dtype).expand(shape)
-        return Routing(scores, self._stays(query).bool().expand(shape))
+        return Routing(scores, self._stays(query).topk(self._num_kept).indices.expand(*shape[:2], -1))
 
     def _stays(self, query: Tensor) -> Tensor:
         """`[num_kv_heads]`, 1 for those that stay."""

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...attention_modules.base import AttentionModule
 from ...attention_modules.counting import current_counter
+from ...attention_modules.heads.gate import ChosenHeads
 from ...attention_modules.packing import Documents, Group, attend_documents
 from ...attention_modules.tokens import Surroundings
 from ...attention_modules.weights import Statistic, response_weights
@@ -246,9 +247,11 @@ def _acting_on_heads(
     """A call whose values the model's own function mixes, with whatever cache, mask and kernel it does that."""
     query, key, value, attention_mask = call
     weights = None
-    mixed = _of_chosen_heads(module, core, context, call, kwargs)
-    if mixed is None:
+    chosen = _chosen_heads(module, core, context, call, kwargs)
+    if chosen is None or chosen.mixed is None:
         mixed, weights = _own_function(module)(module, *call, **kwargs)
+    else:
+        mixed = chosen.mixed.transpose(1, 2)
     wanted = query.shape[0], query.shape[2], query.shape[1], core.geometry.value_dim
     if tuple(mixed.shape) != wanted:
         raise foreign_call(context.name, f"got heads of shape {tuple(mixed.shape)} from its attention, not {wanted}")
@@ -258,6 +261,8 @@ def _acting_on_heads(
         "hidden_states": context.hidden_states,
         "mixed": mixed.transpose(1, 2),
     }
+    if chosen is not None:
+        given["gates"] = chosen.gates
     if current_counter() is not None:
         given["held"] = key.nbytes + value.nbytes if context.has_cache else 0
         given["seen"] = tokens_seen(attention_mask, query.shape[0], query.shape[2], key.shape[2], core.geometry.causal)
@@ -270,10 +275,10 @@ def _acting_on_heads(
 _HARMLESS = ("scaling", "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal")
 
 
-def _of_chosen_heads(
+def _chosen_heads(
     module: nn.Module, core: AttentionModule, context: CallContext, call: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """`[batch, T, heads, dim]` of the heads that a gate chose; None where the model's own function is to do all."""
+) -> ChosenHeads | None:
+    """The heads that a gate chose; None where the model's own function is to do all, whatever it chooses."""
     query, key, value, mask = call
     (config,) = module.__dict__["_attnconv_config"]
     is_plain = config._attn_implementation == "sdpa" and mask is None and core.geometry.causal
@@ -281,12 +286,11 @@ def _of_chosen_heads(
     is_plain = is_plain and getattr(module, "is_causal", True) and not kwargs.get("output_attentions")
     is_plain = is_plain and all(value is None or name in _HARMLESS for name, value in kwargs.items())
     # Of gates on heads alone.
-    attend: Callable[..., Tensor | None] | None = getattr(core, "mixed_where_chosen", None)
+    attend: Callable[..., ChosenHeads | None] | None = getattr(core, "chosen_heads", None)
     if attend is None or not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     scaling = query.shape[-1] ** -0.5 if kwargs["scaling"] is None else kwargs["scaling"]
-    mixed = attend(query, key, value, scaling=scaling, hidden_states=context.hidden_states)
-    return None if mixed is None else mixed.transpose(1, 2)
+    return attend(query, key, value, scaling=scaling, hidden_states=context.hidden_states)
 
 
 def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:

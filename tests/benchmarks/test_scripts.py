@@ -19,6 +19,7 @@ SCRIPTS = [
     "kernels_static",
     "minilm_sst2",
     "method_table",
+    "moh_speed",
     "multiple_choice_check",
     "rewrites",
     "native_attention",
@@ -34,7 +35,7 @@ SCRIPTS = [
 ]
 
 
-WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static", "sparse_speed")
+WITHOUT_MODEL = ("attention_speed", "demo", "growing_state", "kernels", "kernels_static", "moh_speed", "sparse_speed")
 MEASURING_A_MODEL = [script for script in SCRIPTS if script not in WITHOUT_MODEL]
 NEEDING_DATA = [
     "branch_train_mix",
