@@ -1,5 +1,6 @@
 """What is settled in closed form: some text is observed, then what follows from it is put in."""
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -51,6 +52,7 @@ def run_fit(fit: Fit, state: StageState, stream: TokenStream | ImageStream, team
     num_steps = max(1, stage.num_steps // team.size) if stage.steps is None else stage.steps
     if state.step >= num_steps:
         return state
+    began = time.monotonic()
     sequences = stream.sequences(stage.sequence_length, state.position)
     steps = step_data(sequences, batch_size=stage.batch_size, accumulation=1, team=team, collate=stream.collate)
     for _ in range(num_steps):
@@ -60,4 +62,4 @@ def run_fit(fit: Fit, state: StageState, stream: TokenStream | ImageStream, team
         tokens = state.tokens + stage.tokens_per_step * team.size
         state = replace(state, step=state.step + 1, tokens=tokens, position=data.end)
     fit.settle(team)
-    return state
+    return replace(state, seconds=state.seconds + time.monotonic() - began)

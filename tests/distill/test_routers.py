@@ -108,4 +108,6 @@ stages:
     result = run_conversion(embedded_model_path(), parse_recipe(text), tmp_path / "out")
     stages = {row["stage"]: row for row in result.metrics}
     assert stages["calibrate"]["tokens"] == 512
+    # It is told how fast they went by: no machine observes a billion tokens a second.
+    assert 0 < stages["calibrate"]["tokens_per_second"] < 1e9
     assert "loss" in stages["logits"]
