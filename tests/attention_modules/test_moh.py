@@ -56,6 +56,14 @@ def test_code_form() -> None:
     torch.testing.assert_close(gates(core), torch.cat([shared, routed], -1).detach())
 
 
+@pytest.mark.parametrize("options", [{"active": 1}, {"active": 1, "num_shared": 1}, {"active": 2, "unit": "group"}])
+def test_gates_are_the_same_with_and_without_gradients(options: dict[str, Any]) -> None:
+    core, drawn = moh(**options), inputs()
+    with_gradients = core.gates(drawn["query"], drawn["hidden_states"]).transpose(1, 2)
+    assert with_gradients.requires_grad
+    torch.testing.assert_close(gates(core), with_gradients.detach(), rtol=0, atol=0)
+
+
 def test_paper_form() -> None:
     core = moh(shared=[4, 1], active=2, form="paper")
     hidden = inputs()["hidden_states"]

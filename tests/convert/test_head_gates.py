@@ -301,6 +301,20 @@ def test_only_chosen_heads_are_computed(options: Any, short: None, monkeypatch: 
         assert calls == []
 
 
+@pytest.mark.parametrize("active", [1, 2])
+def test_gates_are_worked_out_once_a_call(active: int, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model does it all because so many are chosen."""
+    model = routed(unit="group", active=active)
+    (core, *_), seen = [module.attnconv for module in converted_modules(model).values()], []
+    own = core.gates
+    monkeypatch.setattr(core, "gates", lambda *inputs: seen.append(1) or own(*inputs))
+    with torch.no_grad():
+        cache = model(PROMPT[:1], use_cache=True).past_key_values
+        assert len(seen) == 1
+        model(PROMPT[:1, :1], past_key_values=cache)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("case", ["many", "padded", "bf16", "short", "eager", "gradients"])
 def test_where_nothing_is_saved_the_model_does_it_all(case: str, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = routed(unit="group", active=2 if case == "many" else 1)
