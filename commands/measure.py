@@ -29,7 +29,10 @@ def evaluate(
     against: Against = None,
     suite: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="quick, standard, or a YAML file; quick if nothing else is asked for."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="quick, standard, generation, long, or a YAML file; quick if nothing else is asked for.",
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Perplexity on this .txt or .jsonl file (also .gz).")] = None,
     field: Annotated[str, typer.Option(help="Key of the text in each JSON line.")] = "text",

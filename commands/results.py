@@ -47,6 +47,8 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"{whose}: {AttentionCounts.from_dict(found).sentence}")
     for name, reason in evaluation.skipped.items():
         console.print(f"left out: {name}: {reason}")
+    if words := ", ".join(_wins(tasks)):
+        console.print(f"as good as the base or better, of the same questions: {words}")
     if two and not all(figure.paired for figure in _compared(tasks)):
         console.print("The models cut text into different tokens: compare bits/char, not perplexity.")
     for remark in results.remarks:
@@ -54,6 +56,14 @@ def show_evaluation(evaluation: "Evaluation") -> None:
     console.print(f"All figures and scores are in {evaluation.path}.")
     if results.model.converted and evaluation.path.parent.name == "results":
         console.print(f"Next: {command_line('report', evaluation.path.parent.parent)}", soft_wrap=True)
+
+
+def _wins(tasks: "Mapping[str, TaskResult]") -> "Iterator[str]":
+    """Of each task with one, its first metric's share of items that the model wins or ties."""
+    for name, task in tasks.items():
+        overall = (f for f in task.figures if not f.group and f.at_least_as_good is not None and f.style == "percent")
+        for figure in list(overall)[:1]:
+            yield f"{name} {percent(figure.at_least_as_good)}"
 
 
 def _shown(figures: "Sequence[Figure]") -> "Iterator[Figure]":

@@ -23,7 +23,7 @@ from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
 from .fit import Fit, run_fit
-from .health import check_perplexity, warn_if_beyond_positions, warn_if_worse
+from .health import check_perplexity, warn_about_lengths, warn_if_worse
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile
 from .objective import Objective
@@ -154,10 +154,10 @@ def check_data(run: Run) -> None:
             f"{run.checkpoint.source} is an encoder-decoder, which no stage can train: use a recipe without."
         )
     positions = getattr(run.checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    for index, stage in enumerate(run.recipe.stages):
+    for stage in run.recipe.stages:
         next(run.stream(stage).sequences(stage.sequence_length))
-        if run.team.leads:
-            warn_if_beyond_positions(stage_name(index, stage), stage.sequence_length, positions)
+    if run.team.leads:
+        warn_about_lengths({stage_name(i, s): s.sequence_length for i, s in enumerate(run.recipe.stages)}, positions)
     _ = run.evaluation_tokens
 
 

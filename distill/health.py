@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 WORSE = 1.5
 # So many rounds through the same data mostly teach them by heart.
 MANY_EPOCHS = 10
+# Sequences that are shorter than this share of the model's positions say little about its long texts.
+SHORT = 0.25
 
 
 def check_perplexity(perplexity: float, label: str) -> None:
@@ -82,21 +84,34 @@ def warn_if_repeated(stage: str, section: DataSection, before: Position, after: 
         )
 
 
-def warn_if_beyond_positions(stage: str, length: int | None, positions: int | None) -> None:
-    """Say that a stage trains on sequences longer than the positions that the model was made for.
+def warn_about_lengths(lengths: Mapping[str, int | None], positions: int | None) -> None:
+    """Say that sequences are longer than the positions that the model was made for, or the last stage's much shorter.
+
+    What is healed on short texts falls apart behind them, and perplexity at that length does not show it.
 
     Args:
-        stage: what messages call the stage.
-        length: tokens of its sequences, None for images.
+        lengths: tokens of the sequences of each stage, by what messages call it; None for images.
         positions: `max_position_embeddings` of the model, None if it does not say.
     """
-    if length is not None and positions is not None and length > positions:
-        logger.warning(
-            "%s trains on sequences of %d tokens, but the model was made for %d positions: lower its sequence_length",
-            stage,
-            length,
-            positions,
-        )
+    for left, (stage, length) in zip(reversed(range(len(lengths))), lengths.items(), strict=True):
+        if length is None or positions is None:
+            continue
+        if length > positions:
+            logger.warning(
+                "%s trains on sequences of %d tokens, but the model was made for %d positions: lower its "
+                "sequence_length",
+                stage,
+                length,
+                positions,
+            )
+        elif not left and length < SHORT * positions:
+            logger.warning(
+                "%s ends the healing on sequences of %d tokens, of %d that the model has positions for: what comes "
+                "behind them is not healed; raise sequence_length, or look at it by `attnconv eval --suite long`",
+                stage,
+                length,
+                positions,
+            )
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -101,7 +101,17 @@ def _figure(
         change=finite(metric.change(value, base_value)),
         change_interval=_interval(change_draws),
         paired=bool(shared),
+        at_least_as_good=_wins_and_ties(metric, own, other) if shared else None,
     )
+
+
+def _wins_and_ties(metric: Metric, own: Sequence[Item], other: Sequence[Item]) -> float | None:
+    """Share of the same items on which one model is at least as good as the other; see `Figure`."""
+    if metric.per or metric.scale != "linear":
+        return None
+    sign = 1 if metric.better == "higher" else -1
+    values = ((item.values[metric.total], base.values[metric.total]) for item, base in zip(own, other, strict=True))
+    return sum(sign * value >= sign * base for value, base in values) / len(own)
 
 
 def _in_order(items: Sequence[Item], like: Sequence[Item]) -> list[Item]:

@@ -86,6 +86,8 @@ class Figure:
         change: ratio or difference of the two, see `compare`.
         change_interval: 95 % interval of that; from the same resamples of both if their items are `paired`.
         paired: whether both models were scored on the same items.
+        at_least_as_good: share of those items on which the model is as good as the base or better (wins and ties); None
+            where the metric is no mean over items.
         better: which way is better.
         compare: `ratio` or `difference`.
         style: how to print it.
@@ -101,6 +103,7 @@ class Figure:
     change: float | None = None
     change_interval: tuple[float, float] | None = None
     paired: bool = False
+    at_least_as_good: float | None = None
     better: Better = "lower"
     compare: Compare = "difference"
     style: Style = "number"

@@ -8,7 +8,7 @@ from ..engine.items import Figure
 from ..engine.schema import TaskResult
 from ..tasks.base import task_classes
 from .blocks import Block, Cell, Chart, Charts, Section, Table, Text, section
-from .cells import count_cell, group_label, neutral, verdict
+from .cells import amount_cell, count_cell, group_label, neutral, verdict
 from .charts import Axis, Dot, Series, dot_chart, line_chart
 from .drawing import BASE, MODEL
 from .gathering import Report
@@ -90,12 +90,14 @@ def figure_table(
 ) -> Table:
     """Figures with everything that is known of them; columns that none of them fills are left out."""
     compared = any(figure.base is not None for _, figure in figures)
-    columns = [first, "metric", *(["base", "converted", "change", "verdict"] if compared else ["converted"]), "items"]
-    rows = tuple((Cell(name), *_figure_cells(figure, compared=compared)) for name, figure in figures)
+    tied = any(figure.at_least_as_good is not None for _, figure in figures)
+    between = ["base", "converted", "change", "verdict", *(["wins or ties"] if tied else [])]
+    columns = [first, "metric", *(between if compared else ["converted"]), "items"]
+    rows = tuple((Cell(name), *_figure_cells(figure, compared=compared, tied=tied)) for name, figure in figures)
     return Table(caption, tuple(columns), rows, collapsed=collapsed)
 
 
-def _figure_cells(figure: Figure, *, compared: bool) -> list[Cell]:
+def _figure_cells(figure: Figure, *, compared: bool, tied: bool) -> list[Cell]:
     style, cells = figure.style, [Cell(figure.metric)]
     own = Cell(amount(figure.model, style), figure.model, note=span(figure.interval, style))
     if not compared:
@@ -105,6 +107,8 @@ def _figure_cells(figure: Figure, *, compared: bool) -> list[Cell]:
     between = change_span(figure.change_interval, figure.compare, style)
     cells.append(Cell(amount(figure.base, style), figure.base, note=span(figure.base_interval, style)))
     cells += [own, Cell(shown, figure.change, tone, note=between), Cell(words, tone=tone)]
+    if tied:
+        cells.append(amount_cell(figure.at_least_as_good, "percent"))
     return [*cells, count_cell(figure.count)]
 
 

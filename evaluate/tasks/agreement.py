@@ -26,7 +26,7 @@ class AgreementSettings(TextSettings):
 class AgreementTask(Task[AgreementSettings]):
     """Compares the next-token distributions of both models after every token of a text."""
 
-    headline = 4
+    headline = 5
     report_words = "agreement with the base's predictions"
     needs_base = True
     metrics = (

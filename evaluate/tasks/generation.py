@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 TOKENS_READ = 2**17
 
 
-class GenerationSettings(TaskSettings):
-    """Greedy continuations of pieces of a text.
+class PromptSettings(TaskSettings):
+    """Settings of tasks that let models go on with pieces of a text.
 
     Attributes:
         data: name of a packaged text, or path of a `.txt` or `.jsonl` file, or of either with `.gz` behind it.
@@ -35,12 +35,17 @@ class GenerationSettings(TaskSettings):
         new_tokens: tokens generated after each, unless the model ends its text earlier.
     """
 
-    kind: Literal["generation"] = "generation"
     data: Text = "book"
     field: Text = "text"
     prompts: Count = 8
     prompt_tokens: TwoOrMore = 128
     new_tokens: Count = 32
+
+
+class GenerationSettings(PromptSettings):
+    """Greedy continuations of pieces of a text, compared."""
+
+    kind: Literal["generation"] = "generation"
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Prompts:
 class GenerationTask(Task[GenerationSettings]):
     """Lets both models continue the same prompts through their caches, always with the most likely token."""
 
-    headline = 5
+    headline = 6
     needs_base = True
     metrics = (
         Metric(
@@ -84,19 +89,7 @@ class GenerationTask(Task[GenerationSettings]):
         """Batches of prompts."""
         if evaluated.base is not None:
             comparable_base(evaluated, 0)
-        settings = self.settings
-        needed, positions = settings.prompt_tokens + settings.new_tokens, positions_of(evaluated.checkpoint)
-        if needed > positions:
-            raise DataError(
-                f"{settings.prompt_tokens} prompt_tokens and {settings.new_tokens} new_tokens are more than the "
-                f"{positions} positions of {evaluated.source}."
-            )
-        prompts = cut_prompts(evaluated.tokenizer, settings)[: scope.limit]
-        units = []
-        for first in range(0, len(prompts), scope.batch_size):
-            batch = prompts[first : first + scope.batch_size]
-            units.append(Unit(2 * len(batch) * needed, Prompts(first, batch)))
-        return units
+        return prompt_units(evaluated, scope, self.settings, models=2)
 
     def measure(self, evaluated: EvaluatedModel, unit: Unit) -> Outcome:
         """Score the continuations of one batch of prompts."""
@@ -115,7 +108,27 @@ class GenerationTask(Task[GenerationSettings]):
         return Outcome(items)
 
 
-def cut_prompts(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> torch.Tensor:
+def prompt_units(evaluated: EvaluatedModel, scope: Scope, settings: PromptSettings, *, models: int = 1) -> list[Unit]:
+    """Batches of prompts, as `Prompts`, for so many models at a time.
+
+    Raises:
+        DataError: the text cannot be read, or the model has too few positions.
+    """
+    needed, positions = settings.prompt_tokens + settings.new_tokens, positions_of(evaluated.checkpoint)
+    if needed > positions:
+        raise DataError(
+            f"{settings.prompt_tokens} prompt_tokens and {settings.new_tokens} new_tokens are more than the "
+            f"{positions} positions of {evaluated.source}."
+        )
+    prompts = cut_prompts(evaluated.tokenizer, settings)[: scope.limit]
+    units = []
+    for first in range(0, len(prompts), scope.batch_size):
+        batch = prompts[first : first + scope.batch_size]
+        units.append(Unit(models * len(batch) * needed, Prompts(first, batch)))
+    return units
+
+
+def cut_prompts(tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> torch.Tensor:
     """Pieces of a text at even distances, that do not overlap.
 
     Returns:

@@ -65,7 +65,7 @@ class _Run:
 class HarnessTask(Task[HarnessSettings]):
     """What lm-eval's own tasks score, question by question."""
 
-    headline = 6
+    headline = 7
     slices: ClassVar[tuple[tuple[str, ...], ...]] = (("task",),)
 
     def units(self, evaluated: EvaluatedModel, scope: Scope) -> Sequence[Unit]:

@@ -264,6 +264,7 @@ def test_resuming_nothing_starts_at_the_beginning(tmp_path, caplog):
     assert len(repr(result)) < 300
     assert "There is no unfinished run" in caplog.text
     assert "sequences of 520 tokens, but the model was made for 512 positions" in caplog.text
+    assert "ends the healing" not in caplog.text
 
 
 def test_stages_refuse_an_encoder_decoder(tmp_path, tokenizer):

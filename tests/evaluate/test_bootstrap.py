@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,3 +121,16 @@ def test_models_that_are_not_paired_are_resampled_apart() -> None:
     assert figure.change_interval is not None
     # The difference of two independent means, not zero as it is for the same items.
     assert figure.change_interval == pytest.approx((-1.96 * math.sqrt(2 / 300), 1.96 * math.sqrt(2 / 300)), abs=0.04)
+
+
+def test_wins_and_ties_are_those_on_the_same_items() -> None:
+    model, base = [1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0]
+    (figure,) = make_figures(scored(model), scored(base), [ACCURACY], [()])
+    assert figure.at_least_as_good == 0.8
+    worse = replace(ACCURACY, better="lower")
+    assert make_figures(scored(model), scored(base), [worse], [()])[0].at_least_as_good == 0.8
+    assert make_figures(scored([1.0] * 5), scored([0.0] * 5), [worse], [()])[0].at_least_as_good == 0.0
+    apart = make_figures(scored(model), scored(base), [ACCURACY], [()], pair=False)
+    assert [figure.at_least_as_good for figure in apart] == [None]
+    (perplexity,) = make_figures(*[[Item("a", {"nll": 5.0, "tokens": 1})]] * 2, [PERPLEXITY], [()])
+    assert perplexity.at_least_as_good is None

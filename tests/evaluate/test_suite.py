@@ -20,7 +20,7 @@ def test_shipped_suites_need_nothing_but_the_package(name: str) -> None:
 
 
 def test_the_shipped_suites() -> None:
-    assert list_suites() == ["quick", "standard"]
+    assert list_suites() == ["generation", "long", "quick", "standard"]
     assert set(load_suite("quick").tasks) <= set(load_suite("standard").tasks)
 
 
