@@ -188,7 +188,7 @@ def _copy(rng: Random) -> Exercise:
 
 
 def _list_recall(rng: Random) -> Exercise:
-    words, wanted = rng.sample(WORDS, 8), rng.randrange(8)
+    words, wanted = rng.sample(WORDS, 5), rng.randrange(5)
     listed = ", ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
     others = tuple(word for word in words if word != words[wanted])
     return Exercise(f"List: {listed}\nQuestion: What is number {wanted + 1}?\nAnswer:", (words[wanted], *others))
