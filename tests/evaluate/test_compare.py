@@ -73,7 +73,8 @@ def test_the_rows_hold_what_the_folders_say(found):
     assert found.rows[0].folder is None
     assert found.rows[1].methods == {"sliding_window": 3}
     assert found.rows[1].parameters == 0
-    keys = ["book: perplexity", "passkey: recall", "piqa: accuracy", "openbookqa: accuracy", "agreement: KL divergence"]
+    keys = ["book: perplexity", "passkey: recall", "piqa: accuracy", "openbookqa: accuracy", "copy: written answers"]
+    keys.append("agreement: KL divergence")
     assert [column.key for column in found.columns] == [*keys, "decode", "prefill", "cache"]
     assert found.context == 8192
     for row in found.rows[1:]:
@@ -120,8 +121,8 @@ def test_the_page_shows_all_of_it(found):
         assert shown[2] == f"{row.parameters:,}"
         assert shown[3].split(" ")[0] == f"{row.values['book: perplexity'].value:.4g}"
         assert shown[5].split(" ")[0] == f"{100 * row.values['piqa: accuracy'].value:.1f}%"
-        assert shown[8].split(" ")[0] == f"{row.values['decode'].value:.4g}"
-        assert shown[10] == f"{row.values['cache'].value / 2**20:.1f} MiB"
+        assert shown[9].split(" ")[0] == f"{row.values['decode'].value:.4g}"
+        assert shown[11] == f"{row.values['cache'].value / 2**20:.1f} MiB"
     assert "near has the best perplexity on book" in page.words
     assert "middle generates fastest, 9 ms per token" in page.words
     points = page.tables["The points"][1:]

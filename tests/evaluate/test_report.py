@@ -76,13 +76,17 @@ def test_every_figure_is_there_as_text(measured):
 def test_changes_carry_their_verdict(measured):
     files, folder = measured
     rows = read_page(files.html).tables["All figures"]
-    assert rows[0] == ["task", "metric", "base", "converted", "change", "verdict", "items"]
+    assert rows[0] == ["task", "metric", "base", "converted", "change", "verdict", "wins or ties", "items"]
     by_name = {(row[0], row[1]): row for row in rows[1:]}
     figure = evaluation_of(folder)["tasks"]["book"]["figures"][0]
     assert by_name["book", "perplexity"][4].startswith(ratio(figure["change"]))
     assert by_name["book", "perplexity"][5] == "worse"
     assert by_name["openbookqa", "accuracy"][5] == "within chance"
     assert by_name["agreement", "KL divergence"][2] == "-"
+    assert by_name["book", "perplexity"][6] == "-"
+    (written,) = (f for f in evaluation_of(folder)["tasks"]["copy"]["figures"] if f["metric"] == "written answers")
+    assert by_name["copy", "written answers"][6] == shown(written["at_least_as_good"], "percent")
+    assert 0 < written["at_least_as_good"] < 1
 
 
 def test_the_conversion_is_described_from_its_files(measured):

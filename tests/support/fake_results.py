@@ -11,6 +11,7 @@ from attnconv.evaluate.engine.bootstrap import make_figures
 from attnconv.evaluate.engine.items import Item, Metric
 from attnconv.evaluate.engine.results import write_results
 from attnconv.evaluate.engine.schema import EvaluationFile
+from attnconv.evaluate.tasks.answers import AnswersTask
 
 PERPLEXITY = Metric("perplexity", "nll", "tokens", "exp", compare="ratio", meaning="how many tokens it wavers between")
 BITS = Metric("bits/char", "bits", "characters", meaning="bits for a character of the text")
@@ -112,6 +113,15 @@ def choice_items(chance, seed, count=150):
     ]
 
 
+def answer_items(written, chosen, seed, count=24):
+    random = np.random.default_rng(seed)
+    items = []
+    for number in range(count):
+        right, likely = float(random.random() < written), float(random.random() < chosen)
+        items.append(Item(f"copy/{number}", {"written": right, "chosen": likely, "gap": likely - right}))
+    return items
+
+
 def fidelity_parts(layers, heads, size=16, name="model.layers.{}.self_attn"):
     random = np.random.default_rng(7)
     items, statistics = [], []
@@ -192,6 +202,7 @@ def evaluation(model, base, *, loss=0.35, seed=3, layers=5, heads=8, size=16):
             "openbookqa": task(
                 "multiple_choice", choice_items(0.33, seed), choice_items(0.31, 2), [ACCURACY, NORMALISED]
             ),
+            "copy": task("answers", answer_items(0.5, 0.9, seed), answer_items(0.7, 0.95, 2), AnswersTask.metrics),
             "agreement": task("agreement", agreement, None, [KL, TOP1]),
             "fidelity": task(
                 "fidelity", fidelity, None, [ATTENTION_KL, OUTPUT_ERROR], [("layer", "head"), ("layer",)], extras
