@@ -130,7 +130,7 @@ def test_the_page_shows_all_of_it(found):
     assert fronts["decoding", "poor"] == "behind it"
     assert fronts["decoding", "stories260K"] == fronts["decoding", "middle"] == "on the front"
     images = re.findall(r"\]\((images/[\w.-]+)\)", markdown.read_text())
-    assert len(images) == len(pictures(html)) == 8
+    assert len(images) == len(pictures(html)) == 9
     assert all((markdown.parent / image).read_bytes().startswith(b"\x89PNG") for image in images)
 
 
