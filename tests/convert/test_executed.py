@@ -32,6 +32,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 8},
     "lolcats": {"window": 8},
     "lola": {"window": 8, "cache_size": 4},
+    "recycled": {"interval": 4, "budget": 8},
+    "native": {"block": 8, "density": 0.3, "window": 8},
+    "vertical_slash": {"block": 8, "refresh": 40, "columns": 2, "diagonals": 1},
 }
 
 
