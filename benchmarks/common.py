@@ -101,17 +101,17 @@ class Rows:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-        self._kept: dict[str, dict[str, Any]] = {_key(row["of"]): row for row in map(json.loads, lines)}
+        self._kept: dict[str, dict[str, Any]] = {_key(line["of"]): line["row"] for line in map(json.loads, lines)}
 
     def row(self, of: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured of this before, else what `measure` gives now."""
         key = _key(of)
         if key not in self._kept:
-            self._kept[key] = {"of": dict(of), **measure()}
+            self._kept[key] = measure()
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(self._kept[key]) + "\n")
-        return {name: value for name, value in self._kept[key].items() if name != "of"}
+                    file.write(json.dumps({"of": dict(of), "row": self._kept[key]}) + "\n")
+        return dict(self._kept[key])
 
 
 def _key(of: Mapping[str, Any]) -> str:
