@@ -4,8 +4,8 @@
 
 Twelve prompts of about 600 and twelve of about 2,300 tokens hide a number at three depths. The text is read once, by
 the dense model; then the question and the answer go token by token through the method, in all layers but where a row
-says otherwise, over the keys, values and newest queries of that reading. Blocks are of 16 tokens. `--whole` adds
-prompts that are sparse from their first token on, of the shorter ones, at 25 %. Answers are greedy, in fp32.
+says otherwise, over the keys, values and newest queries of that reading. Blocks are of 16 tokens,
+answers are greedy, in fp32.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from common import RESULTS, Rows, add_rows_option, find_data, find_model, parser
 PROMPTS, LENGTHS, DEPTHS, PER_DEPTH = "longdoc/passkey.jsonl.gz", (2_000, 8_000), (0.1, 0.5, 0.9), 4
 NEW_TOKENS = 8
 SHARES, BLOCK = (0.5, 0.25, 0.1), 16
+# What says most comes first.
+ORDER = (0.25, 0.1, 0.5)
 # As many as any method looks back at.
 QUERIES = 160
 Rule = dict[str, Any]
@@ -106,7 +108,6 @@ def main() -> None:
     """Read the prompts once, ask by each method, write and draw."""
     parser = parser_of(__doc__, model="smollm2-135m-instruct")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--whole", action="store_true", help="also prompts that are sparse from the first token on")
     add_rows_option(parser)
     arguments = parser.parse_args()
     set_threads(arguments.threads)
@@ -120,23 +121,17 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     settings = {"model": folder.name, "dtype": "float32", "block": BLOCK, "prompts": PROMPTS}
     kept, rows = Rows(arguments.rows), []
-    for chars in LENGTHS:
-        asked = Asked(model, tokenizer, [row for depth in DEPTHS for row in of(prompts, chars, depth)])
-        for name, share in [("dense", 1.0), *((name, share) for name in PRESETS for share in SHARES)]:
-            rules = PRESETS[name](share, asked.length) if name in PRESETS else ALL_TOKENS
-            row = {"form": "text dense, question and answer sparse", "preset": name, "share": share}
-            row |= {"tokens": asked.length, "rules": rules}
-            row |= kept.row({**settings, **row}, partial(asked.found, rules))
-            rows.append(row)
-            print(f"{asked.length} {name} {share}: {row['found']} of {row['of']} at {row['density']:.3f}", flush=True)
-        for name in PRESETS if arguments.whole and chars == LENGTHS[0] else ():
-            row = {"form": "all sparse", "preset": name, "share": 0.25}
-            row |= {"tokens": asked.length, "rules": PRESETS[name](0.25, asked.length)}
-            row |= kept.row({**settings, **row}, partial(asked.found_from_the_start, row["rules"]))
-            rows.append(row)
-            print(
-                f"{asked.length} {name}, all sparse: {row['found']} of {row['of']} at {row['density']:.3f}", flush=True
-            )
+    try:
+        for chars in LENGTHS:
+            asked = Asked(model, tokenizer, [row for depth in DEPTHS for row in of(prompts, chars, depth)])
+            for name, share in [("dense", 1.0), *((name, share) for share in ORDER for name in PRESETS)]:
+                rules = PRESETS[name](share, asked.length) if name in PRESETS else ALL_TOKENS
+                row = {"preset": name, "share": share, "tokens": asked.length, "rules": rules}
+                rows.append(row | kept.row({**settings, **row}, partial(asked.found, rules)))
+                found, density = rows[-1]["found"], rows[-1]["density"]
+                print(f"{asked.length} {name} {share}: {found} of {rows[-1]['of']} at {density:.3f}", flush=True)
+    except KeyboardInterrupt:
+        print("stopped: what is there is written, and --rows lets the next run go on behind it")
     path = write_result("sparse_passkeys", settings=settings, results={"rows": rows}, label=arguments.label)
     print(table(rows))
     draw(rows, RESULTS / f"{path.stem}.png")
@@ -201,6 +196,7 @@ class Asked:
         import torch
 
         from attnconv.attention_modules.counting import counting
+        from attnconv.compat import cache_argument
 
         layers, mask = self._layers(), self._mask
         began = time.process_time()
@@ -211,23 +207,13 @@ class Asked:
                 for step in range(tokens.shape[1] + NEW_TOKENS - 1):
                     new = tokens[:, step : step + 1] if step < tokens.shape[1] else answers[-1]
                     mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                    given = {"position_ids": mask.sum(-1, keepdim=True) - 1, "past_key_values": cache}
+                    given = {"position_ids": mask.sum(-1, keepdim=True) - 1, cache_argument(self.model.forward): cache}
                     logits = self.model(new, attention_mask=mask.long(), use_cache=True, **given).logits
                     if step >= tokens.shape[1] - 1:
                         answers.append(logits[:, -1:].argmax(-1))
                 total = counter.total
         row = self._judged([self.tokenizer.decode(ids) for ids in torch.cat(answers, 1)])
         return {**row, "density": total.density, "cpu_seconds": time.process_time() - began}
-
-    def found_from_the_start(self, rules: list[Rule]) -> dict[str, Any]:
-        """Whole prompts by these rules."""
-        from attnconv.attention_modules.counting import counting
-        from attnconv.evaluate.tasks.retrieval import continuations
-
-        began = time.process_time()
-        with as_rules(self.model, rules), counting(self.model) as counter:
-            texts = continuations(self.model, self.tokenizer, self._ids, NEW_TOKENS)
-        return {**self._judged(texts), "density": counter.total.density, "cpu_seconds": time.process_time() - began}
 
     def _judged(self, texts: list[str]) -> dict[str, Any]:
         right = [answer in text for answer, text in zip(self._answers, texts, strict=True)]
@@ -274,23 +260,14 @@ def filled(model: Any, layers: list[tuple[Any, ...]], mask: Any) -> Any:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each preset, found and density at each share and length."""
-    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    columns = [(tokens, share) for tokens in lengths for share in SHARES]
-    head = ["preset", *(f"{tokens:,} tokens, {share:.0%}" for tokens, share in columns)]
-    wholes = [row for row in rows if row["form"] == "all sparse"]
-    head += [f"all sparse, {wholes[0]['tokens']} tokens, 25%"] if wholes else []
+    """Markdown: a line for each preset, found and density at each length and share."""
+    cells = {(row["preset"], row["tokens"], row["share"]): f"{row['found']} ({row['density']:.2f})" for row in rows}
+    columns = [(tokens, share) for tokens in dict.fromkeys(row["tokens"] for row in rows) for share in SHARES]
+    head = ["numbers found of 12 (density)", *(f"{tokens:,} tokens, {share:.0%}" for tokens, share in columns)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in PRESETS:
-        of_name = [row for row in rows if row["preset"] == name]
-        cells = [
-            f"{row['found']} ({row['density']:.2f})"
-            for tokens, share in columns
-            for row in of_name
-            if (row["tokens"], row["share"]) == (tokens, share) and row["form"] != "all sparse"
-        ]
-        cells += [f"{row['found']} ({row['density']:.2f})" for row in of_name if row in wholes]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        found = [cells.get((name, *column), "") for column in columns]
+        lines.append("| " + " | ".join([name, *found]) + " |")
     return "\n".join(lines)
 
 
@@ -305,9 +282,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(lengths) + 1, figsize=(6 * len(lengths) + 5, 5.5), layout="constrained")
     styles = [(color, line) for line in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors[:7]]
     for axes, tokens in zip(panels, lengths, strict=False):
-        ours = [row for row in rows if row["tokens"] == tokens and row["form"] != "all sparse"]
+        ours = [row for row in rows if row["tokens"] == tokens]
         for (color, line), name in zip(styles, PRESETS, strict=False):
-            points = sorted((row["density"], row["found"]) for row in ours if row["preset"] == name)
+            points = sorted((row["density"], row["found"]) for row in ours if row["preset"] == name) or [(1.0, 0)]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
         dense = next(row["found"] for row in ours if row["preset"] == "dense")
         axes.axhline(dense, color="grey", linewidth=0.8)

@@ -27,7 +27,7 @@ from .executors.one_token import attend_one
 from .executors.pages import attend_pages, choose_pages
 from .slots.canvas import Canvas
 from .slots.scorers import PrefixScorer, Rows, block_shares
-from .slots.selectors import TopBlocks, indices_of
+from .slots.selectors import TopBlocks, TopMass, indices_of
 from .slots.slots import Slots
 
 CHOSEN = "chosen"
@@ -74,7 +74,9 @@ class SparseAttention(AttentionModule):
         """About as many as a choice among like keys attends; `counting` counts those that were."""
         block, slots = self.slots.block, self.slots
         number = (rank - 1).clamp_min(0) // block
-        blocks = torch.maximum(slots.selector.expected(number), slots.forced.number_of(number))
+        blocks, forced = slots.selector.expected(number), slots.forced.number_of(number)
+        # Those that hold the mass may be others than those that are attended anyway.
+        blocks = blocks + forced - 1 if isinstance(slots.selector, TopMass) else torch.maximum(blocks, forced)
         blocks = torch.where(number < slots.dense_blocks, number + 1, torch.minimum(blocks, number + 1))
         return (blocks - 1) * block + (rank - 1) % block + 1
 

@@ -4,7 +4,8 @@ Letters in shapes: those of `slots.canvas`; `E` entries of what stands for queri
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ class LearnedChoice(SparseAttention):
     def queries_together(self) -> int:
         """Queries that share a choice."""
         return 1 if self.slots.by == "token" else self.slots.block
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        """As any module, but what was learned for other heads is answered in one sentence."""
+        given = {
+            name: state_dict[prefix + name] for name in dict(self.named_parameters()) if prefix + name in state_dict
+        }
+        others = [name for name, t in given.items() if t.shape != self.get_parameter(name).shape]
+        if not others:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        name = others[0]
+        # The last of what torch hands on: all errors are reported together.
+        args[-1].append(
+            f"{prefix}{name} was fitted on another model, or for other options: it is "
+            f"{_by(given[name])}, and this layer's is {_by(self.get_parameter(name))}; fit {self.name!r} on this model "
+            "(stage gate)"
+        )
 
     @abstractmethod
     def of_queries(self, queries: Tensor, places: Tensor, scaling: float) -> Tensor:
@@ -149,3 +167,7 @@ class LearnedChoice(SparseAttention):
         num_blocks = -(-call.tokens.length // block)
         shares = self._shares(self._rows_of(call, canvas), columns, number[:, None], num_blocks)
         return self._keep_by(shares, number[:, None], num_blocks)
+
+
+def _by(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

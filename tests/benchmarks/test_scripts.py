@@ -27,6 +27,7 @@ SCRIPTS = [
     "smollm2_lolcats",
     "smollm2_moh",
     "smollm2_passkeys",
+    "sparse_decode",
     "sparse_passkeys",
     "sparse_quality",
     "sparse_speed",

@@ -87,6 +87,15 @@ def test_no_method_is_taken_for_dense_attention(causal: bool, dtype: torch.dtype
             assert not computes_dense(layer(method, causal), dtype=dtype), method
 
 
+@pytest.mark.parametrize(("block", "mass"), [(8, 0.9), (16, 0.8), (64, 0.5)])
+def test_untrained_gates_by_mass_are_not_taken_for_it(block: int, mass: float) -> None:
+    """They find all blocks alike, so that they need as many as there can be, and the first one besides."""
+    for method, options in {"seer": {"gate_dim": 8}, "dsa": {"index_dim": 4, "budget": None}}.items():
+        torch.manual_seed(0)
+        core = create(method, Geometry(4, 2, 8, 8), block=block, mass=mass, **options)
+        assert not computes_dense(core), method
+
+
 def test_images_are_tried_at_a_length_that_is_one() -> None:
     core = layer("agent", causal=False, num_agents=16, layout="image", prefix_tokens=5)
     assert not computes_dense(core)

@@ -126,12 +126,13 @@ class TopMass:
     of_rest: bool = False
 
     def expected(self, number: Tensor) -> Tensor:
-        return (self.mass * (number + 1)).ceil().long()
+        # Of those before the own one, which is attended anyway.
+        return (self.mass * number).ceil().long() + 1
 
     @property
     def telling_share(self) -> float:
-        # One block of twenty may be the one that is rounded up.
-        return 0.8 * (1 - self.mass)
+        # Blocks are rounded up, and those that are attended anyway come on top.
+        return 0.6 * (1 - self.mass)
 
     def keep(self, shares: Tensor, number: Tensor, forced: Tensor) -> Tensor:
         column = torch.arange(shares.shape[-1], device=shares.device)

@@ -110,3 +110,13 @@ def test_what_is_counted_are_the_pairs_with_a_weight(method: str, options: dict)
 def test_impossible_options_are_one_sentence(method: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create(method, GEOMETRY, **options)
+
+
+@pytest.mark.parametrize(("method", "options"), [("seer", {"gate_dim": 8}), ("dsa", {"index_dim": 8})])
+def test_what_was_fitted_on_another_model_is_one_sentence(method: str, options: dict) -> None:
+    fitted = create(method, Geometry(8, 4, 32, 32), **options)
+    with pytest.raises(RuntimeError) as error:
+        create(method, GEOMETRY, **options).load_state_dict(fitted.state_dict())
+    _, said = str(error.value).splitlines()
+    assert "was fitted on another model, or for other options" in said
+    assert f"fit '{method}' on this model" in said
