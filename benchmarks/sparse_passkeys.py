@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_passkeys.py --threads 1 --rows passkeys.jsonl
 
-Twelve prompts of about 600 and twelve of about 2,300 tokens hide a number at three depths. The text is read once, by
+Twelve prompts of about 550 and six of about 2,200 tokens hide a number at three depths. The text is read once, by
 the dense model; then the question and the answer go token by token through the method, in all layers but where a row
 says otherwise, over the keys, values and newest queries of that reading. Blocks are of 16 tokens,
 answers are greedy, in fp32.
@@ -20,7 +20,9 @@ from typing import Any
 
 from common import RESULTS, Rows, add_rows_option, find_data, find_model, parser_of, set_threads, write_result
 
-PROMPTS, LENGTHS, DEPTHS, PER_DEPTH = "longdoc/passkey.jsonl.gz", (2_000, 8_000), (0.1, 0.5, 0.9), 4
+PROMPTS, DEPTHS = "longdoc/passkey.jsonl.gz", (0.1, 0.5, 0.9)
+# Characters of a prompt, and prompts of each depth: half as many of those that take four times as long.
+PER_DEPTH = {2_000: 4, 8_000: 2}
 NEW_TOKENS = 8
 SHARES, BLOCK = (0.5, 0.25, 0.1), 16
 # What says most comes first.
@@ -122,7 +124,7 @@ def main() -> None:
     settings = {"model": folder.name, "dtype": "float32", "block": BLOCK, "prompts": PROMPTS}
     kept, rows = Rows(arguments.rows), []
     try:
-        for chars in LENGTHS:
+        for chars in PER_DEPTH:
             asked = Asked(model, tokenizer, [row for depth in DEPTHS for row in of(prompts, chars, depth)])
             for name, share in [("dense", 1.0), *((name, share) for share in ORDER for name in PRESETS)]:
                 rules = PRESETS[name](share, asked.length) if name in PRESETS else ALL_TOKENS
@@ -139,7 +141,7 @@ def main() -> None:
 
 def of(prompts: list[dict[str, Any]], chars: int, depth: float) -> list[dict[str, Any]]:
     """The first prompts of a length and a depth."""
-    return [row for row in prompts if (row["chars"], row["depth"]) == (chars, depth)][:PER_DEPTH]
+    return [row for row in prompts if (row["chars"], row["depth"]) == (chars, depth)][: PER_DEPTH[chars]]
 
 
 class Asked:
@@ -161,7 +163,7 @@ class Asked:
 
     @property
     def _mask(self) -> Any:
-        """`[12, text]` bool, False for padding."""
+        """`[prompts, text]` bool, False for padding."""
         import torch
 
         texts = [len(ids) - len(self._question) for ids in self._ids]
@@ -261,11 +263,18 @@ def filled(model: Any, layers: list[tuple[Any, ...]], mask: Any) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each preset, found and density at each length and share."""
-    cells = {(row["preset"], row["tokens"], row["share"]): f"{row['found']} ({row['density']:.2f})" for row in rows}
+    cells = {
+        (row["preset"], row["tokens"], share): f"{row['found']} of {row['of']} ({row['density']:.2f})"
+        for row in rows
+        for share in (SHARES if row["preset"] == "dense" else (row["share"],))
+    }
     columns = [(tokens, share) for tokens in dict.fromkeys(row["tokens"] for row in rows) for share in SHARES]
-    head = ["numbers found of 12 (density)", *(f"{tokens:,} tokens, {share:.0%}" for tokens, share in columns)]
+    head = [
+        "numbers found (share of tokens attended)",
+        *(f"{tokens:,} tokens, {share:.0%}" for tokens, share in columns),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in PRESETS:
+    for name in ("dense", *PRESETS):
         found = [cells.get((name, *column), "") for column in columns]
         lines.append("| " + " | ".join([name, *found]) + " |")
     return "\n".join(lines)
@@ -289,7 +298,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         dense = next(row["found"] for row in ours if row["preset"] == "dense")
         axes.axhline(dense, color="grey", linewidth=0.8)
         axes.set(title=f"{tokens:,} tokens; grey: dense", xlabel="tokens attended (share of those before)")
-        axes.set(ylabel="numbers found, of 12", ylim=(-0.5, 12.5), xscale="log")
+        axes.set(ylabel=f"numbers found, of {ours[0]['of']}", xscale="log")
     panels[0].legend(fontsize=6, loc="upper left")
     draw_times(panels[-1])
     figure.savefig(path, dpi=130)
