@@ -60,7 +60,7 @@ def measured(models: dict[str, Any], context: int, steps: int) -> list[dict[str,
     from attnconv.compat import cache_argument
 
     caches = {name: filled(model, context) for name, model in models.items()}
-    token = torch.tensor([[1000]])
+    token = torch.tensor([[100]])
     given = {
         name: {cache_argument(model.forward): caches[name], "use_cache": True, "logits_to_keep": 1}
         for name, model in models.items()
