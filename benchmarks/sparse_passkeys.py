@@ -289,18 +289,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(lengths) + 1, figsize=(6 * len(lengths) + 5, 5.5), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(lengths) + 1, figsize=(5 * len(lengths) + 5, 5.5), layout="constrained")
     styles = [(color, line) for line in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors[:7]]
     for axes, tokens in zip(panels, lengths, strict=False):
         ours = [row for row in rows if row["tokens"] == tokens]
         for (color, line), name in zip(styles, PRESETS, strict=False):
-            points = sorted((row["density"], row["found"]) for row in ours if row["preset"] == name) or [(1.0, 0)]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
+            points = sorted((row["density"], row["found"]) for row in ours if row["preset"] == name)
+            shares, found = ([point[n] for point in points] for n in (0, 1))
+            axes.plot(shares, found, marker="o", markersize=4, color=color, linestyle=line, label=name)
         dense = next(row["found"] for row in ours if row["preset"] == "dense")
         axes.axhline(dense, color="grey", linewidth=0.8)
         axes.set(title=f"{tokens:,} tokens; grey: dense", xlabel="tokens attended (share of those before)")
         axes.set(ylabel=f"numbers found, of {ours[0]['of']}", xscale="log")
-    panels[0].legend(fontsize=6, loc="upper left")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=7)
     draw_times(panels[-1])
     figure.savefig(path, dpi=130)
     print(f"drawn to {path}")
