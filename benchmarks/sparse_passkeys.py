@@ -301,7 +301,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(dense, color="grey", linewidth=0.8)
         axes.set(title=f"{tokens:,} tokens; grey: dense", xlabel="tokens attended (share of those before)")
         axes.set(ylabel=f"numbers found, of {ours[0]['of']}", xscale="log")
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=5)
     draw_times(panels[-1])
     figure.savefig(path, dpi=130)
     print(f"drawn to {path}")
