@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,8 @@ class Routing(NamedTuple):
         """The `active` highest scores of each token, of equal ones any."""
         if active == scores.shape[-1]:
             return cls(scores)
-        return cls(scores, scores.detach().topk(active, -1).indices)
+        known = scores.detach() if scores.requires_grad else scores
+        return cls(scores, known.topk(active, -1).indices)
 
     @property
     def chosen(self) -> Tensor:
@@ -94,6 +96,12 @@ class HeadUse(NamedTuple):
     moments: Tensor
     contribution: Tensor
     first: Tensor
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Nothing where it is off already: one more switch would take as long as the gates of a single token."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 class HeadGate(SoftmaxAttention):
@@ -169,7 +177,7 @@ class HeadGate(SoftmaxAttention):
         Returns:
             a scalar: `choices * sum(share of all choices made * mean share of the scores)`.
         """
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             routing = self.routing(*self._inputs(query, hidden_states, valid))
         scores = routing.scores
         keep = torch.ones_like(scores[..., 0], dtype=torch.bool) if valid is None else valid
@@ -220,7 +228,7 @@ class HeadGate(SoftmaxAttention):
         if gates is None:
             gates = self._gates(query, hidden_states, valid)
         # Products with factors of exactly 1 change no bit, whatever the dtype.
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             out = self.refine(mixed.to(gates.dtype)) * gates[..., None]
         if valid is not None:
             out = out.masked_fill(~valid[:, None, :, None], 0.0)
@@ -243,10 +251,10 @@ class HeadGate(SoftmaxAttention):
         if not gathering_pays(query, key):
             return None
         gates = self._gates(query, hidden_states, None)
-        return ChosenHeads(gates, gathered_attention(query, key, value, gates != 0, scaling))
+        return ChosenHeads(gates, gathered_attention(query, key, value, gates, scaling))
 
     def _gates(self, query: Tensor, hidden_states: Tensor | None, valid: Tensor | None) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device.type):
             return self.gates(*self._inputs(query, hidden_states, valid))
 
     def _inputs(

@@ -33,24 +33,24 @@ def gathering_pays(query: Tensor, key: Tensor) -> bool:
     return query.shape[2] == key.shape[2] >= LEAST_QUERIES and torch.get_num_threads() == 1
 
 
-def gathered_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scaling: float) -> Tensor | None:
+def gathered_attention(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, scaling: float) -> Tensor | None:
     """Causal softmax attention of what is chosen.
 
     Args:
         query: `[batch, H, T, head_dim]`, of the newest tokens.
         key: `[batch, K, S, head_dim]`; S is T, or T is 1.
         value: `[batch, K, S, value_dim]`.
-        chosen: `[batch, H, T]` bool.
+        gates: `[batch, H, T]`, 0 where nothing is chosen.
         scaling: factor on query-key products.
 
     Returns:
         `[batch, H, T, value_dim]`, 0 where nothing is chosen; None where so much is that all heads take no longer.
     """
     if query.shape[2] == 1:
-        return _attend_one_token(query, key, value, chosen, scaling)
+        return _attend_one_token(query, key, value, gates, scaling)
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     # `[batch, K, group, T]`
-    wanted = chosen.unflatten(1, (kv_heads, group))
+    wanted = (gates != 0).unflatten(1, (kv_heads, group))
     if float(wanted.float().mean()) > GATHERED_SHARE:
         return None
     out = value.new_zeros(*query.shape[:3], value.shape[-1])
@@ -68,12 +68,12 @@ def gathered_attention(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor
     return out
 
 
-def _attend_one_token(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scaling: float) -> Tensor | None:
+def _attend_one_token(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, scaling: float) -> Tensor | None:
     """The same for the newest token of one sequence: KV heads none of whose query heads is chosen are not read."""
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     # On a CPU one list is read faster than many small tensors.
-    flags: list[bool] = chosen.flatten().tolist()
-    wanted = [head for head in range(kv_heads) if any(flags[head * group : (head + 1) * group])]
+    factors: list[float] = gates.flatten().tolist()
+    wanted = [head for head in range(kv_heads) if any(factors[head * group : (head + 1) * group])]
     if len(wanted) == kv_heads:
         return None
     # `[1, K, group, head_dim]`: query heads that share keys are the rows of one product.

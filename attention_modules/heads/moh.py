@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -237,4 +238,4 @@ def _shared(geometry: Geometry, options: MohOptions) -> list[int]:
 
 
 def _linear(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    return hidden_states @ weight.to(hidden_states.dtype).T
+    return F.linear(hidden_states, weight.to(hidden_states.dtype))
