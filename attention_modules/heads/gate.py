@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -98,12 +97,6 @@ class HeadUse(NamedTuple):
     first: Tensor
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Nothing where it is off already: one more switch would take as long as the gates of a single token."""
-    is_on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
-
-
 class HeadGate(SoftmaxAttention):
     """Softmax attention with a gate on each head and token.
 
@@ -177,7 +170,7 @@ class HeadGate(SoftmaxAttention):
         Returns:
             a scalar: `choices * sum(share of all choices made * mean share of the scores)`.
         """
-        with _without_autocast(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
             routing = self.routing(*self._inputs(query, hidden_states, valid))
         scores = routing.scores
         keep = torch.ones_like(scores[..., 0], dtype=torch.bool) if valid is None else valid
@@ -228,7 +221,7 @@ class HeadGate(SoftmaxAttention):
         if gates is None:
             gates = self._gates(query, hidden_states, valid)
         # Products with factors of exactly 1 change no bit, whatever the dtype.
-        with _without_autocast(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
             out = self.refine(mixed.to(gates.dtype)) * gates[..., None]
         if valid is not None:
             out = out.masked_fill(~valid[:, None, :, None], 0.0)
@@ -254,7 +247,7 @@ class HeadGate(SoftmaxAttention):
         return ChosenHeads(gates, gathered_attention(query, key, value, gates, scaling))
 
     def _gates(self, query: Tensor, hidden_states: Tensor | None, valid: Tensor | None) -> Tensor:
-        with _without_autocast(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
             return self.gates(*self._inputs(query, hidden_states, valid))
 
     def _inputs(
