@@ -48,6 +48,8 @@ def test_the_way_to_a_report(
     assert "prefill" in timed.stdout
     assert "decode" in timed.stdout
     assert "peak memory is above the weights" in timed.stdout
+    # Pictures take as long as all else, and are looked at where reports are.
+    monkeypatch.setattr("attnconv.evaluate.report.markdown.to_png", lambda figure: b"")
     reported = run("report", folders[0])
     assert reported.exit_code == 0, reported.stderr
     assert {path.name for path in (folders[0] / "results").iterdir()} >= {
@@ -57,8 +59,6 @@ def test_the_way_to_a_report(
         "report.md",
     }
     assert "results/report.md" in (folders[0] / "README.md").read_text()
-    # The report had pictures of its own, which take as long as all else.
-    monkeypatch.setattr("attnconv.evaluate.report.markdown.to_png", lambda figure: b"")
     page = tmp_path / "compare.html"
     compared = run("compare", *folders, "--output", page)
     assert compared.exit_code == 0, compared.stderr

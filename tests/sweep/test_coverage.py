@@ -1,4 +1,4 @@
-"""Which model types can be converted: dozens in every run of the suite, all that transformers has in the slow one."""
+"""Which model types can be converted: a dozen in every run of the suite, all that transformers has in the slow one."""
 
 import json
 import os
@@ -14,15 +14,15 @@ Verdicts = dict[str, dict[str, Verdict]]
 
 FAST = {
     "causal_lm": (
-        *("llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"),
+        *("llama", "qwen3", "gemma2", "gpt2"),
         # Mixtures of experts, latent attention, recurrent layers beside attention, layers that share keys.
-        *("mixtral", "gpt_oss", "deepseek_v3", "deepseek_v32", "qwen3_next", "falcon_h1", "gemma3n_text", "gemma3"),
+        *("gpt_oss", "deepseek_v3", "qwen3_next", "gemma3n_text"),
         # Rotary positions from a table of sines instead of frequencies.
         "gptj",
     ),
-    "masked_lm": ("bert", "modernbert"),
-    "seq2seq": ("t5", "bart", "whisper"),
-    "vision": ("vit", "dinov2", "clip"),
+    "masked_lm": ("modernbert",),
+    "seq2seq": ("t5", "whisper"),
+    "vision": ("vit", "clip"),
 }
 REFUSED = {"causal_lm": ("bloom", "mamba", "doge")}
 # Types that must never be lost, beside the numbers of all.
@@ -79,7 +79,7 @@ def test_every_wanted_type_exists() -> None:
     for types in (FAST, REFUSED, REQUIRED):
         for mapping, names in types.items():
             assert set(names) <= auto_classes(mapping).keys()
-    assert sum(map(len, FAST.values())) >= 25
+    assert sum(map(len, FAST.values())) >= 12
 
 
 @pytest.mark.slow
