@@ -4,7 +4,7 @@ The rule is what was measured on one thread of an AMD EPYC, 9 query and 3 KV hea
 SDPA's causal kernel needs for all heads, 2,048 tokens take 0.75 x with half of the pairs of tokens and KV heads, 0.6 x
 with a third, 0.8 to 0.9 x with two thirds and 1.15 x with all. A single token takes 0.26 x with one of three KV heads
 and 0.5 x with two over 32,768 others, 0.4 x and 0.75 x over 8,192. Over 2,048 gates take about as long
-as the kernel, so that nothing is saved against a layer without them: 0.9 to 1.0 x with one KV head and 1.5 x with two,
+as the kernel, so that nothing is saved against a layer without them: about 1 x with one KV head and 1.5 x with two,
 where the kernel and gates together take 1.8 x. In bf16 such products are slower than the kernel.
 
 Letters in shapes: `H` query heads, `K` KV heads, `T` queries, `S` keys.
