@@ -7,7 +7,7 @@ import torch
 from invariants import LONG, Row, leads, with_segments
 
 # What further options of a method leave to the long tests: parameters of tests by name, and the values meant ...
-LONG_TESTS: dict[str, tuple[object, ...]] = {"grad_mode": (True,), "dtype": (torch.float32,), "seed": (1, 2)}
+LONG_TESTS: dict[str, tuple[object, ...]] = {"grad_mode": (True,), "dtype": (torch.float32,)}
 # ... and whole tests, by name: what they look at is the same code for all options of a method.
 LONG_OF_OTHERS = {
     "test_nothing_is_copied_to_the_device_in_a_call",
@@ -15,6 +15,7 @@ LONG_OF_OTHERS = {
     "test_oracle_over_several_segments",
     "test_no_tokens_have_no_output",
     "test_single_tokens_go_on_behind_a_rounded_prompt",
+    "test_finite",
 }
 # What the first options leave to them too where gradients are wanted, with which it takes as long and says little more.
 LONG_WITH_GRADIENTS = {"test_nothing_is_copied_to_the_device_in_a_call", "test_bfloat16_weights_keep_an_fp32_state"}

@@ -96,7 +96,7 @@ def random_mask(rng: random.Random, batch: int, length: int) -> torch.Tensor | N
     return masks[kind]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @causal_rows
 def test_random_conversations(row: Row, seed: int) -> None:
     """Turns that are padded somehow, recorded and partly taken back, in rows that change places: each as if alone."""

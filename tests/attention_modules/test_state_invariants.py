@@ -37,7 +37,6 @@ FEWER_TURNS = [
     ("torch", "sevens", False),
     ("torch", "tokens", False),
     ("torch", "mixed", True),
-    ("naive", "few", False),
 ]
 
 

@@ -145,7 +145,7 @@ runpy.run_module("attnconv", run_name="__main__", alter_sys=True)
 def test_ctrl_c_then_resume(environment: dict[str, str], teacher: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["convert", teacher, "--recipe", "quickstart", "--output", output]
-    for change in ("stages.*.tokens=7680", "stages.*.batch_size=1", "stages.*.save_every=1", "evaluate.tokens=768"):
+    for change in ("stages.*.tokens=3840", "stages.*.batch_size=1", "stages.*.save_every=1", "evaluate.tokens=768"):
         arguments += ["--set", change]
     stopped = fresh_process.run("-c", INTERRUPTED, *map(str, arguments), env=environment)
     assert stopped.returncode == 130

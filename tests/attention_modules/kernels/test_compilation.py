@@ -15,12 +15,13 @@ BLOCKS = {"blocks": 3, "blocks-decode": 2}
 POOLS = {"pooled-largest": 1, "pooled-mass": 1, "pooled-each": 1}
 
 
-# Compiling takes seconds a kernel: each of them for one target here, for the others and wider in the long tests.
+# Compiling takes seconds a kernel: some of them for one target here, all for all of them and wider in the long tests.
 @pytest.mark.parametrize(
     ("head_dim", "targets", "operators"),
     [
-        (64, [90], FORMS),
+        (64, [90], {"hybrid": 3, "decode": 1}),
         (64, [90], GATES),
+        pytest.param(64, [90], FORMS, marks=pytest.mark.slow),
         pytest.param(64, [90], BLOCKS, marks=pytest.mark.slow),
         pytest.param(64, [80, 100], FORMS, marks=pytest.mark.slow),
         pytest.param(64, [80, 100], GATES, marks=pytest.mark.slow),
@@ -34,8 +35,9 @@ POOLS = {"pooled-largest": 1, "pooled-mass": 1, "pooled-each": 1}
         pytest.param(256, [80, 100], {"decode": 1}, marks=pytest.mark.slow),
     ],
     ids=[
-        "64",
+        "64-hybrid",
         "64-gates",
+        "64",
         "64-blocks",
         "64-all",
         "64-gates-all",

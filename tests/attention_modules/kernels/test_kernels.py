@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 
 # A second or two each.
 LONG = {"fused-37-padded", "hybrid-features-512", "hybrid-memory-bf16", "module-lolcats-long-window"}
-LONG |= {"module-lolcats-absolute"}
+LONG |= {"module-lolcats-absolute", "hybrid-absolute-bf16", "fused-absolute-bf16"}
+LONG |= {"hybrid-fp16", "fused-fp16", "fused-wide-bf16"}
 
 
 @pytest.mark.parametrize("case", cases_of(SCRIPT, long=LONG))

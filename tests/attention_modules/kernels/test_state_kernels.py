@@ -20,7 +20,9 @@ LONG = {
     "module-gated-vector",
     "vector-packed",
 }
-LONG |= {"module-liger-vector", "vector-37-padded", "vector-123"}
+LONG |= {"module-liger-vector", "vector-37-padded", "vector-123", "vector-decay-cuts"}
+# Settings of modules whose first ones are seen in every run.
+LONG |= {"module-lightning-kv-head", "module-gated-normalized", "module-liger-kv-head"}
 
 
 @pytest.mark.parametrize("case", cases_of(SCRIPT, long=LONG))
