@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         name = item.originalname
         is_long = name in LONG_WITH_GRADIENTS and given.get("grad_mode") is True
+        is_long = is_long or row.for_long_tests
         if not leads(row):
             is_long = is_long or name in LONG_OF_OTHERS
             is_long = is_long or any(key in given and given[key] in values for key, values in LONG_TESTS.items())

@@ -15,6 +15,7 @@ class Row:
 
     `degenerate` holds the options under which the method is softmax attention (None: there are none, with the reason).
     The oracle of one that `walks` goes from token to token, so it is not drawn long.
+    One that is `for_long_tests` is not drawn elsewhere: what sets it apart is seen by itself in tests of its own.
     Where head counts must have a factor, geometries are `widened` by it: query heads, KV heads.
     A row that is not `bidirectional` is refused for layers that look both ways, one that is not `causal` for others.
     """
@@ -26,6 +27,7 @@ class Row:
     bidirectional: bool = True
     causal: bool = True
     walks: bool = False
+    for_long_tests: bool = False
     widened: tuple[int, int] = (1, 1)
 
     @property

@@ -15,6 +15,7 @@ ROWS = [
         no_degenerate_because=PURE,
         bidirectional=False,
         walks=True,
+        for_long_tests=True,
     ),
     Row(
         "gated",
@@ -22,5 +23,6 @@ ROWS = [
         no_degenerate_because=PURE,
         bidirectional=False,
         walks=True,
+        for_long_tests=True,
     ),
 ]

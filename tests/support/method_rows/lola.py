@@ -8,6 +8,7 @@ ROWS = [
         degenerate=WIDE,
         bidirectional=False,
         walks=True,
+        for_long_tests=True,
     ),
     Row(
         "lola",
@@ -15,5 +16,6 @@ ROWS = [
         degenerate=WIDE,
         bidirectional=False,
         walks=True,
+        for_long_tests=True,
     ),
 ]
