@@ -55,7 +55,9 @@ class SparseAttention(AttentionModule):
 
     @classmethod
     def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        """Choices are made in the order of time."""
+        """Choices are made in the order of time, and one token is no block."""
+        if getattr(options, "query", None) == "block" and options.decode == "sparse":
+            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         if geometry.causal:
             return None
         return f"{cls.name!r} chooses in the order of time, so it cannot serve a bidirectional layer"
@@ -86,7 +88,12 @@ class SparseAttention(AttentionModule):
             self._note_all(call)
             return attend_dense_naive(call, causal=True)
         canvas = Canvas.of(call, self.slots.block)
-        return attend_masked_naive(call, self._visible(call, canvas, self._choice(call, canvas), 0, call.length))
+        chosen = self._visible(call, canvas, self._choice(call, canvas), 0, call.length)
+        return self.naive_with_rest(attend_masked_naive(call, chosen), call, chosen)
+
+    def naive_with_rest(self, out: Tensor, call: Call, chosen: Tensor) -> Tensor:
+        """As `with_rest`, every weight written out, where `chosen` `[B, KV, T, S]` bool are attended."""
+        return out
 
     def attend_torch(self, call: Call, memory: Memory) -> Tensor:
         """By gathering on a CPU, where that pays for whole blocks of queries; else under a mask."""
@@ -261,8 +268,7 @@ class SparseAttention(AttentionModule):
             number, most = canvas.positions(call.length).clamp_min(0) // slots.block, canvas.num_blocks
         shares = None
         if slots.scorer is not None and columns is not None:
-            rows = self._rows(call, canvas)
-            blocks = canvas.num_blocks
+            rows, blocks = self._rows(call, canvas), canvas.num_blocks
             shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=most, num_blocks=blocks)
         return self._keep_by(shares, number, canvas.num_blocks)
 
@@ -366,8 +372,7 @@ class SparseAttention(AttentionModule):
     def _note_all(self, call: Call) -> None:
         """Note that each query attended all tokens up to its own."""
         if self.counts_tokens:
-            real = call.tokens.real.cumsum(-1)
-            self.tokens_counted = real[:, call.past :].double()
+            self.tokens_counted = call.tokens.real.cumsum(-1)[:, call.past :].double()
 
     def _note(self, blocks_before: Tensor, position: Tensor) -> None:
         """Note how many tokens each query attended, for `counting`.

@@ -1,12 +1,11 @@
 """HiP: blocks found by halving stretches of keys, in as many steps as the logarithm of their number."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...geometry import Geometry
 from ...registry import register
 from ...state import AttentionState
 from ...tokens import Call
@@ -50,13 +49,6 @@ class HipAttention(SparseAttention):
     """
 
     options: HipOptions
-
-    @classmethod
-    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        """One token is no block of queries."""
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
-        return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:
         return self.options.slots(selector=TopBlocks(blocks=self.options.blocks), by=self.options.query)

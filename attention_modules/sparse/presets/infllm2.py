@@ -58,8 +58,6 @@ class InfLlm2Attention(SparseAttention):
                 f"kernel={options.kernel} and stride={options.stride} do not fit block={options.block}: a mean lies "
                 "inside a block, and strides fill it"
             )
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:

@@ -7,10 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...contract import Memory
 from ...geometry import Geometry
 from ...registry import register
-from ...softmax import attend_dense_naive
 from ...state import AttentionState
 from ...tokens import Call
 from ...window import LOG2E, divide, softmax_terms, window_mask, windowed_softmax
@@ -72,8 +70,6 @@ class NativeSparseAttention(SparseAttention):
         """Gates read the layer's input."""
         if geometry.hidden_size is None:
             return f"{cls.name!r} reads the layer's input, whose size is not known"
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:
@@ -103,19 +99,13 @@ class NativeSparseAttention(SparseAttention):
         self.gate_weight.zero_()
         self.places.zero_()
 
-    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
-        memory.pop(CHOSEN, None)
-        if self._is_dense(call):
-            self._note_all(call)
-            return attend_dense_naive(call, causal=True)
-        canvas, tokens = Canvas.of(call, self.slots.block), call.tokens
-        chosen = self._visible(call, canvas, self._choice(call, canvas), 0, call.length)
+    def naive_with_rest(self, out: Tensor, call: Call, chosen: Tensor) -> Tensor:
+        tokens = call.tokens
         if self.counts_tokens:
             self._note_union(call, lambda start, stop: chosen[:, :, start:stop])
         inside = window_mask(call.length, tokens.length, self.options.window, causal=True, device=chosen.device)
         seen = (inside & tokens.real[:, None])[:, None].expand_as(chosen)
-        branches = [attend_masked_naive(call, chosen), self._compressed_naive(call), attend_masked_naive(call, seen)]
-        return self._gated(call, branches)
+        return self._gated(call, [out, self._compressed_naive(call), attend_masked_naive(call, seen)])
 
     def _compressed_naive(self, call: Call) -> Tensor:
         """Row by row: how much each real token makes of what stands for each whole block, then who sees that."""

@@ -65,8 +65,6 @@ class SeerAttention(LearnedChoice):
         """Gates turn pairs of entries."""
         if options.gate_dim % 2:
             return f"gate_dim={options.gate_dim} is odd, and a rotary embedding turns pairs"
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:

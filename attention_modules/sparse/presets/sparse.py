@@ -50,8 +50,6 @@ class ComposedSparseAttention(SparseAttention):
         """Choices must fit one another."""
         if options.blocks is not None and (options.mass is not None or options.density is not None):
             return "give blocks, mass or density, not two of them"
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         if options.summary == "antidiagonals":
             if options.query in ("token", "first"):
                 return f"antidiagonals are of whole blocks of queries, so query: {options.query} cannot choose by them"

@@ -1,7 +1,7 @@
 """Sparse attention with a linear remainder: what no choice sees one by one is seen through sums."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from ...linear.feature_maps import FEATURE_MAPS, FeatureMap, FeatureMapName
 from ...registry import register
 from ...state import AttentionState
 from ...tokens import Call
+from ...window import divide
 from ..base import SparseAttention
 from ..options import ChoosingOptions
 from ..slots.canvas import Canvas, with_values
@@ -72,12 +73,6 @@ class SparseLinearAttention(SparseAttention):
         self.mixing = nn.Parameter(torch.empty(geometry.num_heads))
         self._reset_mixing()
 
-    @classmethod
-    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
-        return super().why_unsupported(geometry, options)
-
     def make_slots(self) -> Slots:
         return self.options.slots(scorer=Means(), selector=self.options.selector, by=self.options.query)
 
@@ -99,12 +94,8 @@ class SparseLinearAttention(SparseAttention):
     def _features(self) -> int:
         return self.key_map.output_dim
 
-    def attend_naive(self, call: Call, memory: Memory) -> Tensor:
-        out = super().attend_naive(call, memory)
-        if self._is_dense(call):
-            return out
-        tokens, canvas = call.tokens, Canvas.of(call, self.slots.block)
-        chosen = self._visible(call, canvas, self._choice(call, canvas), 0, call.length)
+    def naive_with_rest(self, out: Tensor, call: Call, chosen: Tensor) -> Tensor:
+        tokens = call.tokens
         behind = torch.ones(call.length, tokens.length, dtype=torch.bool, device=out.device).tril(call.past)
         rest = ~chosen & behind & tokens.real[:, None, None]
         keys, values, rest = (
@@ -128,14 +119,13 @@ class SparseLinearAttention(SparseAttention):
 
     def _mixed(self, out: Tensor, linear: Tensor, weight: Tensor) -> Tensor:
         """Both parts: `[B, heads, T, V]` each, the second still to be divided by `weight` `[B, heads, T, 1]`."""
-        is_empty = weight == 0
         share = self.mixing.to(linear.dtype).sigmoid()[:, None, None]
         if "linear" in self.left_out:
             share = torch.zeros_like(share)
         if "blocks" in self.left_out:
             share, out = torch.ones_like(share), torch.zeros_like(out)
-        share = share.masked_fill(is_empty, 0.0)
-        return ((1 - share) * out + share * (linear / weight.masked_fill(is_empty, 1.0))).to(out.dtype)
+        share = share.masked_fill(weight == 0, 0.0)
+        return ((1 - share) * out + share * divide(linear, weight)).to(out.dtype)
 
     @torch.no_grad()
     def _choice_of_one(self, call: Call, state: AttentionState, count: Tensor, number: Tensor) -> Tensor:

@@ -46,8 +46,6 @@ class XAttention(SparseAttention):
         """Squares must fill blocks."""
         if options.block % options.stride:
             return f"stride={options.stride} does not divide block={options.block}"
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
         return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:
