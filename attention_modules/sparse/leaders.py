@@ -32,7 +32,8 @@ class LeaderOptions(BlockOptions):
 class LeaderAttention(SparseAttention):
     """Each token attends to what its leader chose, and to all since its leader.
 
-    A choice hangs on the leader and the keys up to it, so prompts, chunks and decoding agree; decoding keeps it.
+    A choice hangs on the leader and the keys up to it, so prompts, chunks and decoding agree; decoding keeps it. The
+    first token of every `interval` leads it, unless a method says otherwise.
     """
 
     options: LeaderOptions
@@ -61,20 +62,33 @@ class LeaderAttention(SparseAttention):
         return None
 
     def _keep(self, call: Call, canvas: Canvas, columns: Tensor | None) -> Tensor:
-        slots, interval = self.slots, self.options.interval
+        slots = self.slots
         assert slots.scorer is not None
         assert columns is not None
         position = canvas.positions(call.length).clamp_min(0)
+        leader, led_by = self._leaders(call, position, canvas.count)
+        rows, blocks = self._rows_of(leader, call, canvas), canvas.num_blocks
+        shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=blocks, num_blocks=blocks)
+        keep = self._keep_by(shares, leader // slots.block, blocks)
+        return self._with_since(take_tokens(keep, led_by), position, leader.gather(1, led_by))
+
+    def _leaders(self, call: Call, position: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Who chooses.
+
+        Args:
+            call: of the layer.
+            position: `[B, T]` int64, where its queries stand in their rows; 0 where they are padding.
+            count: `[B]` int64, real tokens of each row.
+
+        Returns:
+            `[B, R]` int64, positions of tokens that choose; `[B, T]` int64, which of them leads each query.
+        """
+        interval = self.options.interval
         first = position[:, :1] // interval
         # As many as a row can touch.
         leaders = min((call.length - 2) // interval + 2, -(-call.tokens.length // interval))
         leader = (first + torch.arange(leaders, device=position.device)) * interval
-        leader = torch.minimum(leader, (canvas.count[:, None] - 1).clamp_min(0))
-        rows, blocks = self._rows_of(leader, call, canvas), canvas.num_blocks
-        shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=blocks, num_blocks=blocks)
-        keep = self._keep_by(shares, leader // slots.block, blocks)
-        keep = take_tokens(keep, position // interval - first)
-        return self._with_since(keep, position)
+        return torch.minimum(leader, (count[:, None] - 1).clamp_min(0)), position // interval - first
 
     def _rows_of(self, leader: Tensor, call: Call, canvas: Canvas) -> Rows:
         """Leaders at these positions `[B, R]`, as the scorer sees them."""
@@ -90,22 +104,21 @@ class LeaderAttention(SparseAttention):
         own = take_tokens(scorer.of_prefixes(canvas.keys.detach()).flatten(2, 3), leader)
         return Rows(entries, leader // block - 1, own)
 
-    def _with_since(self, keep: Tensor, position: Tensor) -> Tensor:
+    def _with_since(self, keep: Tensor, position: Tensor, leader: Tensor) -> Tensor:
         """What leaders chose `[B, KV, T, N]`, with the blocks since them."""
-        block, interval = self.slots.block, self.options.interval
+        block = self.slots.block
         column = torch.arange(keep.shape[-1], device=keep.device)
-        start = position // interval * interval
-        if self.leads_dense:
-            start = torch.where(position == start, 0, start)
+        start = torch.where(position == leader, 0, leader) if self.leads_dense else leader
         number, start = ((t // block)[:, None, :, None] for t in (position, start))
         return keep | (column >= start) & (column <= number)
 
     def _choice_kept(self, call: Call, state: AttentionState) -> tuple[Tensor, Tensor]:
-        tokens, interval = call.tokens, self.options.interval
+        tokens = call.tokens
         total = torch.full((len(call.query),), tokens.length, device=call.query.device)
         count = total if tokens.valid is None else tokens.valid.sum(-1).clamp_min(1)
         position = count - 1
-        leader = position // interval * interval
+        leaders, led_by = self._leaders(call, position[:, None], count)
+        leader = leaders.gather(1, led_by)[:, 0]
         chosen, led = state.memory.get(CHOSEN), state.memory.get(LEADER)
         # A leader chooses, though one at its place did before: that one may have been taken back.
         if chosen is None or led is None or not _is_kept(led.flatten(), leader, position):
@@ -115,17 +128,16 @@ class LeaderAttention(SparseAttention):
             if chosen.device.type == "cpu":
                 chosen = chosen[..., : int(keep.sum(-1).max())]
             state.memory[CHOSEN], state.memory[LEADER] = chosen, leader[:, None, None, None]
-        indices = self._indices_since(chosen, position, -(-tokens.length // self.slots.block))
+        indices = self._indices_since(chosen, position, leader, -(-tokens.length // self.slots.block))
         if self.counts_tokens:
             self._note((indices[:, :, 0] >= 0).sum(-1)[..., None] - 1, position[:, None])
         return indices, count
 
-    def _indices_since(self, chosen: Tensor, position: Tensor, num_blocks: int) -> Tensor:
+    def _indices_since(self, chosen: Tensor, position: Tensor, leader: Tensor, num_blocks: int) -> Tensor:
         """What leaders chose `[B, KV, 1, K]`, with the blocks since them, for tokens at these positions `[B]`."""
-        block, interval = self.slots.block, self.options.interval
-        number, leader = position // block, position // interval * interval
+        block, number = self.slots.block, position // self.slots.block
         # The newest first, as far as they are not the leader's own block, which it chose.
-        since = number[:, None] - torch.arange(-(-interval // block), device=number.device)
+        since = number[:, None] - torch.arange(-(-self.options.interval // block), device=number.device)
         since = since.masked_fill(since <= (leader // block)[:, None], -1)
         indices = torch.cat([since[:, None, None].expand(-1, chosen.shape[1], -1, -1), chosen], -1)
         if not self.leads_dense or (position.device.type == "cpu" and not bool((position == leader).any())):

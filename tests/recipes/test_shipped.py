@@ -66,6 +66,7 @@ SHIPPED = [
     "sparse",
     "sparse-linear",
     "strided",
+    "token-select",
     "upcycle-granular",
     "upcycle-mixtral",
     "upcycle-qwen3",

@@ -11,6 +11,8 @@ from attnconv.convert.writing.executed import computes_dense
 GEOMETRY = Geometry(4, 2, 16, 24)
 LENGTH = 60
 RECYCLED = ("recycled", {"interval": 7, "budget": 9})
+# Queries of which about a third are like the one that chose last.
+VOTES = ("token_select", {"similarity": 0.1, "interval": 7, "budget": 9, "sink_blocks": 1, "local_blocks": 2})
 LSERVE = ("lserve", {"block": 8, "part": 2, "interval": 4, "budget": 16, "sink_blocks": 0})
 
 
@@ -59,6 +61,47 @@ def test_pages_count_for_the_best_of_their_parts_and_serve_a_few_tokens() -> Non
             assert found == {own, int(shares.argmax())}
 
 
+def leaders_by_likeness(query: Tensor) -> list[int]:
+    """Who chooses for each token with the options of `VOTES`."""
+    wide, leaders = query[0].transpose(0, 1).flatten(1), list[int]()
+    for t in range(LENGTH):
+        is_alike = t % 7 and float(torch.cosine_similarity(wide[leaders[-1]], wide[t], 0)) >= 0.1
+        leaders.append(leaders[-1] if is_alike else t)
+    return leaders
+
+
+def test_all_heads_vote_for_tokens_and_like_queries_keep_what_was_chosen() -> None:
+    name, options = VOTES
+    query, key, _ = drawn()
+    seen = create(name, GEOMETRY, **options).double().attention_weights(query, key, scaling=0.25) > 0
+    leaders = leaders_by_likeness(query)
+    assert 20 < len(set(leaders)) < 50
+    for t, leader in enumerate(leaders):
+        votes = sum((0.25 * key[0, head // 2, : leader + 1] @ query[0, head, leader]).softmax(0) for head in range(4))
+        votes[0] = torch.inf
+        votes[max(leader - 2, 0) :] = torch.inf
+        expected = {*votes.topk(min(9, leader + 1)).indices.tolist(), *range(leader, t + 1)}
+        assert all(set(seen[0, head, t].nonzero().flatten().tolist()) == expected for head in range(4))
+
+
+def test_decoding_votes_only_where_queries_are_unlike() -> None:
+    name, options = VOTES
+    module = create(name, GEOMETRY, **options).double()
+    query, key, value = drawn()
+    choose, chosen = module._choice_of_leader, []
+
+    def noted(call, state, count, leader):
+        chosen.append(int(leader))
+        return choose(call, state, count, leader)
+
+    module._choice_of_leader = noted
+    with torch.no_grad():
+        state = module.new_state()
+        for start, stop in zip((0, *range(30, LENGTH)), (30, *range(31, LENGTH + 1)), strict=True):
+            module(*(t[:, :, start:stop] for t in (query, key, value)), scaling=0.25, state=state)
+    assert chosen == sorted(set(leaders_by_likeness(query)[30:]))
+
+
 @pytest.mark.parametrize("method", [RECYCLED, LSERVE], ids=lambda method: method[0])
 def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: tuple[str, dict]) -> None:
     name, options = method
@@ -83,7 +126,7 @@ def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: 
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("method", [RECYCLED, LSERVE], ids=lambda method: method[0])
+@pytest.mark.parametrize("method", [RECYCLED, VOTES, LSERVE], ids=lambda method: method[0])
 def test_a_choice_is_made_anew_where_its_leader_was_taken_back(method: tuple[str, dict], recorded: bool) -> None:
     name, options = method
     module = create(name, GEOMETRY, **options).double()
@@ -109,7 +152,7 @@ def test_what_became_dense_is_noticed(method: tuple[str, dict]) -> None:
     name, options = method
     module = create(name, Geometry(2, 1, 16, 16), **options)
     assert not computes_dense(module)
-    module._with_since = lambda keep, position: (
+    module._with_since = lambda keep, position, leader: (
         torch.arange(keep.shape[-1]) <= (position // module.slots.block)[:, None, :, None]
     ).expand(keep.shape)
     assert computes_dense(module)
@@ -120,3 +163,5 @@ def test_impossible_options_are_one_sentence() -> None:
         create("lserve", GEOMETRY, part=24)
     with pytest.raises(ValueError, match="interval=5 does not divide block=64"):
         create("lserve", GEOMETRY, interval=5)
+    with pytest.raises(ValueError, match="budget=640 is less than the 641 tokens that are always attended"):
+        create("token_select", GEOMETRY, budget=640)
