@@ -44,6 +44,7 @@ SHIPPED = [
     "lolcats",
     "lolcats-plus",
     "lolcats-vision",
+    "longheads",
     "lserve",
     "moa",
     "moba",

@@ -102,6 +102,26 @@ def test_boxes_are_bounds_and_each_token_chooses_for_itself() -> None:
             assert found == chosen
 
 
+def test_chunks_are_known_by_keys_that_attention_inside_them_weighs() -> None:
+    """LongHeads written out; one query head, whose softmax does not change the order."""
+    block, blocks = 8, 4
+    query, key, _ = (t[:, :1] for t in drawn())
+    module = create("longheads", Geometry(1, 1, 16, 24), block=block, blocks=blocks).double()
+    seen = module.attention_weights(query, key, scaling=0.1) > 0
+    pooled = []
+    for own in key[0, 0, : LENGTH // block * block].split(block):
+        mixed = torch.stack([((own @ token) / 4).softmax(0) @ own for token in own]).mean(0)
+        pooled.append(((own @ mixed) / 4).softmax(0) @ own)
+    for t in range(LENGTH):
+        own = t // block
+        scores = torch.stack(
+            [query[0, 0, t] @ pooled[n] if n < own - 1 else key.new_tensor(torch.inf) for n in range(own + 1)]
+        )
+        scores[0] = torch.inf
+        found = {int(column) // block for column in seen[0, 0, t].nonzero()}
+        assert found == set(scores.topk(min(blocks, own + 1)).indices.tolist())
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [
