@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..base import AttentionModule
 from ..contract import AttentionOptions, Memory
 from ..geometry import Geometry
+from ..image_grid import refuse_padding, why_no_grid
 from ..paths import leaving_out
 from ..registry import register
 from ..tokens import Call
@@ -82,15 +83,7 @@ class AgentAttention(AttentionModule):
         """An image layout for what is no image, or not square."""
         if options.layout == "sequence":
             return None
-        if image_tokens is None:
-            return "the model takes no images: set layout to sequence"
-        patches = image_tokens - options.prefix_tokens
-        if patches >= 1 and math.isqrt(patches) ** 2 == patches:
-            return None
-        return (
-            f"{image_tokens} tokens without {options.prefix_tokens} first ones are no square image: set prefix_tokens "
-            "to the number of class and register tokens, or layout to sequence"
-        )
+        return why_no_grid(image_tokens, options.prefix_tokens)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -195,8 +188,7 @@ class AgentAttention(AttentionModule):
         why_unsupported = self.why_unsupported_tokens(self.options, length)
         if why_unsupported is not None:
             raise ValueError(why_unsupported)
-        if valid is not None and not valid.all():
-            raise ValueError("an image has no padding: set layout to sequence")
+        refuse_padding(valid)
         return math.isqrt(length - self.options.prefix_tokens)
 
     def _grid(self, values: Tensor, valid: Tensor | None) -> Tensor:

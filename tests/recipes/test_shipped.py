@@ -52,6 +52,7 @@ SHIPPED = [
     "moh-groups",
     "native",
     "neighborhood",
+    "neighborhood-vision",
     "ntk-prefix",
     "pool-heads",
     "power",
