@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..attention_modules import Geometry
     from ..evaluate.diagnose.inspection import Inspection, ModuleGroup
     from ..evaluate.diagnose.rewriting import RewriteOutlook
+    from ..evaluate.diagnose.stages import StageOutlook
     from ..recipes import Recipe
     from ..runs import ConversionResult
     from ..runs.demo import DemoResult
@@ -74,8 +75,17 @@ def show_inspection(inspection: "Inspection") -> None:
         console.print(line)
     if inspection.footprints:
         _show_footprints(console, inspection, changed=bool(fate))
+    for place, stage in enumerate(inspection.stages, 1):
+        console.print(f"stage {place} ({stage.kind}): {_stage_line(stage)}")
     for line in inspection.serving:
         console.print(f"serving: {line}")
+
+
+def _stage_line(stage: "StageOutlook") -> str:
+    lengths = ", ".join(count(length) for length in stage.lengths)
+    each = "sequences" if len(stage.lengths) == 1 else "equal shares in sequences"
+    read = f"{count(stage.tokens)} tokens in {each} of {lengths}" if lengths else f"{count(stage.tokens)} images"
+    return f"{read}; {count(stage.steps)} steps of {count(stage.tokens_per_step)}"
 
 
 def _show_rewrite(console: Console, rewrite: "RewriteOutlook") -> None:

@@ -5,9 +5,10 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from ..recipes.stages.calibrate import CalibrateStage
-from .batches import Batch, step_data
+from .batches import Batch
 from .data import TokenStream
 from .images import ImageStream
+from .schedule import stage_data
 from .team import Team
 from .work_folder import StageState
 
@@ -49,14 +50,11 @@ def run_fit(fit: Fit, state: StageState, stream: TokenStream | ImageStream, team
         where it ended.
     """
     stage = fit.stage
-    num_steps = max(1, stage.num_steps // team.size) if stage.steps is None else stage.steps
+    num_steps = stage.steps_of(team.size)
     if state.step >= num_steps:
         return state
     began = time.monotonic()
-    sequences = stream.sequences(stage.sequence_length, state.position)
-    steps = step_data(sequences, batch_size=stage.batch_size, accumulation=1, team=team, collate=stream.collate)
-    for _ in range(num_steps):
-        data = next(steps)
+    for data in stage_data(stage, stream, team, start=state, num_steps=num_steps):
         for batch in data.batches:
             fit.observe(batch)
         tokens = state.tokens + stage.tokens_per_step * team.size

@@ -23,7 +23,7 @@ from .data import TokenStream
 from .distance import output_distance
 from .evaluation_tokens import evaluation_tokens
 from .fit import Fit, run_fit
-from .health import check_perplexity, warn_about_lengths, warn_if_worse
+from .health import check_perplexity, warn_if_worse
 from .images import ImageStream, unit_of
 from .metrics import MetricsFile
 from .objective import Objective
@@ -142,25 +142,6 @@ class Run:
         return evaluation_tokens(self.recipe.evaluate, self.tokenizer)
 
 
-def check_data(run: Run) -> None:
-    """Make the first sequence of every stage, so that bad data are known before anything slow begins.
-
-    Raises:
-        DataError: the data of a stage, or those for evaluation, cannot be used.
-        TrainingError: the model is not one that continues text.
-    """
-    if run.checkpoint.config.is_encoder_decoder:
-        raise TrainingError(
-            f"{run.checkpoint.source} is an encoder-decoder, which no stage can train: use a recipe without."
-        )
-    positions = getattr(run.checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    for stage in run.recipe.stages:
-        next(run.stream(stage).sequences(stage.sequence_length))
-    if run.team.leads:
-        warn_about_lengths({stage_name(i, s): s.sequence_length for i, s in enumerate(run.recipe.stages)}, positions)
-    _ = run.evaluation_tokens
-
-
 def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
     """Run the recipe's stages, or those that are left, and measure before and after each.
 
@@ -200,7 +181,7 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         state = _run(run, trainee, stage, stream, state, moments)
         run.record(_section_key(stream), asdict(state.position))
         label = stage_label(run.recipe, index)
-        run.record(f"training/{label}", _training_figures(run, state, unit_of(stream)))
+        run.record(f"training/{label}", _training_figures(run, stage, state, unit_of(stream)))
         measure(run, trainee.model, label)
         warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else run.start, label)
         if stage.measures_layers:
@@ -315,7 +296,7 @@ def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
         return
     stage = run.recipe.stages[0]
     stream = run.stream(stage)
-    batch = stream.collate([next(stream.sequences(stage.sequence_length))])
+    batch = stream.collate([next(stream.sequences(stage.longest))])
     run.record(f"distance/{label}", output_distance(trainee, batch.to(run.team.device)))
 
 
@@ -383,11 +364,13 @@ def _run(
     return state
 
 
-def _training_figures(run: Run, state: StageState, unit: str) -> dict[str, float]:
-    """Loss at the end of a stage, its tokens or images, and how fast they went by."""
+def _training_figures(run: Run, stage: StageBase, state: StageState, unit: str) -> dict[str, Any]:
+    """Loss at the end of a stage, its lengths, its tokens or images, and how fast they went by."""
     lines = [record for record in MetricsFile(run.work.metrics).records() if record.index == state.stage]
     speed = state.tokens / max(state.seconds, 1e-9)
-    return {**({"loss": lines[-1].loss} if lines else {}), unit: state.tokens, f"{unit}_per_second": speed}
+    lengths = {"sequence_length": stage.sequence_length} if stage.lengths else {}
+    loss = {"loss": lines[-1].loss} if lines else {}
+    return {**loss, **lengths, unit: state.tokens, f"{unit}_per_second": speed}
 
 
 def _section_key(stream: TokenStream | ImageStream) -> str:

@@ -90,7 +90,7 @@ def warn_about_lengths(lengths: Mapping[str, int | None], positions: int | None)
     What is healed on short texts falls apart behind them, and perplexity at that length does not show it.
 
     Args:
-        lengths: tokens of the sequences of each stage, by what messages call it; None for images.
+        lengths: tokens of the longest sequences of each stage, by what messages call it; None for images.
         positions: `max_position_embeddings` of the model, None if it does not say.
     """
     for left, (stage, length) in zip(reversed(range(len(lengths))), lengths.items(), strict=True):

@@ -56,6 +56,7 @@ class Record:
         tokens_per_second: training tokens, by all processes, per second of training.
         layers: relative squared error of each layer's attention output, by module name; empty if not measured.
         unit: what is counted as tokens: `tokens`, or `images`.
+        sequence_length: tokens of the steps' sequences; None for images.
         experts: the load of each layer's experts, by the name of the router; empty without experts.
     """
 
@@ -69,6 +70,7 @@ class Record:
     tokens_per_second: Measured
     layers: dict[str, Measured]
     unit: str = "tokens"
+    sequence_length: int | None = None
     experts: dict[str, ExpertLoad] = field(default_factory=dict)
 
 

@@ -17,13 +17,14 @@ from torch import nn
 
 from ..errors import InterruptedRun, TrainingError
 from ..recipes import StageBase, TrainingStage
-from .batches import StepData, step_data
+from .batches import StepData
 from .data import TokenStream
 from .health import warn_if_repeated
 from .images import ImageStream, unit_of
 from .metrics import ExpertLoad, MetricsFile, Record
 from .objective import Figures, Objective
 from .progress import Progress
+from .schedule import stage_data
 from .stopping import listening
 from .team import Team
 from .trainee import Trainee
@@ -70,9 +71,11 @@ class StageJob:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole stage; its tokens are shared by all processes."""
-        if self.stage.steps is not None:
-            return self.stage.steps
-        return max(1, self.stage.num_steps // self.team.size)
+        return self.stage.steps_of(self.team.size)
+
+    def length_at(self, step: int) -> int | None:
+        """Tokens of the sequences of a step, counted from 0; None for images."""
+        return self.stage.length_at(step, self.num_steps)
 
 
 @dataclass
@@ -173,7 +176,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
             meter.tokens, meter.seconds = meter.tokens + tokens, meter.seconds + seconds
             job.progress.step(meter.mean_loss(), meter.tokens_per_second)
             ends = state.step == job.num_steps
-            if job.team.leads and (ends or state.step % job.stage.log_every == 0):
+            if job.team.leads and _line_is_due(job, state.step):
                 metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], figures.norm))
                 meter = Meter()
             stops = job.team.agree(request.signal is not None)
@@ -186,6 +189,13 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     job.progress.end()
     job.team.wait()
     return state
+
+
+def _line_is_due(job: StageJob, step: int) -> bool:
+    """Whether to write a line of metrics after some steps; each line is about sequences of one length."""
+    if step == job.num_steps or step % job.stage.log_every == 0:
+        return True
+    return job.length_at(step - 1) != job.length_at(step)
 
 
 def _save_is_due(stage: TrainingStage, step: int, seconds: float) -> bool:
@@ -211,16 +221,8 @@ def learning_rate_factor(stage: TrainingStage, step: int, num_steps: int) -> flo
 
 def _data(job: StageJob, state: StageState) -> Iterator[StepData]:
     """The data of the steps that are left."""
-    sequences = job.stream.sequences(job.stage.sequence_length, state.position)
-    steps = step_data(
-        sequences,
-        batch_size=job.stage.batch_size,
-        accumulation=job.stage.gradient_accumulation,
-        team=job.team,
-        collate=job.stream.collate,
-    )
-    for _ in range(state.step, job.num_steps):
-        yield next(steps)
+    accumulation = job.stage.gradient_accumulation
+    return stage_data(job.stage, job.stream, job.team, start=state, num_steps=job.num_steps, accumulation=accumulation)
 
 
 def _step(job: StageJob, optimizer: torch.optim.Optimizer, data: StepData, step: int) -> StepFigures:
@@ -290,6 +292,7 @@ def _record(job: StageJob, state: StageState, meter: Meter, learning_rate: float
         grad_norm=norm,
         tokens_per_second=meter.tokens_per_second,
         unit=unit_of(job.stream),
+        sequence_length=job.length_at(state.step - 1),
         layers=meter.mean_layers(),
         experts=meter.shares(),
     )

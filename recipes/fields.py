@@ -50,6 +50,29 @@ def whole_number(value: object) -> object:
 LARGEST_COUNT = 2**53
 Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_COUNT)]
+
+
+def sequence_lengths(value: object) -> object:
+    """Check the length of a stage's sequences, or a list of lengths.
+
+    Raises:
+        ValueError: one is no whole number of at least 2, or there is none
+    """
+    if not isinstance(value, list):
+        return _sequence_length(value)
+    if not value:
+        raise ValueError("got an empty list; give one length such as 1024, or several such as [512, 1024, 4096]")
+    return [_sequence_length(length) for length in value]
+
+
+def _sequence_length(value: object) -> int:
+    number = whole_number(value)
+    if not isinstance(number, int) or not 2 <= number <= LARGEST_COUNT:
+        raise ValueError(f"a whole number of at least 2 is wanted, got {value!r}")
+    return number
+
+
+Lengths = Annotated[int | list[int], BeforeValidator(sequence_lengths)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]

@@ -23,9 +23,9 @@ from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import save_converted, save_native, write_companions
 from ..convert.writing.self_contained import check_self_contained, write_self_contained
 from ..convert.writing.stream import stream_convert
+from ..distill.checks import check_data
 from ..distill.healing import (
     Run,
-    check_data,
     final_model,
     heal,
     load_converted,

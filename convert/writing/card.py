@@ -237,6 +237,8 @@ def _attention(found: Mapping[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(part) for part in value)
     if isinstance(value, int | float):
         return number(value) if isinstance(value, float) else count(value)
     return str(value).replace("|", "\\|")

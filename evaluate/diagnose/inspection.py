@@ -25,6 +25,7 @@ from ...formats import ranges
 from ...recipes import Recipe
 from ..bench.footprint import LENGTHS, CachedLayer, Footprint, footprints, native_window
 from .rewriting import RewriteOutlook, foresee
+from .stages import StageOutlook, outlook_of
 
 OUTPUT = "DIR"
 """What the result of a recipe is called where nobody has named it yet."""
@@ -73,6 +74,7 @@ class Inspection:
         unmatched: a sentence for each attention rule of the recipe that matches no layer.
         rewrite: what its rewrites make of the model, which is then what the groups show; None without any.
         overwritten: a sentence if weights that the conversion shares with its base were overwritten, else None.
+        stages: what the recipe's stages read, in order; empty without a recipe, or where it does not apply.
         serving: what is known of engines that serve the model as it is, or as a recipe's rewrites make it, a line each;
             empty for models that need this package.
     """
@@ -89,6 +91,7 @@ class Inspection:
     rewrite: RewriteOutlook | None = None
     overwritten: str | None = None
     serving: tuple[str, ...] = ()
+    stages: tuple[StageOutlook, ...] = ()
 
     @property
     def num_modules(self) -> int:
@@ -174,6 +177,7 @@ def inspect_model(
         rewrite=rewrite,
         overwritten=None if carried is None else _overwritten(Path(source).expanduser()),
         serving=_serving(OUTPUT if rewrite is not None else source, config, model_class.__name__) if ordinary else (),
+        stages=outlook_of(recipe) if carried is None else (),
     )
 
 

@@ -65,6 +65,8 @@ def _moments(report: Report) -> Table | None:
 
 def _value(row: Mapping[str, Any], key: str) -> Cell:
     value = row.get(key)
+    if isinstance(value, list):
+        return Cell(", ".join(count(part) if isinstance(part, int) else str(part) for part in value))
     if isinstance(value, bool) or not isinstance(value, int | float | None):
         return Cell(str(value))
     return count_cell(value) if isinstance(value, int) else amount_cell(value)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ..data import DataSection
-from ..fields import Count, CountOrZero, NotNegative, Positive, Section, Text, exactly_one
+from ..fields import Count, CountOrZero, Lengths, NotNegative, Positive, Section, Text, exactly_one
 from ..kinds import Kinds
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ class StageBase(Section, ABC):
         kind: what the stage is.
         tokens: length of the stage in training tokens; either this or `steps`.
         steps: length of the stage in steps; images need this.
-        sequence_length: tokens of one training sequence; null for images, each of which is a sequence.
-        batch_size: sequences a device takes at once.
+        sequence_length: tokens of one training sequence; null for images, each of which is a sequence. A list such as
+            `[512, 1024, 4096]` is a schedule: the lengths get equal shares of the stage's steps, in that order; one
+            that stands there twice gets two.
+        batch_size: sequences a device takes at once; of a schedule those of the longest length, and as many more of a
+            shorter one as have the same tokens.
         precision: dtype of the forward pass; weights that are trained stay fp32.
         data: text of this stage, if it is not that of the recipe.
     """
@@ -48,7 +51,7 @@ class StageBase(Section, ABC):
     kind: str
     tokens: Count | None = None
     steps: Count | None = None
-    sequence_length: Annotated[Count, Field(ge=2)] | None = None
+    sequence_length: Lengths | None = None
     batch_size: Annotated[Count, Field(le=LARGEST_BATCH)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     data: DataSection | None = None
@@ -56,6 +59,26 @@ class StageBase(Section, ABC):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         exactly_one({"tokens": self.tokens is not None, "steps": self.steps is not None})
+        return self
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        tokens = (self.longest or 1) * self.batch_size
+        unfit = next((length for length in self.lengths if tokens % length), None)
+        if unfit is not None:
+            raise ValueError(
+                f"{unfit} tokens do not divide the {tokens} of a batch (batch_size {self.batch_size} of the longest "
+                "sequence_length), which are the same at every length: take lengths that do, such as [512, 1024, 4096]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_for_each_length(self) -> Self:
+        if self.num_steps < len(self.lengths):
+            raise ValueError(
+                f"{self.num_steps} {'step is' if self.num_steps == 1 else 'steps are'} fewer than the "
+                f"{len(self.lengths)} lengths of sequence_length: give the stage more tokens, or fewer lengths"
+            )
         return self
 
     @property
@@ -86,16 +109,39 @@ class StageBase(Section, ABC):
         return {"kind": plain.pop("kind"), **plain}
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the sequences, in the order of the schedule; none for images."""
+        given = self.sequence_length
+        return () if given is None else tuple(given) if isinstance(given, list) else (given,)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest sequences; None for images."""
+        return max(self.lengths, default=None)
+
+    def length_at(self, step: int, num_steps: int) -> int | None:
+        """Tokens of the sequences of a step, counted from 0, of so many; None for images."""
+        return self.lengths[step * len(self.lengths) // num_steps] if self.lengths else None
+
+    def batch_of(self, length: int | None) -> int:
+        """Sequences of a length, or images, that a device takes at once."""
+        return self.batch_size if length is None else (self.longest or length) * self.batch_size // length
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens of one step on one device; an image counts as one."""
-        return (self.sequence_length or 1) * self.batch_size
+        """Tokens of one step on one device, the same at every length; an image counts as one."""
+        return (self.longest or 1) * self.batch_size
 
     @property
     def num_steps(self) -> int:
         """Steps on one device; `tokens` is rounded down to whole steps, but to one step at least."""
+        return self.steps_of(1)
+
+    def steps_of(self, processes: int) -> int:
+        """Steps of each of some processes, which share the tokens."""
         if self.steps is not None:
             return self.steps
-        return max(1, (self.tokens or 0) // self.tokens_per_step)
+        return max(1, (self.tokens or 0) // self.tokens_per_step // processes)
 
     def why_unsupported(self, section: DataSection) -> str | None:
         """Why the stage cannot train on these data, None if it can."""
