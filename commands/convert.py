@@ -75,6 +75,14 @@ def convert(
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Publish the result on the Hub.")] = None,
     private: Private = False,
     device: Device = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--log-to",
+            metavar="TRACKER",
+            help="Send the metrics to tensorboard, trackio or wandb, too; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a model by a recipe, heal it, and save it."""
     if private and push is None:
@@ -108,6 +116,7 @@ def convert(
             self_contained=self_contained,
             device=device,
             progress=progress,
+            log_to=log_to or (),
         )
     show_conversion(result, base=model)
     if push is not None:

@@ -31,6 +31,7 @@ from .packing import Position
 from .progress import Progress
 from .targets import find_targets
 from .team import Team
+from .trackers import Trackers
 from .trainee import Trainee
 from .training import StageJob, run_stage, stage_name
 from .work_folder import StageState, WorkFolder, fingerprint
@@ -58,6 +59,7 @@ class Run:
         origin_digests: digests of the weight files of everything that the rewritten form was made of.
         exactness: how far that is from the origin, for the receipt.
         differs: whether the rewritten form computes something else than the origin, which then is the teacher.
+        trackers: what the lines of metrics are sent to, too.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +75,7 @@ class Run:
     origin_digests: Mapping[str, str] | None = None
     exactness: Mapping[str, Any] | None = None
     differs: bool = False
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def taught_by(self) -> Checkpoint | None:
@@ -352,7 +355,7 @@ def _run(
     """Train or settle a stage from where it stands to its end."""
     objective = stage.objective(trainee, None if stage.adapter is None else trainee.adapters[-1])
     if isinstance(stage, TrainingStage) and isinstance(objective, Objective):
-        job = StageJob(state.stage, stage, objective, trainee, stream, run.team, run.work, run.progress)
+        job = StageJob(state.stage, stage, objective, trainee, stream, run.team, run.work, run.progress, run.trackers)
         return run_stage(job, state, moments)
     assert isinstance(objective, Fit)
     run.progress.phase(f"{stage_name(state.stage, stage)}: observing")

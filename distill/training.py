@@ -27,6 +27,7 @@ from .progress import Progress
 from .schedule import stage_data
 from .stopping import listening
 from .team import Team
+from .trackers import Trackers
 from .trainee import Trainee
 from .work_folder import StageState, WorkFolder
 
@@ -52,6 +53,7 @@ class StageJob:
         team: the processes that share it.
         work: where checkpoints and metrics go.
         progress: whom to tell.
+        trackers: what the lines of metrics are sent to, too.
     """
 
     index: int
@@ -62,6 +64,7 @@ class StageJob:
     team: Team
     work: WorkFolder
     progress: Progress
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def label(self) -> str:
@@ -177,7 +180,9 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
             job.progress.step(meter.mean_loss(), meter.tokens_per_second)
             ends = state.step == job.num_steps
             if job.team.leads and _line_is_due(job, state.step):
-                metrics.append(_record(job, state, meter, optimizer.param_groups[0]["lr"], figures.norm))
+                record = _record(job, state, meter, optimizer.param_groups[0]["lr"], figures.norm)
+                metrics.append(record)
+                job.trackers.log(record)
                 meter = Meter()
             stops = job.team.agree(request.signal is not None)
             if job.team.leads and (ends or stops or _save_is_due(job.stage, state.step, time.monotonic() - saved)):

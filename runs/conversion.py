@@ -3,9 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from ..convert.planning.plan import Plan, make_plan
 from ..convert.planning.probe import probe
 from ..convert.reading.checkpoint import Checkpoint, load_tokenizer, model_class_of, open_checkpoint
 from ..convert.reading.weight_files import is_new_tensor
-from ..convert.rewriting.exactness import Exactness
 from ..convert.writing.card import make_card
 from ..convert.writing.receipt import make_receipt
 from ..convert.writing.save import save_converted, save_native, write_companions
@@ -36,6 +35,7 @@ from ..distill.healing import (
 from ..distill.health import check_finite, warn_if_not_finite
 from ..distill.progress import Progress, Silent
 from ..distill.team import find_team
+from ..distill.trackers import Trackers, check_trackers
 from ..distill.trainee import Trainee
 from ..distill.work_folder import WorkFolder
 from ..errors import OutputError, PlanError, TrainingError
@@ -47,40 +47,12 @@ from .executed import STREAMED, count_executed
 from .figures import metric_rows, start_distance, write_figures
 from .identity import digest_weights, find_revisions, run_identity
 from .pruning import check_model, check_observed, without_unused_heads
+from .result import ConversionResult
 from .rewriting import Base, rewritten_base, write_native
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
-
-
-@dataclass(frozen=True)
-class ConversionResult:
-    """What a conversion did.
-
-    Attributes:
-        output: the folder written.
-        plan: what was converted how.
-        metrics: one row per moment, in order, each with its `"stage"`: `"teacher"`, `"rewrite"` where a rewrite
-            changed what the model computes, `"swap"` where attention was converted, then the stages; with
-            `"perplexity"` and `"bits_per_character"` if the recipe asks for them, and, for stages, `"loss"`,
-            `"tokens"` and `"tokens_per_second"`, or `"images"` and `"images_per_second"`.
-        start_distance: how far the layers' outputs were from softmax attention's right after the swap; empty if no
-            stage has text to measure it on.
-        seconds: wall time.
-        exactness: how far the rewritten model was from its source; None without a rewrite.
-        self_contained: whether the output brings all its code along.
-        linked: whether weight files of the output are hard links to the base's: who overwrites those changes both.
-    """
-
-    output: Path
-    plan: Plan = field(repr=False)
-    metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
-    start_distance: Mapping[str, float]
-    seconds: float
-    exactness: Exactness | None = field(default=None, repr=False)
-    self_contained: bool = field(default=False, repr=False)
-    linked: bool = field(default=False, repr=False)
 
 
 def run_conversion(
@@ -98,6 +70,7 @@ def run_conversion(
     self_contained: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
+    log_to: Sequence[str] = (),
 ) -> ConversionResult:
     """Convert a model by a recipe, heal it, and save it.
 
@@ -122,6 +95,8 @@ def run_conversion(
         device: where to compute, as torch names it; None means the accelerator if there is one.
         progress: whom to tell; None means nobody; `TerminalProgress` of `attnconv.distill` draws bars
             on standard error, its `LineProgress` writes lines.
+        log_to: experiment trackers that get the lines of `metrics.jsonl` too: `tensorboard`, whose files go to
+            `attnconv-logs` beside the output, `trackio` or `wandb`.
 
     Raises:
         AttnConvError: one of its kinds, in one sentence, whatever is wrong with model, recipe, data or output.
@@ -129,6 +104,9 @@ def run_conversion(
     began = time.monotonic()
     output = Path(output).expanduser()
     progress = progress or Silent()
+    check_trackers(log_to)
+    if log_to and not recipe.stages:
+        raise PlanError(f"The recipe {recipe.name!r} has no stages, so there is nothing to log: leave --log-to out")
     progress.phase("Reading the model's headers")
     opened = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if not recipe.attention and self_contained:
@@ -163,13 +141,15 @@ def run_conversion(
         if self_contained:
             check_self_contained(base.checkpoint.architecture)
         run = _make_run(base, recipe, work, allow_lossy=allow_lossy, device=device, progress=progress)
+        run = replace(run, trackers=_trackers(run, log_to, output))
         # Only a run with stages has a work folder, and one process of a team keeps it.
         with run.work.claimed() if recipe.stages and run.team.leads else nullcontext():
             elsewhere = resume_from is not None
             resume = resume or elsewhere
             finished, overwrite = _begin(run, output, resume=resume, elsewhere=elsewhere, overwrite=overwrite)
             if not finished:
-                _convert(run, output, overwrite=overwrite, self_contained=self_contained)
+                with run.trackers.running():
+                    _convert(run, output, overwrite=overwrite, self_contained=self_contained)
             if run.team.leads:
                 run.work.remove()
         run.team.wait()
@@ -211,6 +191,13 @@ def _make_run(
     )
     progress.end()
     return run
+
+
+def _trackers(run: Run, names: Sequence[str], output: Path) -> Trackers:
+    """What lines of metrics are sent to; in one process of a team alone."""
+    steps = [stage.steps_of(run.team.size) for stage in run.recipe.stages]
+    config = {"recipe": run.recipe.name, "model": (run.origin or run.checkpoint).name}
+    return Trackers(names if run.team.leads else (), output, steps, config)
 
 
 def _convert(run: Run, output: Path, *, overwrite: bool, self_contained: bool) -> None:
