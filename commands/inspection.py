@@ -13,7 +13,9 @@ inspection_app = typer.Typer()
 
 
 @inspection_app.command(
-    epilog=examples("attnconv inspect org/model --recipe lolcats", "attnconv inspect ./my-model --json")
+    epilog=examples(
+        "attnconv inspect org/model --recipe lolcats", "attnconv inspect ./my-model --recipe lolcats --estimate --json"
+    )
 )
 def inspect(
     ctx: typer.Context,
@@ -23,12 +25,21 @@ def inspect(
         typer.Option("--recipe", "-r", help="Show what this recipe would do.", autocompletion=complete_recipes),
     ] = None,
     overrides: Overrides = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Say what the recipe costs in memory, disk and time, from steps of the model where it is here.",
+        ),
+    ] = False,
+    device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's attention and what a recipe would make of it, without loading weights."""
-    if overrides and recipe is None:
-        raise typer.BadParameter("--set needs --recipe")
+    """Show a model's attention and what a recipe would make of it; weights are loaded for --estimate alone."""
+    for option, given in (("--set", overrides), ("--estimate", estimate)):
+        if given and recipe is None:
+            raise typer.BadParameter(f"{option} needs --recipe")
     session_of(ctx).silence_libraries()
     from ..errors import CheckpointError, PlanError
     from ..evaluate.diagnose.inspection import inspect_model
@@ -37,10 +48,21 @@ def inspect(
 
     loaded = None if recipe is None else load_recipe(recipe, overrides or ())
     inspection = inspect_model(model, recipe=loaded, trust_remote_code=trust_remote_code)
-    if as_json:
-        print_json(inspection.to_dict())
-    else:
+    if not as_json:
         show_inspection(inspection)
+    cost = None
+    if loaded is not None and estimate and inspection.is_open:
+        from ..runs.estimate import estimate as estimated
+
+        cost = estimated(model, loaded, trust_remote_code=trust_remote_code, device=device)
+    if as_json:
+        print_json(inspection.to_dict() | ({} if cost is None else {"estimate": cost.to_dict()}))
+    elif cost is not None:
+        from .estimate import show_estimate
+
+        show_estimate(cost)
+    elif estimate:
+        typer.echo("No estimate: a conversion would be refused, see above.", err=True)
     if inspection.overwritten is not None:
         raise CheckpointError(inspection.overwritten)
     if inspection.rewrite is not None and inspection.rewrite.refused is not None:

@@ -171,15 +171,15 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
             find_targets(trainee.model, stage.adapter)
     prepare(trainee.model)
     if snapshot is not None:
-        _open_trained(run, trainee, state.stage + 1)
+        open_trained(run, trainee, state.stage + 1)
         trainee.load_trained(snapshot.trained)
     for index in range(state.stage, len(stages)):
         stage = stages[index]
-        trainee = _in_precision(run, trainee, index)
+        trainee = in_precision(run, trainee, index)
         stream = run.stream(stage)
         if state.stage != index:
             state = StageState(index, position=_position(run, stream))
-        _open_trained(run, trainee, index + 1)
+        open_trained(run, trainee, index + 1)
         moments = snapshot.optimizer if snapshot is not None and snapshot.state.stage == index else {}
         state = _run(run, trainee, stage, stream, state, moments)
         run.record(_section_key(stream), asdict(state.position))
@@ -314,7 +314,8 @@ def _fresh_trainee(run: Run, stage: StageBase) -> Trainee:
     return trainee
 
 
-def _in_precision(run: Run, trainee: Trainee, index: int) -> Trainee:
+def in_precision(run: Run, trainee: Trainee, index: int) -> Trainee:
+    """The same model on weights of the type that the stage of an index wants."""
     dtype = DTYPES[run.recipe.stages[index].precision]
     return trainee if trainee.model.dtype == dtype else _reloaded(run, trainee, dtype)
 
@@ -334,7 +335,7 @@ def _reloaded(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     return renewed
 
 
-def _open_trained(run: Run, trainee: Trainee, stages: int) -> None:
+def open_trained(run: Run, trainee: Trainee, stages: int) -> None:
     """Put on the model, and open of its own, what the first `stages` stages train, as far as it is missing."""
     settings = [stage.adapter for stage in run.recipe.stages[:stages]]
     wanted = [setting for setting in settings if setting is not None]

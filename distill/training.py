@@ -8,9 +8,9 @@ resumed run has to give the very same weights, so everything that a step depends
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -147,14 +147,7 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
         DataError: the data cannot be read, or are too short.
         InterruptedRun: a signal asked to stop; the step that it came in is done and saved.
     """
-    groups = job.objective.parameter_groups()
-    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    job.trainee.train_only(parameters.values())
-    job.team.share_start(parameters.values())
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
-        weight_decay=job.stage.weight_decay,
-    )
+    optimizer, parameters = _optimizer(job)
     _set_moments(optimizer, parameters, moments)
     state, meter, saved = start, Meter(), time.monotonic()
     metrics = MetricsFile(job.work.metrics)
@@ -194,6 +187,26 @@ def run_stage(job: StageJob, start: StageState, moments: dict[str, torch.Tensor]
     job.progress.end()
     job.team.wait()
     return state
+
+
+def single_step(job: StageJob, state: StageState) -> Callable[[], Any]:
+    """An optimizer step from a state on, on its data, which can be run again and again; nothing of it is written."""
+    optimizer, _ = _optimizer(job)
+    data = next(_data(job, state))
+    return lambda: _step(job, optimizer, data, state.step)
+
+
+def _optimizer(job: StageJob) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """The optimizer of a stage, and what it trains, which alone takes gradients from now on."""
+    groups = job.objective.parameter_groups()
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    job.trainee.train_only(parameters.values())
+    job.team.share_start(parameters.values())
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in groups],
+        weight_decay=job.stage.weight_decay,
+    )
+    return optimizer, parameters
 
 
 def _line_is_due(job: StageJob, step: int) -> bool:

@@ -108,6 +108,12 @@ class Inspection:
         """New parameters in all."""
         return sum(group.parameters for group in self.groups)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the recipe can be carried out, as far as is known."""
+        refused = self.already_converted or self.overwritten or (self.rewrite is not None and self.rewrite.refused)
+        return not (refused or self.unmatched or any(group.refused for group in self.groups))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -138,7 +144,7 @@ def inspect_model(
         PlanError: its attention cannot be found.
         RecipeError: the recipe names layers that the model does not have.
     """
-    config, dtype = _open_config(source, trust_remote_code)
+    config, dtype = open_config(source, trust_remote_code)
     model_class = model_class_of(config, trust_remote_code=trust_remote_code)
     probed = probe(config, model_class)
     carried = getattr(config, SECTION, None)
@@ -146,10 +152,10 @@ def inspect_model(
     before = footprints(_cached(config, probed, {}), dtype, lengths)
     rewrite = None
     if recipe is not None and recipe.rewrite and carried is None:
-        rewrite, changed = _rewritten(source, recipe, trust_remote_code)
+        rewrite, changed = rewritten_config(source, recipe, trust_remote_code)
         if changed is not None:
             config, model_class = changed, model_class_of(changed)
-            probed, dtype = probe(config, model_class), _dtype_of(config)
+            probed, dtype = probe(config, model_class), dtype_of(config)
     entries: Iterable[PlanEntry] = ()
     unmatched: tuple[str, ...] = ()
     if carried is not None:
@@ -191,7 +197,9 @@ def _cached(
     ]
 
 
-def _rewritten(source: str, recipe: Recipe, trust_remote_code: bool) -> tuple[RewriteOutlook, PreTrainedConfig | None]:
+def rewritten_config(
+    source: str, recipe: Recipe, trust_remote_code: bool
+) -> tuple[RewriteOutlook, PreTrainedConfig | None]:
     """What rewrites make of a model, and the configuration of the result; None if they are refused."""
     folder = locate(source, trust_remote_code=trust_remote_code).folder
     config = read_json(folder / CONFIG_FILE)
@@ -211,7 +219,7 @@ def _serving(source: str, config: PreTrainedConfig, architecture: str) -> tuple[
     return serving_lines(source, {**config.to_dict(), "architectures": [architecture]})
 
 
-def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:
+def open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:
     """A model's configuration and dtype; its weights stay where they are."""
     location = locate(source, trust_remote_code=trust_remote_code)
     if location.gguf_file is not None:
@@ -220,10 +228,11 @@ def _open_config(source: str, trust_remote_code: bool) -> tuple[PreTrainedConfig
         read_json(location.folder / CONFIG_FILE), source, trust_remote_code=trust_remote_code, allow_converted=True
     )
     config = read_config(location.folder, trust_remote_code=trust_remote_code)
-    return config, _dtype_of(config)
+    return config, dtype_of(config)
 
 
-def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+def dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of a model's weights, float32 if its configuration does not say."""
     dtype = config.get_text_config().dtype or config.dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
