@@ -61,6 +61,7 @@ SHIPPED = [
     "rcmha",
     "recycled",
     "retrieval-heads",
+    "sale",
     "seer",
     "shrp",
     "sliding-window",
