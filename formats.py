@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = "-"
+# What a figure of perplexity by position is called; the stretch of positions follows, such as `512-1024`.
+POSITIONS = "novel_perplexity_at_"
 
 
 def number(value: float | None) -> str:

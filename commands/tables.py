@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..formats import count, duration, number, options, percent, rate, significant, size
+from ..formats import POSITIONS, count, duration, number, options, percent, rate, significant, size
 
 if TYPE_CHECKING:
     from ..attention_modules import Geometry
@@ -203,6 +203,9 @@ def _metrics_table(metrics: Iterable[Mapping[str, Any]]) -> Table:
     for unit in ("tokens", "images"):
         formats |= {unit: count, f"{unit}_per_second": rate}
         names |= {unit: f"trained {unit}", f"{unit}_per_second": f"{unit}/s"}
+    stretches = dict.fromkeys(key for row in rows for key in row if key.startswith(POSITIONS))
+    formats |= dict.fromkeys(stretches, number)
+    names |= {key: f"novel at {key.removeprefix(POSITIONS)}" for key in stretches}
     present = [key for key in formats if any(key in row for row in rows)]
     table = make_table(["after", *(f">{names.get(key, key)}" for key in present)])
     for row in rows:

@@ -1,8 +1,8 @@
 """What is looked at before anything slow begins: the data of the stages, and the lengths of their sequences."""
 
 from ..errors import TrainingError
-from .healing import Run
 from .health import warn_about_lengths
+from .run import Run
 from .training import stage_name
 
 
@@ -29,4 +29,4 @@ def check_data(run: Run) -> None:
         next(run.stream(stage).sequences(stage.longest))
     if run.team.leads:
         warn_about_lengths({name: stage.longest for name, stage in stages.items()}, positions)
-    _ = run.evaluation_tokens
+    _ = run.evaluation_tokens, run.novel

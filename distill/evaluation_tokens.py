@@ -1,11 +1,31 @@
 """The tokens on which a recipe measures perplexity."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..evaluate import load_tokens
+from ..evaluate.tasks.packaged import data_file
 from ..packaged.model import embedded_model_path, embedded_tokens
 from ..recipes import EvaluateSection
+
+# Of the novel, in whole windows; at least one.
+NOVEL_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Novel:
+    """The packaged novel's beginning.
+
+    Attributes:
+        tokens: `[tokens]` int64.
+        ends: positions at which stretches end that are told apart; windows are as long as the last says.
+    """
+
+    tokens: torch.Tensor
+    ends: Sequence[int]
 
 
 def evaluation_tokens(section: EvaluateSection, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -30,3 +50,18 @@ def evaluation_tokens(section: EvaluateSection, tokenizer: PreTrainedTokenizerBa
         return rows
     text = "\n\n".join(own.batch_decode(rows.tolist(), skip_special_tokens=True))
     return torch.tensor(list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]))
+
+
+def novel_tokens(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, positions: float) -> Novel:
+    """The packaged novel's beginning, for perplexity by position.
+
+    Args:
+        ends: `by_position` of an evaluate section.
+        tokenizer: the model's tokenizer.
+        positions: how many the model has; stretches behind them are left out, infinity for a model without an end.
+    """
+    inside = [end for end in ends if end < positions]
+    if len(inside) < len(ends):
+        inside.append(int(positions))
+    limit = max(1, NOVEL_TOKENS // inside[-1]) * inside[-1]
+    return Novel(load_tokens(data_file("book"), tokenizer, context=inside[-1], limit=limit), inside)

@@ -1,148 +1,33 @@
 """All stages of a recipe on one model, from wherever an earlier run left them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import PreTrainedModel
 
-from ..attention_modules.paths import leaving_out, paths_of
-from ..convert.planning.plan import Plan
-from ..convert.reading.checkpoint import Checkpoint, load_model
+from ..convert.reading.checkpoint import load_model
 from ..convert.surgery.swap import apply_plan
-from ..errors import CheckpointError, TrainingError
-from ..evaluate import perplexity
-from ..files.digests import FileDigests
 from ..formats import size
-from ..recipes import DataSection, Recipe, StageBase, TrainingStage
+from ..recipes import Recipe, StageBase, TrainingStage
 from .data import TokenStream
-from .distance import output_distance
-from .evaluation_tokens import evaluation_tokens
 from .fit import Fit, run_fit
-from .health import check_perplexity, warn_if_worse
+from .health import warn_if_worse
 from .images import ImageStream, unit_of
+from .measuring import measure, measure_distance, measure_path_use, measure_positions
 from .metrics import MetricsFile
 from .objective import Objective
 from .packing import Position
-from .progress import Progress
+from .run import Run
 from .targets import find_targets
-from .team import Team
-from .trackers import Trackers
 from .trainee import Trainee
 from .training import StageJob, run_stage, stage_name
-from .work_folder import StageState, WorkFolder, fingerprint
+from .work_folder import StageState, fingerprint
 
-# In one forward pass of a measurement; a small model spends half of a single short window on the calls themselves.
-TOKENS_AT_ONCE = 1536
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run works on and with.
-
-    Attributes:
-        checkpoint: what is converted and healed, as it lies on disk; the teacher too, unless a rewrite changed it.
-        plan: what is converted how.
-        recipe: the recipe.
-        tokenizer: the model's tokenizer or processor; None if it has none.
-        team: the processes that share the run.
-        work: the run's work folder.
-        progress: whom to tell.
-        weights: digests of its weight files, None where they are taken while the files are copied.
-        measured: what was measured so far, under the names that the work folder keeps it by.
-        origin: what the user named, where `checkpoint` is a rewritten form of that.
-        origin_digests: digests of the weight files of everything that the rewritten form was made of.
-        exactness: how far that is from the origin, for the receipt.
-        differs: whether the rewritten form computes something else than the origin, which then is the teacher.
-        trackers: what the lines of metrics are sent to, too.
-    """
-
-    checkpoint: Checkpoint
-    plan: Plan
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase | None
-    team: Team
-    work: WorkFolder
-    progress: Progress
-    weights: FileDigests | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
-    origin: Checkpoint | None = None
-    origin_digests: Mapping[str, str] | None = None
-    exactness: Mapping[str, Any] | None = None
-    differs: bool = False
-    trackers: Trackers = field(default_factory=Trackers)
-
-    @property
-    def taught_by(self) -> Checkpoint | None:
-        """The teacher where it is a model of its own; None where the healed model is its own teacher."""
-        return self.origin if self.differs else None
-
-    @property
-    def start(self) -> str:
-        """What the moment is called at which healing begins."""
-        return "swap" if self.plan.converted else "rewrite" if self.differs else "teacher"
-
-    def stream(self, stage: StageBase) -> TokenStream | ImageStream:
-        """The text or images of a stage.
-
-        Raises:
-            TrainingError: the model has no tokenizer to read text with, or no image processor.
-        """
-        section = self._pinned(stage.data or self.recipe.data)
-        if section is not None and section.image_field is not None:
-            processor = getattr(self.tokenizer, "image_processor", self.tokenizer)
-            if not isinstance(processor, BaseImageProcessor):
-                raise TrainingError(
-                    f"{self.checkpoint.source} has no image processor, so a stage cannot take images for it."
-                )
-            return ImageStream(section, processor)
-        if not isinstance(self.tokenizer, PreTrainedTokenizerBase) or section is None:
-            raise TrainingError(f"{self.checkpoint.source} has no tokenizer, so a stage cannot read text for it.")
-        return TokenStream(section, self.tokenizer)
-
-    def _pinned(self, section: DataSection | None) -> DataSection | None:
-        """A section with the commit of its Hub data set that the run began with, if that is known."""
-        commit = None if section is None else self.measured.get("revisions", {}).get(section.hub)
-        if section is None or commit is None or section.revision is not None:
-            return section
-        return section.model_copy(update={"revision": commit})
-
-    def check_weights(self) -> None:
-        """Refuse to go on with a teacher whose files are no longer those that the run began with.
-
-        Raises:
-            CheckpointError: a weight file was changed.
-        """
-        changed = [] if self.weights is None else self.weights.changed()
-        if changed:
-            raise CheckpointError(f"{changed[0]} was changed while the run was reading it: start the conversion again")
-
-    @property
-    def seed(self) -> int:
-        """Of everything random that no data section decides."""
-        return 0 if self.recipe.data is None else self.recipe.data.seed
-
-    def record(self, key: str, value: Any) -> None:
-        """Keep a result, JSON data, under a name; the same in every process."""
-        self.measured[key] = value
-        if self.team.leads and self.recipe.stages:
-            self.work.record(key, value)
-
-    @cached_property
-    def evaluation_tokens(self) -> torch.Tensor | None:
-        """What perplexity is measured on; None if the recipe does not ask for it."""
-        if self.recipe.evaluate is None or self.tokenizer is None:
-            return None
-        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            raise TrainingError(
-                f"{self.checkpoint.source} reads no text, so it has no perplexity: set evaluate to null."
-            )
-        return evaluation_tokens(self.recipe.evaluate, self.tokenizer)
 
 
 def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
@@ -189,7 +74,9 @@ def heal(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee:
         warn_if_worse(run.measured, stage_label(run.recipe, index - 1) if index else run.start, label)
         if stage.measures_layers:
             measure_distance(run, trainee, label)
-    measure_path_use(run, trainee.model, stage_label(run.recipe, len(stages) - 1))
+    last = stage_label(run.recipe, len(stages) - 1)
+    measure_path_use(run, trainee.model, last)
+    measure_positions(run, trainee.model, last)
     return trainee
 
 
@@ -208,8 +95,11 @@ def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) ->
         first_time: measure the teacher, and the model before the swap.
     """
     if first_time and run.taught_by is not None and run.evaluation_tokens is not None:
+        teacher = load_teacher(run, dtype)
+        measure(run, teacher, "teacher")
+        measure_positions(run, teacher, "teacher")
         # Gone before the other one comes.
-        measure(run, load_teacher(run, dtype), "teacher")
+        del teacher
     run.progress.phase("Loading the model")
     model = load_model(run.checkpoint, dtype=dtype, device=run.team.device)
     run.check_weights()
@@ -217,6 +107,8 @@ def load_converted(run: Run, dtype: torch.dtype, *, first_time: bool = False) ->
     # What some rewrites make is not a model before the swap.
     if first_time and not any(rewrite.needs_method for rewrite in run.recipe.rewrite):
         measure(run, model, "rewrite" if run.differs else "teacher")
+        if not run.differs:
+            measure_positions(run, model, "teacher")
     if run.plan.converted:
         with seeded(run.seed):
             apply_plan(model, run.plan)
@@ -249,58 +141,6 @@ def seeded(seed: int) -> Iterator[None]:
 def final_model(run: Run, trainee: Trainee, dtype: torch.dtype) -> Trainee:
     """The healed model on weights of the type that is saved, so that training in bf16 leaves no trace in fp32 ones."""
     return trainee if trainee.model.dtype == dtype else _reloaded(run, trainee, dtype)
-
-
-def measure(run: Run, model: PreTrainedModel, label: str, *, needed: bool = True) -> None:
-    """Record the model's perplexity under a label, if the recipe asks for it and it was not done already.
-
-    Args:
-        run: the run.
-        model: what to measure.
-        label: the moment of the run.
-        needed: whether a perplexity that is no number means that the model is of no use.
-
-    Raises:
-        TrainingError: it is.
-    """
-    section, tokens = run.recipe.evaluate, run.evaluation_tokens
-    if section is None or tokens is None or f"perplexity/{label}" in run.measured:
-        return
-    run.progress.phase(f"Measuring perplexity: {label}")
-    sizes: dict[str, Any] = {"context": section.context, "batch_size": max(1, TOKENS_AT_ONCE // section.context)}
-    result = perplexity(model, tokens, limit=section.tokens, tokenizer=run.tokenizer, **sizes)
-    run.progress.end()
-    if needed:
-        check_perplexity(result.perplexity, label)
-    run.record(f"perplexity/{label}", asdict(result))
-
-
-def measure_path_use(run: Run, model: PreTrainedModel, label: str) -> None:
-    """Record how many times the perplexity under a label the model's is without each path of its methods."""
-    if f"perplexity/{label}" not in run.measured:
-        return
-    ratios = {}
-    # Hybrids tend to bypass their linear path (https://arxiv.org/abs/2510.05901).
-    for path in paths_of(model):
-        without = f"{label}, without the {path} path"
-        with leaving_out(model, path):
-            measure(run, model, without, needed=False)
-        intact, left = (run.measured[f"perplexity/{name}"]["perplexity"] for name in (label, without))
-        ratios[path] = left / intact
-    run.record("path_use", ratios)
-
-
-def measure_distance(run: Run, trainee: Trainee, label: str) -> None:
-    """Record how far each layer is from the teacher, on the first batch of the first stage."""
-    if f"distance/{label}" in run.measured:
-        return
-    if not run.plan.converted:
-        run.record(f"distance/{label}", {})
-        return
-    stage = run.recipe.stages[0]
-    stream = run.stream(stage)
-    batch = stream.collate([next(stream.sequences(stage.longest))])
-    run.record(f"distance/{label}", output_distance(trainee, batch.to(run.team.device)))
 
 
 def _fresh_trainee(run: Run, stage: StageBase) -> Trainee:

@@ -10,7 +10,7 @@ import torch
 from ..convert.reading.shards import Shard
 from ..convert.reading.weight_files import FLOAT_TYPES
 from ..errors import TrainingError
-from ..formats import number, ratio
+from ..formats import count, number, ratio
 from ..recipes import DataSection
 from .data import name_of
 from .packing import Position
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # A stage that ends with more than this times the perplexity it began with has gone wrong.
 WORSE = 1.5
+# So many times further from its base than at its first positions is a model that is of no use there.
+LOST = 1.5
 # So many rounds through the same data mostly teach them by heart.
 MANY_EPOCHS = 10
 # Sequences that are shorter than this share of the model's positions say little about its long texts.
@@ -63,6 +65,29 @@ def warn_if_worse(measured: Mapping[str, Any], before: str, after: str) -> None:
         number(last),
         ratio(last / first, 3),
     )
+
+
+def warn_if_lost_behind(base: Mapping[str, float], found: Mapping[str, float]) -> None:
+    """Warn where a model is much further from its base at late positions than at early ones.
+
+    Args:
+        base: the base's perplexity by stretch of positions, such as `512-1024`, in their order.
+        found: that of the model.
+    """
+    times = {name: found[name] / base[name] for name in base}
+    first, nearest = next(iter(times.items()))
+    for name, ratio_here in times.items():
+        if not ratio_here <= LOST * nearest:
+            logger.warning(
+                "The model falls apart behind position %s: its perplexity is %s the base's at positions %s, and %s at "
+                "%s. Heal it on longer sequences, or say so to whom you give it.",
+                count(int(name.partition("-")[0])),
+                ratio(ratio_here, 3),
+                name,
+                ratio(nearest, 3),
+                first,
+            )
+            return
 
 
 def warn_if_repeated(stage: str, section: DataSection, before: Position, after: Position) -> None:

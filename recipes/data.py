@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from .fields import Count, CountOrZero, Section, Text, exactly_one
@@ -78,6 +78,8 @@ class EvaluateSection(Section):
         field: field of each row that holds the text.
         tokens: first tokens of the text that are used.
         context: tokens of each window.
+        by_position: besides, perplexity of a packaged novel before and at the end, told apart by stretches of positions
+            that end here, such as `[512, 1024, 2048, 4096]`; up to what the model has positions for.
     """
 
     path: Text | None = None
@@ -85,6 +87,14 @@ class EvaluateSection(Section):
     field: Text = "text"
     tokens: Count = 5120
     context: Annotated[Count, Field(ge=2)] = 1024
+    by_position: list[Annotated[Count, Field(ge=2)]] = Field(default_factory=list)
+
+    @field_validator("by_position")
+    @classmethod
+    def _rising(cls, ends: list[int]) -> list[int]:
+        if sorted(set(ends)) != ends:
+            raise ValueError(f"positions where stretches end must rise, such as [512, 2048], got {ends}")
+        return ends
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -23,17 +23,11 @@ from ..convert.writing.save import save_converted, save_native, write_companions
 from ..convert.writing.self_contained import check_self_contained, write_self_contained
 from ..convert.writing.stream import stream_convert
 from ..distill.checks import check_data
-from ..distill.healing import (
-    Run,
-    final_model,
-    heal,
-    load_converted,
-    measure,
-    measure_path_use,
-    seeded,
-)
+from ..distill.healing import final_model, heal, load_converted, seeded
 from ..distill.health import check_finite, warn_if_not_finite
+from ..distill.measuring import measure, measure_path_use, measure_positions
 from ..distill.progress import Progress, Silent
+from ..distill.run import Run
 from ..distill.team import find_team
 from ..distill.trackers import Trackers, check_trackers
 from ..distill.trainee import Trainee
@@ -305,6 +299,7 @@ def _healed(run: Run, prepare: Callable[[PreTrainedModel], None]) -> Trainee | N
     trainee = load_converted(run, dtype, first_time=True)
     measure(run, trainee.model, "swap")
     measure_path_use(run, trainee.model, "swap")
+    measure_positions(run, trainee.model, "swap")
     return trainee
 
 

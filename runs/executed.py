@@ -15,7 +15,7 @@ from ..convert.reading.checkpoint import load_tokenizer
 from ..convert.surgery.attention_function import core_of
 from ..convert.surgery.swap import converted_modules
 from ..convert.writing.executed import check_executed
-from ..distill.healing import Run
+from ..distill.run import Run
 from ..errors import PlanError
 from ..evaluate.engine.attention import TEXT, last_logits, packaged_tokens
 

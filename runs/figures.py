@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from ..distill.healing import Run, stage_label
+from ..distill.healing import stage_label
 from ..distill.metrics import MetricsFile
 from ..distill.plots import plot_layers, plot_losses
+from ..distill.run import Run
 from ..files.own_files import LAYER_PICTURE, LOSS_PICTURE, METRICS_FILE
+from ..formats import POSITIONS
 
 
 def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
@@ -20,6 +22,8 @@ def metric_rows(run: Run) -> tuple[dict[str, Any], ...]:
     ):
         perplexity = run.measured.get(f"perplexity/{label}", {})
         figures = {key: perplexity[key] for key in ("perplexity", "bits_per_character") if key in perplexity}
+        by_position = run.measured.get(f"positions/{label}", {})
+        figures |= {f"{POSITIONS}{stretch}": perplexity for stretch, perplexity in by_position.items()}
         figures |= run.measured.get(f"training/{label}", {})
         if figures:
             rows.append({"stage": label, **figures})

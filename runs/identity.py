@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ..convert.reading.checkpoint import PROCESSOR_FILES, TOKENIZER_FILES, Checkpoint
-from ..distill.healing import Run
+from ..distill.run import Run
 from ..distill.work_folder import fingerprint
 from ..files.containment import inside
 from ..files.digests import FileDigests, digest_files, files_below

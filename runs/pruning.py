@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..convert.planning.plan import Plan
 from ..convert.surgery.pruned_heads import check_prunable, prune_plan, take_heads_out
-from ..distill.healing import Run
+from ..distill.run import Run
 from ..errors import PlanError
 from ..recipes import Recipe
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attnconv.distill import Silent, healing
+from attnconv.distill import Silent, measuring
 from attnconv.distill.health import is_finite
 from attnconv.errors import TrainingError
 from attnconv.evaluate.tasks.perplexity import PerplexityResult
@@ -67,7 +67,7 @@ def test_weights_of_a_streamed_base_that_are_not_finite_are_told(base, plain, tm
 def test_a_stage_that_made_the_model_worse_is_told_loudly(base, recipe, tmp_path, caplog, monkeypatch):
     values = iter([3.0, 4.0, 240.0])
     monkeypatch.setattr(
-        healing, "perplexity", lambda *args, **options: PerplexityResult(1.0, next(values), None, 10, None)
+        measuring, "perplexity", lambda *args, **options: PerplexityResult(1.0, next(values), None, 10, None)
     )
     chosen = recipe("evaluate={embedded: true, tokens: 64, context: 32}")
     with caplog.at_level(logging.WARNING, "attnconv"):
@@ -90,9 +90,9 @@ def test_short_windows_are_measured_together(monkeypatch):
         asked.append(options["batch_size"])
         return PerplexityResult(1.0, math.e, None, 1, None)
 
-    monkeypatch.setattr(healing, "perplexity", perplexity)
+    monkeypatch.setattr(measuring, "perplexity", perplexity)
     for context in (384, 1024, 4096):
         recipe = SimpleNamespace(evaluate=SimpleNamespace(context=context, tokens=None))
         given = {"evaluation_tokens": torch.ones(2), "measured": {}, "tokenizer": None, "record": lambda *_: None}
-        healing.measure(SimpleNamespace(recipe=recipe, progress=Silent(), **given), None, "teacher")
+        measuring.measure(SimpleNamespace(recipe=recipe, progress=Silent(), **given), None, "teacher")
     assert asked == [4, 1, 1]
