@@ -9,8 +9,9 @@ import torch
 from ..evaluate.bench.clock import Reading, Stopwatch
 from ..recipes import StageBase, TrainingStage
 from .fit import Fit
-from .healing import DTYPES, Run, in_precision, load_converted, open_trained
+from .healing import DTYPES, in_precision, load_converted, open_trained
 from .objective import Objective
+from .run import Run
 from .schedule import stage_data
 from .trainee import Trainee
 from .training import StageJob, single_step

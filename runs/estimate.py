@@ -15,9 +15,10 @@ from ..convert.reading.checkpoint import load_tokenizer, model_class_of, open_ch
 from ..convert.reading.sources import locate
 from ..convert.reading.weight_files import weight_files
 from ..convert.surgery.swap import apply_plan, converted_modules
-from ..distill.healing import DTYPES, Run
+from ..distill.healing import DTYPES
 from ..distill.probing import ProbedStep, probe_steps
 from ..distill.progress import Progress, Silent
+from ..distill.run import Run
 from ..distill.targets import find_targets
 from ..distill.team import find_team
 from ..distill.work_folder import WorkFolder
