@@ -18,7 +18,7 @@ from .packaged import data_file
 from .rows import read_rows
 from .scoring import Continuation, encode_pair, log_likelihoods
 
-Style = Literal["piqa", "plain", "letters", "boolq"]
+Style = Literal["piqa", "plain", "letters", "boolq", "sentiment"]
 # By how the data's name begins.
 STYLES: Mapping[str, Style] = {
     "piqa": "piqa",
@@ -26,8 +26,11 @@ STYLES: Mapping[str, Style] = {
     "commonsenseqa": "letters",
     "commonsense_qa": "letters",
     "boolq": "boolq",
+    "sst2": "sentiment",
 }
 YES_NO = ("no", "yes")
+# One word each, as an answer that is written has to be.
+SENTIMENTS = ("negative", "positive")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -36,10 +39,12 @@ class MultipleChoiceSettings(TaskSettings):
 
     Attributes:
         data: packaged questions (`piqa`, `openbookqa`, `commonsenseqa`) or a file of JSON lines with question, choices
-            and label (the right choice's index), or with question, passage and label (true or false).
+            and label (the right choice's index), with question, passage and label (true or false), or with text and
+            label (0 = negative, 1 = positive).
         style: how a question is put: `piqa` (Question, Answer), `plain` (the answer continues the question), `letters`
-            (lettered answers, of which the letter is scored), `boolq` (passage and question, answered yes or no);
-            None means as the data's name says, else `boolq` for questions with a passage and `piqa` for others.
+            (lettered answers, of which the letter is scored), `boolq` (passage and question, answered yes or no),
+            `sentiment` (a text, which is negative or positive); None means as the data's name says, else `boolq` for
+            questions with a passage, `sentiment` for texts with a label and `piqa` for others.
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
@@ -140,7 +145,7 @@ def _item(question: Question, scores: Sequence[float]) -> Item:
         "correct_normalised": float(_best(normalised) == question.label and known),
         "margin": scores[question.label] - max(others),
     }
-    names = YES_NO if question.choices == YES_NO else LETTERS
+    names = question.choices if question.choices in (YES_NO, SENTIMENTS) else LETTERS
     return Item(question.id, values, note=f"{names[chosen]}, {names[_best(normalised)]} per character")
 
 
@@ -165,11 +170,12 @@ def load_questions(data: str, style: Style | None = None, *, limit: int | None =
     style = style or next((own for start, own in STYLES.items() if name.startswith(start)), None)
     for number, row in enumerate(read_rows(data_file(data), limit=limit)):
         try:
-            questions.append(_question(str(number), row, style or ("boolq" if "passage" in row else "piqa")))
+            questions.append(_question(str(number), row, style or _style_of(row)))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f'Row {number + 1} of {data} is no question: wanted are "question", "choices" (two texts or more) and '
-                f'"label" (index of the right one), or "question", "passage" and "label" (true or false); '
+                f'"label" (index of the right one), "question", "passage" and "label" (true or false), or "text" and '
+                f'"label" (0 or 1); '
                 f"the trouble is {error}."
             ) from error
     if not questions:
@@ -177,7 +183,16 @@ def load_questions(data: str, style: Style | None = None, *, limit: int | None =
     return questions
 
 
+def _style_of(row: Mapping[str, Any]) -> Style:
+    if "passage" in row:
+        return "boolq"
+    return "sentiment" if "text" in row and "question" not in row else "piqa"
+
+
 def _question(name: str, row: Mapping[str, Any], style: Style) -> Question:
+    if style == "sentiment":
+        context = f"Review: {_text(row['text']).strip()}\nSentiment:"
+        return Question(name, context, SENTIMENTS, _label(row["label"], 2))
     text = _text(row["question"])
     if style == "boolq":
         context = f"{_text(row['passage'])}\nQuestion: {text}?\nAnswer:"

@@ -124,6 +124,7 @@ def write_rows(path: Path, rows: list[object]) -> str:
 
 CHOICES = {"question": " Why? ", "choices": ["one", "two", "six"], "label": 2}
 PASSAGE = {"question": "is it so", "passage": "It is.", "label": True}
+REVIEW = {"text": "a delight ", "label": 1}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,7 @@ PASSAGE = {"question": "is it so", "passage": "It is.", "label": True}
         ("plain", CHOICES, " Why? ", ("one", "two", "six"), 2),
         ("letters", CHOICES, "Question: Why?\nA. one\nB. two\nC. six\nAnswer:", ("A", "B", "C"), 2),
         ("boolq", PASSAGE, "It is.\nQuestion: is it so?\nAnswer:", ("no", "yes"), 1),
+        ("sentiment", REVIEW, "Review: a delight\nSentiment:", ("negative", "positive"), 1),
     ],
 )
 def test_the_words_of_each_style(style, row, context, choices, label, tmp_path: Path) -> None:
@@ -151,6 +153,7 @@ def test_the_style_follows_the_data(tmp_path: Path) -> None:
     assert load_questions("commonsenseqa", limit=1)[0].choices == ("A", "B", "C", "D", "E")
     assert load_questions(write_rows(tmp_path / "own.jsonl.gz", [PASSAGE]))[0].choices == ("no", "yes")
     assert load_questions(write_rows(tmp_path / "own.jsonl", [CHOICES]))[0].context.startswith("Question: ")
+    assert load_questions(write_rows(tmp_path / "own.jsonl", [REVIEW]))[0].choices == ("negative", "positive")
     assert STYLES["openbookqa"] == "plain"
     assert load_questions(write_rows(tmp_path / "openbookqa_x.jsonl", [CHOICES]))[0].context == " Why? "
 
@@ -163,6 +166,7 @@ def test_the_style_follows_the_data(tmp_path: Path) -> None:
         {"question": "Why?", "choices": ["one", "two"], "label": 2},
         {"question": "Why?", "choices": ["one", "two"]},
         {"question": 5, "choices": ["one", "two"], "label": 0},
+        {"text": "a delight", "label": 2},
         ["a", "list"],
     ],
 )
