@@ -62,14 +62,11 @@ class LeaderAttention(SparseAttention):
         return None
 
     def _keep(self, call: Call, canvas: Canvas, columns: Tensor | None) -> Tensor:
-        slots = self.slots
-        assert slots.scorer is not None
         assert columns is not None
         position = canvas.positions(call.length).clamp_min(0)
         leader, led_by = self._leaders(call, position, canvas.count)
-        rows, blocks = self._rows_of(leader, call, canvas), canvas.num_blocks
-        shares = block_shares(slots.scorer, rows, columns, scaling=call.scaling, most=blocks, num_blocks=blocks)
-        keep = self._keep_by(shares, leader // slots.block, blocks)
+        shares = self._shares(leader, call, canvas, columns)
+        keep = self._keep_by(shares, leader // self.slots.block, canvas.num_blocks)
         return self._with_since(take_tokens(keep, led_by), position, leader.gather(1, led_by))
 
     def _leaders(self, call: Call, position: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +86,13 @@ class LeaderAttention(SparseAttention):
         leaders = min((call.length - 2) // interval + 2, -(-call.tokens.length // interval))
         leader = (first + torch.arange(leaders, device=position.device)) * interval
         return torch.minimum(leader, (count[:, None] - 1).clamp_min(0)), position // interval - first
+
+    def _shares(self, leader: Tensor, call: Call, canvas: Canvas, columns: Tensor) -> Tensor:
+        """What each block is thought to hold by leaders at these positions `[B, R]`: `[B, KV, R, N]`."""
+        scorer, blocks = self.slots.scorer, canvas.num_blocks
+        assert scorer is not None
+        rows = self._rows_of(leader, call, canvas)
+        return block_shares(scorer, rows, columns, scaling=call.scaling, most=blocks, num_blocks=blocks)
 
     def _rows_of(self, leader: Tensor, call: Call, canvas: Canvas) -> Rows:
         """Leaders at these positions `[B, R]`, as the scorer sees them."""
@@ -163,10 +167,8 @@ class LeaderAttention(SparseAttention):
             return self._keep_by(shares, number[:, None], blocks)
         call = call.to(dtype)
         canvas = Canvas.of(call, block)
-        columns = scorer.of_keys(canvas.keys)
-        rows, blocks = self._rows_of(leader[:, None], call, canvas), canvas.num_blocks
-        shares = block_shares(scorer, rows, columns, scaling=call.scaling, most=blocks, num_blocks=blocks)
-        return self._keep_by(shares, leader[:, None] // block, blocks)
+        shares = self._shares(leader[:, None], call, canvas, scorer.of_keys(canvas.keys))
+        return self._keep_by(shares, leader[:, None] // block, canvas.num_blocks)
 
 
 def _are_like(first: Tensor, second: Tensor) -> bool:

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lola": {"window": 8, "cache_size": 4},
     "recycled": {"interval": 4, "budget": 8},
     "token_select": {"budget": 8, "sink_blocks": 1, "local_blocks": 2},
+    "snap": {"interval": 4, "window": 2, "budget": 8},
     "native": {"block": 8, "density": 0.3, "window": 8},
     "vertical_slash": {"block": 8, "refresh": 40, "columns": 2, "diagonals": 1},
 }

@@ -65,6 +65,7 @@ SHIPPED = [
     "seer",
     "shrp",
     "sliding-window",
+    "snap",
     "spans",
     "sparse",
     "sparse-linear",

@@ -13,6 +13,7 @@ LENGTH = 60
 RECYCLED = ("recycled", {"interval": 7, "budget": 9})
 # Queries of which about a third are like the one that chose last.
 VOTES = ("token_select", {"similarity": 0.1, "interval": 7, "budget": 9, "sink_blocks": 1, "local_blocks": 2})
+SNAP = ("snap", {"interval": 7, "window": 4, "budget": 9, "kernel": 3})
 LSERVE = ("lserve", {"block": 8, "part": 2, "interval": 4, "budget": 16, "sink_blocks": 0})
 
 
@@ -84,6 +85,25 @@ def test_all_heads_vote_for_tokens_and_like_queries_keep_what_was_chosen() -> No
         assert all(set(seen[0, head, t].nonzero().flatten().tolist()) == expected for head in range(4))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_window_of_queries_chooses_what_it_looks_at_most_and_its_neighbours(pooling: str) -> None:
+    name, options = SNAP
+    query, key, _ = drawn()
+    module = create(name, GEOMETRY, **options, pooling=pooling).double()
+    seen = module.attention_weights(query, key, scaling=0.25) > 0
+    weights = create("softmax", GEOMETRY).double().attention_weights(query, key, scaling=0.25)[0]
+    for t in range(LENGTH):
+        leader = t // 7 * 7
+        first = max(leader - 3, 0)
+        for kv in range(2):
+            summed = weights[2 * kv : 2 * kv + 2, first : leader + 1, :first].sum((0, 1)).tolist()
+            near = [[0.0, *summed, 0.0][n : n + 3] for n in range(first)]
+            pooled = torch.tensor([max(part) if pooling == "max" else sum(part) for part in near])
+            # Of equal ones, which neighbours of a strong one are, the first.
+            chosen = pooled.argsort(descending=True, stable=True)[:5].tolist()
+            assert set(seen[0, 2 * kv, t].nonzero().flatten().tolist()) == {*chosen, *range(first, t + 1)}
+
+
 def test_decoding_votes_only_where_queries_are_unlike() -> None:
     name, options = VOTES
     module = create(name, GEOMETRY, **options).double()
@@ -102,7 +122,7 @@ def test_decoding_votes_only_where_queries_are_unlike() -> None:
     assert chosen == sorted(set(leaders_by_likeness(query)[30:]))
 
 
-@pytest.mark.parametrize("method", [RECYCLED, LSERVE], ids=lambda method: method[0])
+@pytest.mark.parametrize("method", [RECYCLED, SNAP, LSERVE], ids=lambda method: method[0])
 def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: tuple[str, dict]) -> None:
     name, options = method
     module = create(name, GEOMETRY, **options).double()
@@ -126,7 +146,7 @@ def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: 
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("method", [RECYCLED, VOTES, LSERVE], ids=lambda method: method[0])
+@pytest.mark.parametrize("method", [RECYCLED, VOTES, SNAP, LSERVE], ids=lambda method: method[0])
 def test_a_choice_is_made_anew_where_its_leader_was_taken_back(method: tuple[str, dict], recorded: bool) -> None:
     name, options = method
     module = create(name, GEOMETRY, **options).double()
@@ -165,3 +185,7 @@ def test_impossible_options_are_one_sentence() -> None:
         create("lserve", GEOMETRY, interval=5)
     with pytest.raises(ValueError, match="budget=640 is less than the 641 tokens that are always attended"):
         create("token_select", GEOMETRY, budget=640)
+    with pytest.raises(ValueError, match="budget=32 leaves nothing to choose beside window=32"):
+        create("snap", GEOMETRY, budget=32)
+    with pytest.raises(ValueError, match="kernel=4 must be odd"):
+        create("snap", GEOMETRY, kernel=4)
