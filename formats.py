@@ -51,9 +51,11 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.0123` as `12.3 ms`, `75.31` as `75.3 s`."""
+    """`0.0123` as `12.3 ms`, `75.31` as `75.3 s`, from two hours on `32.63 h`."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
+    if seconds >= 7200:
+        return f"{number(seconds / 3600)} h"
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 

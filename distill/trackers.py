@@ -73,9 +73,8 @@ class Trackers:
                 self._open.append(self._started(name))
             yield
         finally:
-            for tracker in self._open:
-                tracker.finish()
-            self._open.clear()
+            while self._open:
+                self._take_leave(self._open.pop(0))
 
     def log(self, record: Record) -> None:
         """Send a line on; a tracker that fails is given up with a warning, for the run is worth more than its log."""
@@ -87,6 +86,13 @@ class Trackers:
             except Exception as error:  # noqa: BLE001
                 self._open.remove(tracker)
                 logger.warning("%s takes no more metrics: %s; the run goes on", tracker.name, first_line(error))
+
+    def _take_leave(self, tracker: Any) -> None:
+        try:
+            tracker.finish()
+        # As above; what was trained is there.
+        except Exception as error:  # noqa: BLE001
+            logger.warning("%s could not be closed: %s; its last lines may be missing", tracker.name, first_line(error))
 
     def _started(self, name: str) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

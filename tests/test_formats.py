@@ -34,6 +34,7 @@ from attnconv import formats
         (formats.duration(75.31), "75.3 s"),
         (formats.duration(80.0), "80 s"),
         (formats.duration(999.7), "1,000 s"),
+        (formats.duration(117_482), "32.63 h"),
         (formats.rate(0.53), "0.5"),
         (formats.rate(1234.4), "1,234"),
         (formats.ratio(1.25), "1.250 x"),

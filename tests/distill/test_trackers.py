@@ -50,6 +50,8 @@ def opened(monkeypatch):
             self.logged.append((step, values))
 
         def finish(self):
+            if "finish" in self.fails_at:
+                raise ConnectionError("gone")
             self.finished += 1
 
     class WandB(Fake):
@@ -108,6 +110,14 @@ def test_a_tracker_that_fails_later_is_given_up_and_the_others_go_on(opened, tmp
     assert caplog.text.count("wandb takes no more metrics: gone; the run goes on") == 1
     trackers.log(RECORD)
     assert (len(opened), len(opened[1].logged), opened[1].finished) == (2, 2, 1)
+
+
+def test_one_that_cannot_be_closed_takes_nothing_with_it(opened, tmp_path, caplog):
+    trackers = Trackers(("wandb", "tensorboard"), tmp_path / "out")
+    with trackers.running():
+        opened[0].fails_at = "finish"
+    assert opened[1].finished == 1
+    assert "wandb could not be closed: gone; its last lines may be missing" in caplog.text
 
 
 def test_one_that_cannot_be_started_is_a_sentence(opened, tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """SALE: blocks in which a product of four-bit queries and keys stands out from what sinks and neighbours get."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...geometry import Geometry
 from ...registry import register
 from ...state import AttentionState
 from ...tokens import Call
@@ -52,13 +51,6 @@ class SaleAttention(SparseAttention):
     """
 
     options: SaleOptions
-
-    @classmethod
-    def why_unsupported(cls, geometry: Geometry, options: Any) -> str | None:
-        """One token is no block of queries."""
-        if options.query == "block" and options.decode == "sparse":
-            return "query: block chooses for whole blocks of a prompt, so it needs decode: dense"
-        return super().why_unsupported(geometry, options)
 
     def make_slots(self) -> Slots:
         return self.options.slots(selector=Above(self.options.threshold), by=self.options.query)
