@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention_modules.paths import leaving_out, paths_of
+from ..convert.surgery.head import evaluating
 from ..evaluate import perplexity
 from ..evaluate.tasks.perplexity import cut_windows, token_losses
 from .distance import output_distance
@@ -75,13 +76,9 @@ def perplexity_by_position(model: PreTrainedModel, tokens: torch.Tensor, ends: S
     Returns:
         perplexity by stretch, such as `0-512`.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        windows = [window for window in cut_windows(tokens, ends[-1]) if window.numel() == ends[-1]]
+    windows = [window for window in cut_windows(tokens, ends[-1]) if window.numel() == ends[-1]]
+    with evaluating(model):
         losses = torch.cat([token_losses(model, window[None].to(model.device)) for window in windows])
-    finally:
-        model.train(was_training)
     # The token at position t is the prediction number t - 1.
     stretches = zip([0, *ends], ends, strict=False)
     return {f"{low}-{high}": float(losses[:, max(low - 1, 0) : high - 1].mean().exp()) for low, high in stretches}

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
 from ..files.foreign_errors import first_line
+from ..recipes.problems import nearest
 from .metrics import Record
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -35,9 +35,7 @@ def check_trackers(names: Sequence[str]) -> None:
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in TRACKERS:
-            near = get_close_matches(name, TRACKERS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(TRACKERS)}"
-            raise TrainingError(f"There is no tracker {name!r} to log to; {hint}")
+            raise TrainingError(f"There is no tracker {name!r} to log to; {nearest(name, TRACKERS)}")
         if name not in installed:
             raise TrainingError(
                 f"The tracker {name!r} is not installed: run `pip install {name}`, or leave --log-to {name} out"

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from .fields import Count, CountOrZero, Section, Text, exactly_one
+from .fields import Count, CountOrZero, Section, Text, exactly_one, rising
 
 
 class DataSection(Section):
@@ -87,14 +87,7 @@ class EvaluateSection(Section):
     field: Text = "text"
     tokens: Count = 5120
     context: Annotated[Count, Field(ge=2)] = 1024
-    by_position: list[Annotated[Count, Field(ge=2)]] = Field(default_factory=list)
-
-    @field_validator("by_position")
-    @classmethod
-    def _rising(cls, ends: list[int]) -> list[int]:
-        if sorted(set(ends)) != ends:
-            raise ValueError(f"positions where stretches end must rise, such as [512, 2048], got {ends}")
-        return ends
+    by_position: Annotated[list[Annotated[Count, Field(ge=2)]], AfterValidator(rising)] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

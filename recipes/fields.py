@@ -52,6 +52,17 @@ Count = Annotated[int, BeforeValidator(whole_number), Field(ge=1, le=LARGEST_COU
 CountOrZero = Annotated[int, BeforeValidator(whole_number), Field(ge=0, le=LARGEST_COUNT)]
 
 
+def rising(ends: list[int]) -> list[int]:
+    """Check positions at which buckets of a context end.
+
+    Raises:
+        ValueError: they do not rise
+    """
+    if sorted(set(ends)) != ends:
+        raise ValueError(f"positions where buckets end must rise, such as [512, 2048], got {ends}")
+    return ends
+
+
 def sequence_lengths(value: object) -> object:
     """Check the length of a stage's sequences, or a list of lengths.
 

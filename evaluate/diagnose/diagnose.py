@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...convert.reading.checkpoint import load_model, load_tokenizer, open_checkpoint
+from ...convert.surgery.head import evaluating
 from ...convert.surgery.recording import AttentionLayer, WatchedCall, attention_layers
 from ...convert.surgery.swap import converted_modules
 from ...errors import CheckpointError, DataError, PlanError
@@ -77,9 +78,7 @@ def diagnose_model(
         raise DataError(f"{text} holds {windows[0].numel()} tokens; a window of {window} needs four times as many.")
     repeated, period = _repeated(tokenizer, model, context)
     in_all = sum(part.numel() for part in (*windows, *(repeated if causal else ())))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         sums = _Sums()
         for part in windows:
             watch_tokens(model, part[None], sums.add(able, lambda w, c: _text_measures(w, window, causal=c)), able)
@@ -88,8 +87,6 @@ def diagnose_model(
             scores = sums.add(able, lambda w, _: {"induction": measures.induction_score(w, period)})
             watch_tokens(model, part[None], scores, able)
             _tell(progress, sums, part, in_all)
-    finally:
-        model.train(was_training)
     return Diagnosis(
         source=name,
         model_type=str(model.config.model_type),

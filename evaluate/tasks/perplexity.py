@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...convert.surgery.head import ModelHead, slices
+from ...convert.surgery.head import ModelHead, evaluating, slices
 from ...errors import DataError
 from ..engine.progress import Progress
 
@@ -76,9 +76,7 @@ def perplexity(
     device = model.device
     in_all = sum(window.numel() for window in windows)
     done, predicted, total = 0, 0, 0.0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         in_slices = ModelHead(model).takes_slices()
         for batch in stack_windows(windows, batch_size):
             total += float(token_losses(model, batch.to(device), in_slices=in_slices).sum())
@@ -86,8 +84,6 @@ def perplexity(
             done += batch.numel()
             if progress is not None:
                 progress(done, in_all, "measuring perplexity")
-    finally:
-        model.train(was_training)
     characters = None if tokenizer is None else sum(_predicted_characters(tokenizer, window) for window in windows)
     return _result(total, predicted, characters)
 

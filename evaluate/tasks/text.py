@@ -6,17 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ...recipes.fields import Count
+from ...recipes.fields import Count, rising
 from ..engine.items import Item, Metric
 from .base import EvaluatedModel, Outcome, Scope, Task, Unit, register_task
 from .perplexity import characters_before, token_losses
 from .textdata import TextSettings, Windows, cut_blocks, window_units
-
-
-def _rising(ends: list[int]) -> list[int]:
-    if sorted(set(ends)) != ends:
-        raise ValueError(f"positions where buckets end must rise, such as [512, 2048], got {ends}")
-    return ends
 
 
 class PerplexitySettings(TextSettings):
@@ -28,7 +22,7 @@ class PerplexitySettings(TextSettings):
     """
 
     kind: Literal["perplexity"] = "perplexity"
-    buckets: Annotated[list[Count], AfterValidator(_rising)] = Field(default_factory=list)
+    buckets: Annotated[list[Count], AfterValidator(rising)] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _buckets_have_an_effect(self) -> "PerplexitySettings":

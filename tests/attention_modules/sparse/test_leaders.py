@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnconv.attention_modules import Geometry, create
+from attnconv.attention_modules import AttentionModule, Geometry, create
 from attnconv.attention_modules.counting import counting
 from attnconv.convert.writing.executed import computes_dense
 
@@ -104,41 +104,36 @@ def test_a_window_of_queries_chooses_what_it_looks_at_most_and_its_neighbours(po
             assert set(seen[0, 2 * kv, t].nonzero().flatten().tolist()) == {*chosen, *range(first, t + 1)}
 
 
-def test_decoding_votes_only_where_queries_are_unlike() -> None:
-    name, options = VOTES
-    module = create(name, GEOMETRY, **options).double()
-    query, key, value = drawn()
-    choose, chosen = module._choice_of_leader, []
-
-    def noted(call, state, count, leader):
-        chosen.append(int(leader))
-        return choose(call, state, count, leader)
-
-    module._choice_of_leader = noted
-    with torch.no_grad():
-        state = module.new_state()
-        for start, stop in zip((0, *range(30, LENGTH)), (30, *range(31, LENGTH + 1)), strict=True):
-            module(*(t[:, :, start:stop] for t in (query, key, value)), scaling=0.25, state=state)
-    assert chosen == sorted(set(leaders_by_likeness(query)[30:]))
-
-
-@pytest.mark.parametrize("method", [RECYCLED, SNAP, LSERVE], ids=lambda method: method[0])
-def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: tuple[str, dict]) -> None:
-    name, options = method
-    module = create(name, GEOMETRY, **options).double()
-    query, key, value = drawn()
-    choose, leaders = module._choice_of_leader, []
+def leaders_in_decoding(module: AttentionModule) -> list[int]:
+    """Which tokens choose while those from the 30th on come one by one."""
+    tensors, choose, leaders = drawn(), module._choice_of_leader, []
 
     def noted(call, state, count, leader):
         leaders.append(int(leader))
         return choose(call, state, count, leader)
 
     module._choice_of_leader = noted
-    weights = module.attention_weights(query, key, scaling=0.25)
-    with torch.no_grad(), counting(module) as counter:
+    with torch.no_grad():
         state = module.new_state()
         for start, stop in zip((0, *range(30, LENGTH)), (30, *range(31, LENGTH + 1)), strict=True):
-            module(*(t[:, :, start:stop] for t in (query, key, value)), scaling=0.25, state=state)
+            module(*(t[:, :, start:stop] for t in tensors), scaling=0.25, state=state)
+    return leaders
+
+
+def test_decoding_votes_only_where_queries_are_unlike() -> None:
+    name, options = VOTES
+    chosen = leaders_in_decoding(create(name, GEOMETRY, **options).double())
+    assert chosen == sorted(set(leaders_by_likeness(drawn()[0])[30:]))
+
+
+@pytest.mark.parametrize("method", [RECYCLED, SNAP, LSERVE], ids=lambda method: method[0])
+def test_decoding_chooses_once_for_an_interval_and_counts_what_it_reads(method: tuple[str, dict]) -> None:
+    name, options = method
+    module = create(name, GEOMETRY, **options).double()
+    query, key, _ = drawn()
+    weights = module.attention_weights(query, key, scaling=0.25)
+    with counting(module) as counter:
+        leaders = leaders_in_decoding(module)
     interval = options["interval"]
     assert leaders == sorted({t // interval * interval for t in range(30, LENGTH)})
     pairs = float((weights > 0).double().mean(1).sum())
